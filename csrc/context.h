@@ -1,0 +1,94 @@
+/* context.h: what the entry points share: the ISA's table, the thread pool, and scratch memory per thread. */
+#ifndef DM_CONTEXT_H
+#define DM_CONTEXT_H
+#include "formats.h"
+#include "kernels.h"
+
+typedef struct dm_pool dm_pool;
+
+/* Scratch buffers that may be in use on one thread at the same time. */
+enum dm_scratch_slot {
+    DM_SCRATCH_MATMUL,
+    DM_SCRATCH_OPERAND,
+    DM_SCRATCH_HIDDEN,
+    DM_SCRATCH_OUT,
+    DM_SCRATCH_SUMS,
+    DM_SCRATCH_HEAP,
+    DM_SCRATCH_COUNT
+};
+
+/* A thread of the pool; worker 0 is the calling thread. */
+typedef struct dm_worker {
+    size_t index;
+    void *scratch[DM_SCRATCH_COUNT];
+    size_t scratch_bytes[DM_SCRATCH_COUNT];
+    dm_pool *pool;
+} dm_worker;
+
+struct dm_context {
+    const dm_kernels *kernels;
+    dm_pool *pool;
+    size_t threads;
+};
+
+/* One item of a job. Items may run in any order on any thread: none may change another's bits. */
+typedef void (*dm_task)(void *job, size_t item, dm_worker *worker);
+
+/* NULL if memory or threads are lacking. */
+dm_pool *dm_pool_create(size_t threads);
+void dm_pool_destroy(dm_pool *pool);
+/* Runs task(job, i, worker) for all i < count and returns when all are done. Not reentrant. */
+void dm_pool_run(dm_pool *pool, dm_task task, void *job, size_t count);
+dm_worker *dm_pool_worker(dm_pool *pool, size_t index);
+
+/* At least `bytes` bytes, 64-byte aligned, not cleared, valid until the slot is asked for again. Grows on demand, so
+ * that a steady state allocates nothing; ends the process with a message if memory runs out. */
+void *dm_scratch(dm_worker *worker, enum dm_scratch_slot slot, size_t bytes);
+
+/* Work below this many elementary steps is not worth waking a thread. */
+#define DM_SMALL_WORK 32768
+
+/* Items to cut `units` units of work into: one if all of it is small, else a few per thread. */
+size_t dm_item_count(const dm_context *context, size_t units, size_t steps_per_unit);
+
+/* The units of one item: [first, last). */
+static inline size_t dm_item_first(size_t item, size_t items, size_t units) {
+    return item * (units / items) + (item < units % items ? item : units % items);
+}
+
+/* Keeps the lowest fault of a token; kind 0 is none. */
+static inline void dm_report_fault(int32_t *fault_T, size_t t, int kind, int32_t layer) {
+    if (kind == 0) return;
+    int32_t fault = (int32_t)((uint32_t)layer << 8 | (uint32_t)kind);
+    int32_t seen = __atomic_load_n(&fault_T[t], __ATOMIC_RELAXED);
+    while (fault < seen &&
+           !__atomic_compare_exchange_n(&fault_T[t], &seen, fault, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+}
+
+/* The operand's columns [first, first + columns) as rows. first is a multiple of 32 if the operand is quantized. */
+static inline dm_rows dm_operand_rows(const dm_operand *operand, size_t first, size_t columns) {
+    size_t groups = dm_divide_up(operand->columns, DM_GROUP);
+    size_t group = first / DM_GROUP;
+    return (dm_rows){
+        .x = operand->x == NULL ? NULL : operand->x + first,
+        .q = operand->q == NULL ? NULL : operand->q + first,
+        .scale = operand->scale == NULL ? NULL : operand->scale + group,
+        .sum = operand->sum == NULL ? NULL : operand->sum + group,
+        .columns = columns,
+        .x_stride = operand->columns,
+        .q_stride = groups * DM_GROUP,
+        .group_stride = groups,
+    };
+}
+
+/* The same without its first t rows. */
+static inline dm_rows dm_rows_from(dm_rows rows, size_t t) {
+    if (rows.x != NULL) rows.x += t * rows.x_stride;
+    if (rows.q != NULL) rows.q += t * rows.q_stride;
+    if (rows.scale != NULL) rows.scale += t * rows.group_stride;
+    if (rows.sum != NULL) rows.sum += t * rows.group_stride;
+    return rows;
+}
+
+#endif

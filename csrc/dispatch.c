@@ -1,0 +1,56 @@
+/* dispatch.c: the ladder of ISA levels. Each level computes the same bits; a later one is faster. */
+#include "dispatch.h"
+
+#include <string.h>
+
+typedef struct level {
+    const dm_kernels *kernels;
+    int (*runs_here)(void);
+} level;
+
+static int always(void) { return 1; }
+
+#if defined(__x86_64__)
+
+/* __builtin_cpu_supports covers the operating system's part (XCR0) too. */
+static int has_avx2(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+static int has_avx512(void) {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+static const level LADDER[] = {
+    {&dm_kernels_portable, always},
+    {&dm_kernels_avx2, has_avx2},
+    {&dm_kernels_avx512, has_avx512},
+};
+static const char *const NAMES[] = {"portable", "avx2", "avx512", NULL};
+
+#else
+
+static const level LADDER[] = {
+    {&dm_kernels_portable, always},
+    {&dm_kernels_neon, always},
+};
+static const char *const NAMES[] = {"portable", "neon", NULL};
+
+#endif
+
+#define LEVEL_COUNT (sizeof LADDER / sizeof LADDER[0])
+
+const char *const *dm_isa_levels(void) { return NAMES; }
+
+const dm_kernels *dm_find_kernels(const char *isa) {
+    for (size_t i = LEVEL_COUNT; i-- > 0;) {
+        const level *candidate = &LADDER[i];
+        if (isa != NULL && strcmp(isa, candidate->kernels->name) != 0) continue;
+        if (candidate->runs_here()) return candidate->kernels;
+    }
+    return NULL;
+}
+
+int dm_isa_available(const char *isa) { return isa != NULL && dm_find_kernels(isa) != NULL; }

@@ -1,0 +1,197 @@
+/* dist_moe.h: everything that Python may call, and the text that cffi parses.
+ *
+ * Conventions: the context comes first, then outputs, then const inputs, then sizes. Suffixes name the axes:
+ * T tokens, D model dim, H/h query heads, G/g KV heads, P head dim, E experts, K experts per token, F expert
+ * hidden units, V vocabulary, R matrix rows, C matrix columns; lower case is this rank's share.
+ * Python checks shapes; C trusts them. Every number follows the numerics contract (ARCHITECTURE.md).
+ *
+ * Lines that begin with '#' reach the compiler only, except #define of integers.
+ */
+#ifndef DIST_MOE_H
+#define DIST_MOE_H
+#include <stddef.h>
+#include <stdint.h>
+
+#define DM_NUMERICS_VERSION 1
+#define DM_TILE_ROWS 16
+#define DM_GROUP 32
+#define DM_BLOCK_POSITIONS 64
+#define DM_VOCABULARY_BLOCK 128
+#define DM_MAX_UNITS 8191
+
+/* Formats of packed weight matrices. */
+enum dm_format { DM_F32, DM_BF16, DM_Q8, DM_Q4, DM_FORMAT_COUNT };
+
+/* Formats of the key/value cache. */
+enum dm_kv_format { DM_KV_F32, DM_KV_F16, DM_KV_Q8, DM_KV_FORMAT_COUNT };
+
+/* What went wrong with a token. A fault is layer << 8 | kind, DM_NO_FAULT is none; the lowest one is kept. */
+#define DM_NO_FAULT 0x7fffffff
+enum dm_fault_kind {
+    DM_FAULT_QUANTIZER = 1,    /* a NaN or infinity in an activation that is to be quantized */
+    DM_FAULT_KEY_VALUE = 2,    /* a NaN or infinity in K or V, before or after narrowing */
+    DM_FAULT_CONTRIBUTION = 3, /* |x| >= 2^18 or NaN in a unit's contribution to a sum */
+    DM_FAULT_SUM = 4,          /* |sum| >= 2^51 in fixed point */
+    DM_FAULT_ROUTER = 5,       /* a NaN or infinity in a router logit */
+    DM_FAULT_LOGIT = 6         /* a NaN or infinity in a vocabulary logit */
+};
+
+/* One packed matrix: tiles of 16 rows; its rows become columns out_column... of an output row. */
+typedef struct dm_matrix {
+    const void *packed;
+    size_t rows;
+    size_t out_column;
+} dm_matrix;
+
+/* What a matrix is multiplied with: T vectors of `columns` values, row-major without gaps. f32 and bf16 weights read
+ * x; q8 and q4 weights read q (int8, rows padded with zeros to a multiple of 32), and per 32 values scale and sum. */
+typedef struct dm_operand {
+    float *x;
+    int8_t *q;
+    float *scale;
+    int32_t *sum;
+    size_t columns;
+} dm_operand;
+
+/* One expert chunk (gate rows, up rows, down columns in one run of bytes) and the tokens routed to its expert:
+ * entries [first, first + count) of the step's token and weight lists. */
+typedef struct dm_chunk {
+    const void *packed;
+    size_t first;
+    size_t count;
+} dm_chunk;
+
+/* Where the K and V of a step's tokens stand. blocks[table_T[t] + b] is position block b of token t's sequence;
+ * this layer's part begins layer_offset bytes into it: per KV head dm_kv_block_bytes(), K before V. */
+typedef struct dm_kv_view {
+    uint8_t *const *blocks;
+    const int64_t *table_T;
+    const int64_t *position_T;
+    size_t layer_offset;
+    int format;
+} dm_kv_view;
+
+/* How to draw one token. top_k = 0: no limit; temperature = 0: the best token. */
+typedef struct dm_sampling {
+    float temperature;
+    float top_p;
+    float min_p;
+    int64_t top_k;
+    uint64_t seed;
+    uint64_t sample_index;
+    uint64_t position;
+} dm_sampling;
+
+typedef struct dm_context dm_context;
+
+/* ---- context: an ISA level, a thread pool and its scratch memory ---- */
+
+/* Names of the ISA levels in this build, best last, NULL at the end. */
+const char *const *dm_isa_levels(void);
+/* 1 if CPU and operating system can run the level. */
+int dm_isa_available(const char *isa);
+/* isa = NULL takes the best available level. NULL if it is not available or memory or threads are lacking. */
+dm_context *dm_context_create(const char *isa, size_t threads);
+void dm_context_destroy(dm_context *context);
+const char *dm_context_isa(const dm_context *context);
+size_t dm_context_threads(const dm_context *context);
+/* Known answers of all primitives, hashed together with the contract's version (rule 16). */
+uint64_t dm_self_test(dm_context *context);
+
+/* ---- packed weights ---- */
+
+/* Bytes of a packed matrix, a multiple of 64. group = 0: one scale per row; f32 and bf16 ignore it. */
+size_t dm_packed_bytes(int format, size_t rows, size_t columns, size_t group);
+/* The f16 scale of every whole row, as a float: what dm_pack needs for slices of rows when group = 0. */
+void dm_row_scales(dm_context *context, float *scale_R, const float *weights_RC, size_t R, size_t C, size_t row_stride,
+                   int format);
+/* Pack a matrix. scale_R may be NULL (scales are then taken from the rows given); it is read only when group = 0.
+ * Returns the number of NaN or infinite weights and of scales beyond f16. */
+size_t dm_pack(dm_context *context, void *packed, const float *weights_RC, const float *scale_R, size_t R, size_t C,
+               size_t row_stride, int format, size_t group);
+/* The exact inverse for inspection and tests: the values that the kernels compute with. */
+void dm_unpack(dm_context *context, float *weights_RC, const void *packed, size_t R, size_t C, int format,
+               size_t group);
+
+/* ---- vectors ---- */
+
+/* Rows of an embedding table; bf16_table = 0 means f32. */
+void dm_embed(dm_context *context, float *x_TD, const void *table_VD, const int32_t *ids_T, size_t T, size_t D,
+              int bf16_table);
+/* y = (x * (1 / sqrt(mean(x^2) + eps))) * gain (rule 4). Source: Qwen3MoeRMSNorm. */
+void dm_rmsnorm(dm_context *context, float *out_TD, const float *x_TD, const float *gain_D, float eps, size_t T,
+                size_t D);
+/* Rule 5: fills operand->q, scale and sum from operand->x. */
+void dm_quantize(dm_context *context, const dm_operand *operand, int32_t *fault_T, size_t T, int32_t layer);
+/* x += f32(sum * 2^-32) (+ bias, if not NULL, added to the sum first). */
+void dm_add_exact(dm_context *context, float *x_TD, int32_t *fault_T, const int64_t *sums_TD, const float *bias_D,
+                  size_t T, size_t D, int32_t layer);
+
+/* ---- matrices ---- */
+
+/* out[t][m.out_column + r] = m row r . x_t for every matrix m; rows of out_TR lie out_stride floats apart. */
+void dm_matmul(dm_context *context, float *out_TR, const dm_matrix *matrices, const dm_operand *x,
+               size_t matrix_count, size_t T, size_t out_stride, int format, size_t group);
+/* out[t][column + r] += bias[r] for r < R. */
+void dm_add_bias(dm_context *context, float *out_TR, const float *bias_R, size_t T, size_t R, size_t out_stride);
+/* o_proj: unit u multiplies columns [u * P, (u + 1) * P) of x; contributions are summed in fixed point (rule 7).
+ * sums_TD is overwritten, with zeros if there is no unit. */
+void dm_unit_sums(dm_context *context, int64_t *sums_TD, int32_t *fault_T, const dm_matrix *units,
+                  const dm_operand *x, size_t unit_count, size_t T, size_t D, size_t P, int format, size_t group,
+                  int32_t layer);
+
+/* ---- attention ---- */
+
+/* cos and sin of position * inv_freq, times attention_factor; computed in f64, rounded to f32. */
+void dm_rope_angles(dm_context *context, float *cos_TP, float *sin_TP, const int64_t *position_T,
+                    const float *inv_freq_P, float attention_factor, size_t T, size_t half_P);
+/* Per-head RMSNorm, then rotation of pairs (i, i + P/2), in place. Heads of one token are adjacent; tokens lie
+ * row_stride floats apart. Source: Qwen3MoeAttention, apply_rotary_pos_emb. */
+void dm_norm_rope(dm_context *context, float *heads_ThP, const float *gain_P, const float *cos_TP,
+                  const float *sin_TP, float eps, size_t T, size_t h, size_t P, size_t row_stride);
+/* Bytes of 64 positions of one KV head of one layer: K and V. A multiple of 64. */
+size_t dm_kv_block_bytes(int format, size_t P);
+/* Narrow K and V of the step's tokens into the cache (rule 9). Tokens lie row_stride floats apart. */
+void dm_kv_store(dm_context *context, const dm_kv_view *cache, int32_t *fault_T, const float *k_TgP,
+                 const float *v_TgP, size_t T, size_t g, size_t P, size_t row_stride, int32_t layer);
+/* Causal attention over fixed blocks of 64 positions (rule 10). kv_of_h: the local KV head of each local query head;
+ * score_scale = f32(P^-1/2). q rows lie row_stride floats apart; out_ThP has no gaps. */
+void dm_attention(dm_context *context, float *out_ThP, int32_t *fault_T, const float *q_ThP, const dm_kv_view *cache,
+                  const int32_t *kv_of_h, float score_scale, size_t T, size_t h, size_t g, size_t P,
+                  size_t row_stride, int32_t layer);
+
+/* ---- experts ---- */
+
+/* Rule 11: the K best experts of each token and their weights, in (logit descending, id ascending) order. */
+void dm_route(dm_context *context, int32_t *ids_TK, float *weights_TK, int32_t *fault_T, const float *logits_TE,
+              size_t T, size_t E, size_t K, int norm_topk_prob, int32_t layer);
+/* Counting sort of a step's choices: expert e's tokens, ascending, are entries [offset_E[e], offset_E[e + 1]). */
+void dm_group_by_expert(dm_context *context, int32_t *offset_E1, int32_t *token_N, float *weight_N,
+                        const int32_t *ids_TK, const float *weights_TK, size_t T, size_t E, size_t K);
+/* Bytes of one expert chunk of `width` hidden units. */
+size_t dm_chunk_bytes(int format, size_t D, size_t width, size_t group);
+/* sums_TD = fixed-point sum over chunks of weight * down(silu(gate x) * up x) (rules 6, 7); overwritten. */
+void dm_experts(dm_context *context, int64_t *sums_TD, int32_t *fault_T, const dm_chunk *chunks,
+                const int32_t *token_N, const float *weight_N, const dm_operand *x, size_t chunk_count, size_t T,
+                size_t D, size_t width, int format, size_t group, int32_t layer);
+
+/* ---- logits and sampling (rules 13, 14) ---- */
+
+/* Per block of 128 rows: the largest logit and the sum of exp((logit - largest) / temperature). Columns from `valid`
+ * on are masked. A masked block gives -infinity and 0. temperature_T = 0 is read as 1. */
+void dm_vocabulary_blocks(dm_context *context, float *max_TB, float *sum_TB, int32_t *fault_T, const float *logits_TV,
+                          const float *temperature_T, size_t T, size_t V, size_t valid, int32_t layer);
+/* The `count` best columns below `valid` by (logit descending, id ascending); ids start at first_id. Missing ones
+ * get id -1 and logit -infinity. */
+void dm_top_logits(dm_context *context, int32_t *ids_TN, float *logits_TN, const float *logits_TV, size_t T, size_t V,
+                   size_t valid, int32_t first_id, size_t count);
+/* Merge candidate lists (each sorted) of several ranks, N in all, into the best `count`; T = 1. */
+void dm_merge_candidates(dm_context *context, int32_t *ids_N, float *logits_N, size_t N);
+/* Draw from the `count` best candidates. B block sums give Z; complete = 1 if no other token exists. Returns the token's
+ * place in the list, or -1 if the candidates cannot decide. *probability gets its share of Z. */
+int64_t dm_sample(dm_context *context, float *probability, const dm_sampling *how, const int32_t *ids_N,
+                  const float *logits_N, const float *max_B, const float *sum_B, size_t count, size_t B, int complete);
+/* Uniform in [0, 1) with 53 bits: Philox4x32-10 keyed by seed, counter (sample_index, position). */
+double dm_uniform(uint64_t seed, uint64_t sample_index, uint64_t position);
+
+#endif

@@ -1,0 +1,78 @@
+"""Hugging Face's tensor names and shapes, and where each of our logical matrices lies in them.
+
+D model dim, H query heads, G kv heads, P head dim, E experts, F expert hidden units, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+
+from dist_moe.model_config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Location:
+    """One logical matrix or vector inside a tensor of the checkpoint."""
+
+    tensor: str
+    tensor_shape: tuple[int, ...]
+    expert: int | None = None  # index into the first axis of a fused tensor
+    first_row: int = 0
+    rows: int | None = None  # None: all rows of the tensor
+
+
+def locations(config: ModelConfig, present: Container[str]) -> dict[str, Location]:
+    """Every logical name with its place, for the layout (per-expert or fused) that each layer has.
+
+    Args:
+        config: The model; `tied_embeddings` makes lm_head the embedding's tensor.
+        present: The checkpoint's tensor names, which decide between the layouts.
+    """
+    table = (config.vocabulary, config.model_dim)
+    found = {"embedding": Location("model.embed_tokens.weight", table)}
+    for layer in range(config.layers):
+        prefix, source = f"layers.{layer}.", f"model.layers.{layer}."
+        found.update((prefix + name, place) for name, place in attention(config, source))
+        found.update((prefix + name, place) for name, place in mlp(config, layer, source, present))
+    found["final_norm"] = Location("model.norm.weight", (config.model_dim,))
+    found["lm_head"] = found["embedding"] if config.tied_embeddings else Location("lm_head.weight", table)
+    return found
+
+
+def attention(config: ModelConfig, source: str) -> Iterator[tuple[str, Location]]:
+    """A layer's norms and projections."""
+    model_dim, head_dim = config.model_dim, config.head_dim
+    q_rows, kv_rows = config.heads * head_dim, config.kv_heads * head_dim
+    yield "attention_norm", Location(f"{source}input_layernorm.weight", (model_dim,))
+    yield "mlp_norm", Location(f"{source}post_attention_layernorm.weight", (model_dim,))
+    for name in ("q_norm", "k_norm"):
+        yield name, Location(f"{source}self_attn.{name}.weight", (head_dim,))
+    shapes = {"q": (q_rows, model_dim), "k": (kv_rows, model_dim), "v": (kv_rows, model_dim), "o": (model_dim, q_rows)}
+    for name, shape in shapes.items():
+        yield name, Location(f"{source}self_attn.{name}_proj.weight", shape)
+        if config.attention_bias:
+            yield f"{name}_bias", Location(f"{source}self_attn.{name}_proj.bias", shape[:1])
+
+
+def mlp(config: ModelConfig, layer: int, source: str, present: Container[str]) -> Iterator[tuple[str, Location]]:
+    """A layer's router and experts; a dense MLP is expert 0 and has no router."""
+    model_dim, hidden, experts = config.model_dim, config.layer_hidden(layer), config.layer_experts(layer)
+    up, down = (hidden, model_dim), (model_dim, hidden)
+    shapes = {"gate": up, "up": up, "down": down}
+    if config.is_dense(layer):
+        for name, shape in shapes.items():
+            yield f"experts.0.{name}", Location(f"{source}mlp.{name}_proj.weight", shape)
+        return
+    yield "router", Location(f"{source}mlp.gate.weight", (experts, model_dim))
+    gate_up, down_proj = f"{source}mlp.experts.gate_up_proj", f"{source}mlp.experts.down_proj"
+    if gate_up in present:
+        gate_up_shape = (experts, 2 * hidden, model_dim)
+        for expert in range(experts):
+            yield f"experts.{expert}.gate", Location(gate_up, gate_up_shape, expert, 0, hidden)
+            yield f"experts.{expert}.up", Location(gate_up, gate_up_shape, expert, hidden, hidden)
+            yield f"experts.{expert}.down", Location(down_proj, (experts, *down), expert)
+        return
+    for expert in range(experts):
+        for name, shape in shapes.items():
+            yield f"experts.{expert}.{name}", Location(f"{source}mlp.experts.{expert}.{name}_proj.weight", shape)

@@ -1,0 +1,143 @@
+"""Where an option's value comes from: config file < environment < flag. All three are read by the same parser."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from dist_moe.errors import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+ENVIRONMENT_PREFIX = "DIST_MOE_"
+
+
+def option(*names: str, **attributes: Any) -> Callable[[Decorated], Decorated]:
+    """A click option that also reads DIST_MOE_<NAME> from the environment."""
+    long_name = next(name for name in names if name.startswith("--"))
+    variable = ENVIRONMENT_PREFIX + long_name.split("/")[0].lstrip("-").replace("-", "_").upper()
+    attributes.setdefault("show_default", True)
+    return click.option(*names, envvar=variable, **attributes)
+
+
+def flag(name: str, help_text: str) -> Callable[[Decorated], Decorated]:
+    """A yes/no option with both spellings, so that a flag can also undo what a config file says."""
+    return option(f"{name}/--no-{name.lstrip('-')}", default=False, show_default=False, help=help_text)
+
+
+def config_options(*commands: str) -> Callable[[Decorated], Decorated]:
+    """`--config` and `--print-config`.
+
+    Args:
+        commands: The commands whose options a config file may hold; a command ignores those of the others.
+    """
+
+    def load(context: click.Context, _: click.Parameter, path: str | None) -> str | None:
+        if path is not None:
+            context.default_map = read_config(Path(path), _known_names(context, commands))
+        return path
+
+    def decorate(command: Decorated) -> Decorated:
+        command = click.option(
+            "--print-config", is_flag=True, help="Print every option's value and where it came from, and stop."
+        )(command)
+        return option(
+            "--config",
+            metavar="FILE.toml",
+            is_eager=True,
+            callback=load,
+            show_default=False,
+            help="Options as TOML (max_tokens = 64). Flags win over DIST_MOE_* variables, those over this file.",
+        )(command)
+
+    return decorate
+
+
+def read_config(path: Path, known: Iterable[str]) -> dict[str, str]:
+    """A TOML file's options as the strings that the flags would have.
+
+    Args:
+        path: The file.
+        known: Option names that may stand in it, with underscores.
+
+    Raises:
+        UsageError: The file cannot be read, is not TOML, or holds an unknown name or a table.
+    """
+    try:
+        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config: {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"--config: {path} is not valid TOML: {error}") from error
+    names = sorted(known)
+    unknown = [key for key in entries if key.replace("-", "_") not in names]
+    if unknown:
+        raise UsageError(f"--config: {path}: unknown option {unknown[0]!r}; known are {', '.join(names)}")
+    return {key.replace("-", "_"): _as_flag(path, key, value) for key, value in entries.items()}
+
+
+def print_config(context: click.Context, derived: dict[str, tuple[Any, str]]) -> None:
+    """Print all options of a command as TOML that `--config` reads back, each with its origin.
+
+    Args:
+        context: The command's parsed context.
+        derived: Values that the model gives where no option was set, each with the place it comes from.
+    """
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        if name in ("config", "print_config", "help"):
+            continue
+        value, origin = context.params[name], origin_of(context, parameter)
+        if value is None and name in derived:
+            value, origin = derived[name]
+        if value is None:
+            words = getattr(parameter, "show_default", None)
+            click.echo(f"# {name}: {words if isinstance(words, str) else 'not set'}")
+        else:
+            click.echo(f"{name} = {json.dumps(value, ensure_ascii=False)}  # {origin}")
+
+
+def origin_of(context: click.Context, parameter: click.Parameter) -> str:
+    """Words for where a parameter's value came from."""
+    source = context.get_parameter_source(str(parameter.name))
+    if source is ParameterSource.ENVIRONMENT:
+        return f"environment {parameter.envvar}"
+    if source is ParameterSource.DEFAULT_MAP:
+        return f"config {context.params.get('config')}"
+    return "flag" if source is ParameterSource.COMMANDLINE else "default"
+
+
+def strongest(context: click.Context, names: Iterable[str]) -> list[str]:
+    """Those of some mutually exclusive options that were set in the strongest place: flags, environment or config."""
+    order = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)
+    for source in order:
+        found = [name for name in names if context.get_parameter_source(name) is source]
+        if found:
+            return found
+    return []
+
+
+def _known_names(context: click.Context, commands: Iterable[str]) -> set[str]:
+    group = context.parent.command if context.parent else None
+    members = [group.get_command(context, name) for name in commands] if isinstance(group, click.Group) else []
+    parameters = [parameter for member in [context.command, *members] if member for parameter in member.params]
+    return {str(parameter.name) for parameter in parameters} - {"config", "print_config", "help"}
+
+
+def _as_flag(path: Path, key: str, value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(item, int) for item in value):
+        return ",".join(str(item) for item in value)
+    if isinstance(value, (str, int, float)):
+        return str(value)
+    raise UsageError(f"--config: {path}: {key}: expected a string, a number or true/false, found {value!r}")

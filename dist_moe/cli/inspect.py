@@ -1,0 +1,131 @@
+"""dist-moe inspect: what stands in a store, a shard or a safetensors file, and whether it is intact."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dist_moe.errors import StoreError
+from dist_moe.parallel.launcher import detect_launcher
+
+if TYPE_CHECKING:
+    from dist_moe.store.inspection import FileReport, Inspection, TensorReport
+    from dist_moe.store.manifest import Manifest
+
+
+@click.command("inspect")
+@click.argument("path", metavar="STORE|SHARD", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Recompute every checksum; damage is named and gives exit code 2.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(path: Path, verify: bool, as_json: bool) -> None:
+    """List the tensors of a store, of one of its files, or of a Hugging Face directory or file.
+
+    Each with its format, size, owner (the node whose shard has it) and checksum, and totals per kind.
+    """
+    if not detect_launcher(os.environ).is_first:
+        return
+    from dist_moe.store.inspection import inspect_path
+
+    report = inspect_path(path)
+    damages = _verify(report) if verify else None
+    if as_json:
+        click.echo(json.dumps(_as_json(report, damages), indent=1))
+    else:
+        for line in _as_text(report):
+            click.echo(line)
+        if damages == []:
+            click.echo("verified: every checksum agrees")
+    if damages:
+        raise StoreError("\n".join(damages))
+
+
+def _verify(report: Inspection) -> list[str]:
+    from dist_moe.store.inspection import verify_lone_file
+    from dist_moe.store.verify import verify_store
+
+    if report.manifest is None:
+        return [damage for file in report.files for damage in verify_lone_file(_file_path(report, file))]
+    names = {file.name for file in report.files}
+    entries = [entry for entry in report.manifest.files if entry.name in names]
+    directory = report.path if report.path.is_dir() else report.path.parent
+    total_bytes = sum(entry.file_bytes for entry in entries)
+    with click.progressbar(length=total_bytes, label="verifying", file=sys.stderr) as bar:
+        return verify_store(directory, report.manifest, entries, bar.update)
+
+
+def _file_path(report: Inspection, file: FileReport) -> Path:
+    return report.path / file.name if report.path.is_dir() else report.path
+
+
+def _as_json(report: Inspection, damages: list[str] | None) -> dict[str, Any]:
+    result: dict[str, Any] = {"path": str(report.path), "kind": report.kind}
+    if report.manifest is not None:
+        result["store"] = _facts(report.manifest)
+    result["files"] = [asdict(file) for file in report.files]
+    result["totals"] = {kind: asdict(totals) for kind, totals in report.totals().items()}
+    if damages is not None:
+        result["damages"] = damages
+    return result
+
+
+def _facts(manifest: Manifest) -> dict[str, Any]:
+    config = manifest.config
+    return {
+        "source": manifest.source_name,
+        "architecture": config.architecture,
+        "layers": config.layers,
+        "model_dim": config.model_dim,
+        "query_heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "experts": config.experts,
+        "experts_per_token": config.experts_per_token,
+        "vocabulary": config.vocabulary,
+        "max_positions": config.max_positions,
+        "weights": manifest.format.label,
+        "group_size": manifest.group_size,
+        "router": manifest.router_format.label,
+        "embedding": manifest.embedding_format.label,
+        "expert_layout": manifest.experts,
+        "nodes": manifest.nodes,
+        "chunk_widths": sorted({manifest.layer_chunk_width(layer) for layer in range(config.layers)}),
+        "nonfinite": manifest.nonfinite,
+        "package_version": manifest.package_version,
+    }
+
+
+def _as_text(report: Inspection) -> list[str]:
+    lines = [f"{report.path}: {report.kind}"]
+    if report.manifest is not None:
+        lines += [f"  {key.replace('_', ' '):18} {_value(value)}" for key, value in _facts(report.manifest).items()]
+    for file in report.files:
+        parts = [file.name, f"{file.file_bytes:,} bytes", file.owner, file.checksum and f"xxh3 {file.checksum}"]
+        lines += ["", "  ".join(part for part in parts if part) + ("" if file.present else "  (not on this machine)")]
+        lines += [_tensor_line(tensor) for tensor in file.tensors]
+    lines += ["", "totals"]
+    for kind, totals in report.totals().items():
+        units = f"{totals.units:,} units, " if totals.units != totals.tensors else ""
+        lines.append(f"  {kind:18} {totals.tensors:,} tensors, {units}{totals.total_bytes:,} bytes")
+    return lines
+
+
+def _tensor_line(tensor: TensorReport) -> str:
+    units = ",".join(str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in tensor.units or [])
+    units = f"  units {units if len(units) <= 40 else units[:37] + '...'}" if units else ""
+    checksum = f"  xxh3 {tensor.checksum}" if tensor.checksum else ""
+    shape = f"[{', '.join(map(str, tensor.shape))}]"
+    return f"  {tensor.name:32} {tensor.format:16} {shape:16} {tensor.tensor_bytes:>15,} bytes{checksum}{units}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {count}" for key, count in value.items()) or "none"
+    return str(value)

@@ -1,0 +1,136 @@
+"""A job on all ranks, from the options to the end: open the model, let rank 0 lead and the others follow."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from dist_moe.cli.logs import start_logging
+from dist_moe.cli.models import ModelSource, find_model, local_store
+from dist_moe.cli.options import ModelOptions
+from dist_moe.engine.engine import Engine, EngineOptions
+from dist_moe.errors import DistMoeError, Interrupted
+from dist_moe.kernels import KvFormat
+from dist_moe.model_config import ModelConfig
+from dist_moe.parallel.launcher import Launcher, detect_launcher
+from dist_moe.parallel.mpi import allowed_cores
+from dist_moe.parallel.plan import make_plan
+from dist_moe.parallel.world import World
+from dist_moe.store.reader import Store
+
+Options = TypeVar("Options", bound=ModelOptions)
+logger = logging.getLogger(__name__)
+
+# What a host may decide for its own ranks; in all else rank 0's options hold everywhere.
+_OWN_OPTIONS = ("threads", "verbose", "log_file")
+
+
+class Task(Protocol):
+    """What rank 0 does with the engine."""
+
+    @property
+    def context(self) -> int:
+        """Positions that a sequence needs at most."""
+
+    def lead(self, engine: Engine) -> None:
+        """Do it; the other ranks serve meanwhile."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a task is made from: the model's directory (not yet loaded), its sizes, and the launcher."""
+
+    directory: Path
+    config: ModelConfig
+    launcher: Launcher
+
+
+def run_job(options: Options, make_task: Callable[[Options, Setting], Task]) -> None:
+    """Run one task on all ranks.
+
+    Args:
+        options: As parsed on this rank.
+        make_task: Called on rank 0 before any weight is read: checks the input and makes the task.
+
+    Raises:
+        AgreedError: A planned error on some rank, raised on all ranks alike.
+        EnvironmentMismatch: MPI is missing or does not fit the launcher.
+    """
+    launcher = detect_launcher(os.environ)
+    world = World.start(launcher, threads_per_rank(options, launcher.local_size))
+    options = _options_of_leader(world, options)
+    with world.together("starting the log"):
+        start_logging(options.verbose, options.log_file, world.rank, world.hostname)
+    task: Task | None = None
+    with world.together("reading the model"):
+        source = find_model(options)
+        config = source.read_config()
+        require_heads(config, world.size)
+        if world.is_leader:
+            task = make_task(options, Setting(source.directory, config, launcher))
+    engine = _start_engine(world, source, options, task.context if task else config.max_positions)
+    with world.together("running"):
+        if task is None:
+            engine.serve()
+        else:
+            _lead(engine, task)
+
+
+def threads_per_rank(options: ModelOptions, ranks_on_host: int) -> int:
+    """The threads of each rank: as asked, else an equal share of the cores that this process may use."""
+    return options.threads or max(1, allowed_cores() // max(1, ranks_on_host))
+
+
+def require_heads(config: ModelConfig, ranks: int) -> None:
+    """Refuse more ranks than the model can be cut into, before a long conversion.
+
+    Raises:
+        UsageError: There are more ranks than query heads.
+    """
+    make_plan(
+        heads=config.heads,
+        heads_per_kv_head=config.heads_per_kv_head,
+        vocabulary=config.vocabulary,
+        rank=0,
+        ranks=ranks,
+        layout="whole",
+    )
+
+
+def _start_engine(world: World, source: ModelSource, options: ModelOptions, context: int) -> Engine:
+    directory = local_store(world, source)
+    with world.together("opening the store"):
+        store = Store.open(directory, options.check)
+    threads = threads_per_rank(options, world.local_size)
+    engine_options = EngineOptions(
+        context=context,
+        threads=threads,
+        experts=options.experts,
+        kv=KvFormat.parse(options.kv),
+        prefill_chunk=options.prefill_chunk,
+    )
+    logger.info("model %s, %d ranks, %d threads here, MPI %s", directory, world.size, threads, world.library)
+    return Engine(store, world, engine_options)
+
+
+def _lead(engine: Engine, task: Task) -> None:
+    try:
+        task.lead(engine)
+    except Interrupted:
+        raise  # may come in the middle of a collective, where no message can be sent
+    except DistMoeError:
+        engine.stop()
+        raise
+    engine.stop()
+
+
+def _options_of_leader(world: World, options: Options) -> Options:
+    """Rank 0's options: environments may differ between hosts, the steps may not."""
+    leader = json.loads(world.gather_texts(json.dumps(dataclasses.asdict(options)))[0])
+    return dataclasses.replace(options, **{name: leader[name] for name in leader if name not in _OWN_OPTIONS})

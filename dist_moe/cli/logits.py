@@ -1,0 +1,70 @@
+"""`dist-moe logits`: the logits at every position of a list of tokens, into a .npy file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dist_moe.cli import config_file
+from dist_moe.cli.config_file import option
+from dist_moe.cli.job import Setting, run_job
+from dist_moe.cli.npy_rows import NpyRows, require_writable
+from dist_moe.cli.options import LogitsOptions, model_options
+from dist_moe.cli.prompt import require_room
+from dist_moe.cli.token_ids import read_ids, require_ids
+from dist_moe.engine.engine import Engine
+
+
+@dataclass(frozen=True)
+class LogitsTask:
+    """Checked input of the command."""
+
+    ids: list[int]
+    output: Path
+
+    @property
+    def context(self) -> int:
+        """One position per token."""
+        return len(self.ids)
+
+    def lead(self, engine: Engine) -> None:
+        """Stream the rows to the file."""
+        with NpyRows(self.output, engine.config.vocabulary) as rows:
+            engine.logits(self.ids, rows.append)
+
+
+def make_task(options: LogitsOptions, setting: Setting) -> LogitsTask:
+    """Check ids and output before any weight is read.
+
+    Raises:
+        UsageError: An id that the model lacks, more ids than positions, or a file that cannot be written.
+    """
+    ids = read_ids(options.ids, "--ids")
+    require_ids(ids, setting.config.vocabulary, "--ids")
+    require_room(len(ids), setting.config.max_positions, "the model's maximum")
+    output = Path(options.output)
+    require_writable(output)
+    return LogitsTask(ids, output)
+
+
+@click.command()
+@model_options
+@option("--ids", metavar="FILE|LIST", required=True, show_default=False, help="Tokens: 1,2,3, a text file or a .npy.")
+@option(
+    "-o",
+    "--output",
+    metavar="OUT.npy",
+    required=True,
+    show_default=False,
+    help="Where the logits go, float32 [tokens, vocabulary]; written under another name until it is whole.",
+)
+@click.pass_context
+def logits(context: click.Context, /, config: str | None, print_config: bool, **values: Any) -> None:
+    """Write the logits at every position of a list of tokens; needs no tokenizer."""
+    if print_config:
+        config_file.print_config(context, {})
+        return
+    run_job(LogitsOptions(**values), make_task)

@@ -1,0 +1,83 @@
+"""A .npy file written row by row, under a temporary name until it is whole."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib import format as npy_format
+
+from dist_moe.errors import UsageError
+
+
+def require_writable(path: Path) -> None:
+    """Find out before a long run whether a file can be written; leaves nothing behind.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    NpyRows(path, 0).discard()
+
+
+class NpyRows:
+    """A float32 array [rows, columns] whose number of rows is known only at the end.
+
+    Used as a context manager: leaving it normally puts the file in its place, leaving it by an error removes it.
+    """
+
+    def __init__(self, path: Path, columns: int) -> None:
+        """Create the temporary file beside `path`.
+
+        Raises:
+            UsageError: Nothing can be written there.
+        """
+        self._path = path
+        self._columns = columns
+        self._rows = 0
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        if path.is_dir():
+            raise UsageError(f"{path} is a directory: give the name of a .npy file")
+        try:
+            self._file = self._temporary.open("xb")
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be written ({error.strerror}): choose another place") from error
+        self._write_header()
+
+    def append(self, rows_TV: npt.NDArray[np.float32]) -> None:
+        """Write rows [n, columns] behind those written so far."""
+        rows_TV = np.ascontiguousarray(rows_TV, dtype="<f4")
+        assert rows_TV.shape[1:] == (self._columns,), rows_TV.shape
+        self._file.write(rows_TV.tobytes())
+        self._rows += len(rows_TV)
+
+    def discard(self) -> None:
+        """Remove the temporary file."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> NpyRows:
+        """Return the file itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Complete the file and rename it, or remove it after an error."""
+        if kind is not None:
+            self.discard()
+            return
+        with self._file:
+            self._file.seek(0)
+            self._write_header()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._temporary.replace(self._path)
+
+    def _write_header(self) -> None:
+        # NumPy pads the header so that the first dimension can grow without moving the data.
+        header = {"descr": "<f4", "fortran_order": False, "shape": (self._rows, self._columns)}
+        npy_format.write_array_header_1_0(self._file, header)

@@ -1,0 +1,221 @@
+"""The options of the commands that run a model: their names, ranges and defaults, declared once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import click
+
+from dist_moe.cli.config_file import config_options, flag, option
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+COMMANDS_WITH_CONFIG = ("run", "logits")
+DEFAULT_MAX_TOKENS = 256
+LARGEST_SEED = 2**63 - 1
+
+
+class Number(click.FloatRange):
+    """A number in a range; click's own FloatRange lets NaN through."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse and check."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
+        return number
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model runs, and how; equal for every command. None means: decided later, from the model or the machine."""
+
+    model: str | None
+    quant: str | None
+    kv: str
+    threads: int | None
+    experts: str
+    prefill_chunk: int
+    check: Literal["fast", "full"]
+    verbose: int
+    log_file: str | None
+
+
+@dataclass(frozen=True)
+class RunOptions(ModelOptions):
+    """`dist-moe run`. At most one of the three prompts is set."""
+
+    prompt: str | None
+    prompt_file: str | None
+    prompt_ids: str | None
+    max_tokens: int
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    seed: int
+    ignore_eos: bool
+    ctx: int | None
+    logits: str | None
+    json: bool
+    quiet: bool
+
+
+@dataclass(frozen=True)
+class LogitsOptions(ModelOptions):
+    """`dist-moe logits`."""
+
+    ids: str
+    output: str
+
+
+def model_options(command: Decorated) -> Decorated:
+    """The options that every command with a model takes."""
+    decorators = (
+        option(
+            "-m",
+            "--model",
+            metavar="PATH",
+            show_default="the bundled demo model",
+            help="A store made by `dist-moe shard`, or a Hugging Face directory, which is packed once into the cache "
+            "directory ($DIST_MOE_CACHE, else $XDG_CACHE_HOME/dist-moe, else ~/.cache/dist-moe).",
+        ),
+        option(
+            "--quant",
+            type=click.Choice(["f32", "bf16", "q8", "q4"]),
+            show_default="q4 for a Hugging Face directory, q8 for the small demo, as it is for a store",
+            help="Format of the weights when a Hugging Face directory is packed.",
+        ),
+        option("--kv", type=click.Choice(["f32", "f16", "q8"]), default="f16", help="Format of the KV cache."),
+        option(
+            "--threads",
+            type=click.IntRange(min=1, max=1024),
+            show_default="cores that this process may use / ranks on this host",
+            help="Threads of each rank.",
+        ),
+        option(
+            "--experts",
+            type=click.Choice(["auto", "whole", "sliced", "shared"]),
+            default="auto",
+            help="How ranks divide the experts; the result is the same.",
+        ),
+        option(
+            "--prefill-chunk",
+            type=click.IntRange(min=1, max=65536),
+            default=256,
+            help="Prompt tokens of a step at most; the result is the same.",
+        ),
+        option(
+            "--check",
+            type=click.Choice(["fast", "full"]),
+            default="fast",
+            help="What is verified of a store: sizes and headers, or every checksum.",
+        ),
+        option("-v", "--verbose", count=True, show_default=False, help="Log what happens; -vv logs details."),
+        option(
+            "--log-file",
+            metavar="FILE",
+            show_default=False,
+            help="Log there instead of stderr, each line with its rank; %r in the name becomes the rank.",
+        ),
+        config_options(*COMMANDS_WITH_CONFIG),
+    )
+    return _apply(command, decorators)
+
+
+def prompt_options(command: Decorated) -> Decorated:
+    """What text to continue."""
+    decorators = (
+        option(
+            "-p",
+            "--prompt",
+            metavar="TEXT",
+            show_default=False,
+            help="The text to continue, as plain text: <|im_end|> and the like in it are ordinary characters. "
+            "- reads stdin (under mpirun better --prompt-file).",
+        ),
+        option(
+            "--prompt-file",
+            metavar="FILE",
+            show_default=False,
+            help="The text to continue, UTF-8; one newline at its end is dropped.",
+        ),
+        option("--prompt-ids", metavar="1,2,3", show_default=False, help="The tokens to continue; needs no tokenizer."),
+        option(
+            "-n",
+            "--max-tokens",
+            type=click.IntRange(min=1, max=2**31 - 1),
+            default=DEFAULT_MAX_TOKENS,
+            help="Tokens to generate at most.",
+        ),
+        option(
+            "--ctx",
+            type=click.IntRange(min=1, max=2**31 - 1),
+            show_default="prompt + max tokens, at most the model's maximum",
+            help="Positions of the context; at its end the finish reason is `length`.",
+        ),
+        flag("--ignore-eos", "Go on past the tokens that end a text."),
+    )
+    return _apply(command, decorators)
+
+
+def sampling_options(command: Decorated) -> Decorated:
+    """How tokens are drawn."""
+    from_model = "the model's generation_config.json, else {}"
+    decorators = (
+        option(
+            "--temperature",
+            type=Number(0, 100),
+            show_default=from_model.format("0"),
+            help="0 takes the best token (greedy); higher is more random.",
+        ),
+        option(
+            "--top-k",
+            type=click.IntRange(min=0, max=2**31 - 1),
+            show_default=from_model.format("0"),
+            help="Draw from the k best tokens; 0 is off.",
+        ),
+        option(
+            "--top-p",
+            type=Number(0, 1),
+            show_default=from_model.format("1"),
+            help="Draw from the best tokens that reach this probability; 1 is off.",
+        ),
+        option(
+            "--min-p",
+            type=Number(0, 1),
+            show_default=from_model.format("0"),
+            help="Leave out tokens less probable than this share of the best one's; 0 is off.",
+        ),
+        option(
+            "--seed",
+            type=click.IntRange(min=0, max=LARGEST_SEED),
+            default=0,
+            help="Of the random numbers: the same seed gives the same text, on any number of ranks.",
+        ),
+    )
+    return _apply(command, decorators)
+
+
+def output_options(command: Decorated) -> Decorated:
+    """What is printed and written."""
+    decorators = (
+        option(
+            "--logits",
+            metavar="FILE.npy",
+            show_default=False,
+            help="Write the logits of each generated token, float32 [generated, vocabulary].",
+        ),
+        flag("--json", "Print one JSON object at the end: text, ids, finish_reason, usage, timings."),
+        flag("--quiet", "Print the generated text alone: neither the prompt before it nor the summary."),
+    )
+    return _apply(command, decorators)
+
+
+def _apply(command: Decorated, decorators: tuple[Callable[[Any], Any], ...]) -> Decorated:
+    for decorate in reversed(decorators):
+        command = decorate(command)
+    return command

@@ -1,0 +1,65 @@
+"""What a run prints: text as it is made, token ids if there is no tokenizer, or one JSON object at the end."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from dist_moe.cli.options import RunOptions
+from dist_moe.cli.prompt import Prompt
+from dist_moe.cli.summary import as_json, summary_lines
+from dist_moe.engine.request import Completion
+from dist_moe.engine.statistics import EngineStatistics
+from dist_moe.text.tokenizer import Tokenizer
+
+
+class Output:
+    """The printed side of one run. Text goes to stdout, the summary to stderr."""
+
+    def __init__(self, options: RunOptions, tokenizer: Tokenizer | None, stop_ids: frozenset[int]) -> None:
+        """Prepare an empty text.
+
+        Args:
+            options: `json` and `quiet` decide what is printed.
+            tokenizer: None prints ids instead of text.
+            stop_ids: Tokens that end the text without being part of it.
+        """
+        self._options = options
+        self._stream = tokenizer.stream() if tokenizer else None
+        self._stop_ids = stop_ids
+        self._pieces: list[str] = []
+        self._tokens = 0
+
+    def begin(self, prompt: Prompt) -> None:
+        """Print the text that is continued."""
+        if not (self._options.json or self._options.quiet):
+            click.echo(prompt.text, nl=False)
+
+    def token(self, _: int, token: int) -> None:
+        """Print what a token adds (the engine's callback)."""
+        if self._stream is None:
+            self._emit(f",{token}" if self._tokens else str(token))
+        elif token not in self._stop_ids:
+            self._emit(self._stream.push(token))
+        self._tokens += 1
+
+    def end(self, prompt: Prompt, completion: Completion, statistics: EngineStatistics) -> None:
+        """Print what is left of the text, and the summary."""
+        if self._stream is not None:
+            self._emit(self._stream.finish())
+        text = "".join(self._pieces)
+        if self._options.json:
+            found = as_json(prompt.ids, completion, text if self._stream else None, statistics)
+            click.echo(json.dumps(found, ensure_ascii=False))
+            return
+        if not text.endswith("\n"):
+            click.echo()
+        if not self._options.quiet:
+            for line in summary_lines(statistics):
+                click.echo(line, err=True)
+
+    def _emit(self, piece: str) -> None:
+        self._pieces.append(piece)
+        if piece and not self._options.json:
+            click.echo(piece, nl=False)  # flushes

@@ -1,0 +1,100 @@
+"""The prompt of a run: where its text comes from, and its tokens."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_moe.cli.options import RunOptions
+from dist_moe.cli.token_ids import parse_ids, require_ids
+from dist_moe.errors import UsageError
+from dist_moe.parallel.launcher import Launcher
+from dist_moe.text.tokenizer import TOKENIZER_FILE, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens to continue, and their text (empty if there is no tokenizer)."""
+
+    ids: tuple[int, ...]
+    text: str
+
+
+def read_prompt(options: RunOptions, tokenizer: Tokenizer | None, vocabulary: int, launcher: Launcher) -> Prompt:
+    """The prompt that the options name, as tokens of the model.
+
+    Args:
+        options: One of `prompt`, `prompt_file` and `prompt_ids` is set.
+        tokenizer: Needed unless the prompt is given as ids.
+        vocabulary: Rows of the model's embedding table.
+        launcher: Who started us, which decides whether stdin can be read.
+
+    Raises:
+        UsageError: The prompt cannot be read, is empty, or has ids that the model lacks.
+    """
+    if options.prompt_ids is not None:
+        ids = parse_ids(options.prompt_ids, "--prompt-ids")
+        require_ids(ids, vocabulary, "--prompt-ids")
+        return Prompt(tuple(ids), tokenizer.decode(ids) if tokenizer else "")
+    assert tokenizer is not None
+    text = _read_text(options, launcher)
+    ids = tokenizer.encode(text)
+    if not ids and tokenizer.bos_id is None:
+        raise UsageError("the prompt is empty and this model has no token that begins a text: give some text")
+    ids = ids or [int(tokenizer.bos_id or 0)]
+    require_ids(ids, vocabulary, f"the prompt's tokens ({TOKENIZER_FILE} does not fit this model)")
+    return Prompt(tuple(ids), text)
+
+
+def read_tokenizer(directory: Path, *, required: bool) -> Tokenizer | None:
+    """The model's tokenizer; without one, None where text can be done without.
+
+    Raises:
+        CheckpointError: The tokenizer is damaged, or missing and required.
+    """
+    if not required and not (directory / TOKENIZER_FILE).exists():
+        return None
+    return Tokenizer(directory)
+
+
+def require_room(prompt_tokens: int, context: int, origin: str) -> None:
+    """Refuse a prompt that leaves no position for a token.
+
+    Raises:
+        UsageError: The prompt is longer than the context.
+    """
+    if prompt_tokens > context:
+        raise UsageError(
+            f"the prompt has {prompt_tokens} tokens, but the context has {context} positions ({origin}): "
+            "shorten the prompt or raise --ctx up to the model's maximum"
+        )
+
+
+def _read_text(options: RunOptions, launcher: Launcher) -> str:
+    if options.prompt_file is not None:
+        path = Path(options.prompt_file)
+        try:
+            return _decode(path.read_bytes(), str(path)).removesuffix("\n")
+        except OSError as error:
+            raise UsageError(f"--prompt-file: {path} cannot be read: {error.strerror}") from error
+    assert options.prompt is not None
+    return options.prompt if options.prompt != "-" else _read_stdin(launcher)
+
+
+def _read_stdin(launcher: Launcher) -> str:
+    if launcher.name == "openmpi":
+        raise UsageError("-p - cannot be used under Open MPI, whose mpirun never ends stdin: use --prompt-file FILE")
+    if launcher.size > 1:
+        logger.warning("reading the prompt from stdin; above 64 KB mpirun may end the job, so prefer --prompt-file")
+    return _decode(sys.stdin.buffer.read(), "stdin").removesuffix("\n")
+
+
+def _decode(data: bytes, origin: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{origin}: not valid UTF-8 at byte {error.start}: convert it to UTF-8") from error

@@ -1,0 +1,168 @@
+"""dist-moe shard: a checkpoint becomes a store."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import click
+
+from dist_moe.errors import Interrupted
+from dist_moe.parallel.launcher import detect_launcher
+
+_LINE_EVERY_S = 5.0
+
+
+@click.command("shard")
+@click.argument("source", required=False, metavar="[SRC]")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Shards: one per node.")
+@click.option(
+    "--quant",
+    type=click.Choice(["f32", "bf16", "q8", "q4"]),
+    default="q4",
+    show_default=True,
+    help="Format of the matrices; routers, norms and the embedding keep theirs.",
+)
+@click.option(
+    "--group-size",
+    type=click.Choice(["32", "64", "128", "0"]),
+    default="32",
+    show_default=True,
+    help="Weights per scale of q8 and q4; 0 is a whole row.",
+)
+@click.option(
+    "--experts",
+    type=click.Choice(["whole", "sliced"]),
+    default="whole",
+    show_default=True,
+    help="Each shard gets whole experts, or a slice of every expert.",
+)
+@click.option(
+    "-o",
+    "--output",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Directory of the store.  [default: ./<source>-<quant>-<nodes>]",
+)
+@click.option("--force", is_flag=True, help="Replace a store that stands there; anything else is left alone.")
+@click.option("--allow-nonfinite", is_flag=True, help="Pack NaN and infinite weights instead of refusing them.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def shard(
+    source: str | None,
+    nodes: int,
+    quant: str,
+    group_size: str,
+    experts: str,
+    output: Path | None,
+    force: bool,
+    allow_nonfinite: bool,
+    quiet: bool,
+) -> None:
+    """Pack the Hugging Face checkpoint SRC (default: the bundled demo model) into a store of one shard per node.
+
+    A store runs on any number of ranks. An interrupted run continues where it stopped when it is repeated.
+    """
+    if not detect_launcher(os.environ).is_first:
+        return
+    from dist_moe.checkpoint.reader import Checkpoint
+    from dist_moe.demo import demo_model_directory
+    from dist_moe.kernels.formats import WeightFormat
+    from dist_moe.store.convert import convert
+    from dist_moe.store.plan import StoreOptions, source_name
+
+    checkpoint = Checkpoint.open(Path(source) if source else demo_model_directory())
+    destination = output or Path(f"{source_name(checkpoint.directory)}-{quant}-{nodes}")
+    options = StoreOptions(
+        nodes=nodes,
+        format=WeightFormat.parse(quant),
+        group_size=int(group_size),
+        experts=experts,
+        force=force,
+        allow_nonfinite=allow_nonfinite,
+    )
+    try:
+        with ShardProgress(quiet) as progress:
+            result = convert(checkpoint, destination, options, progress)
+    except KeyboardInterrupt:
+        raise Interrupted(f"{destination}: interrupted; repeat the same command to continue where it stopped") from None
+    _report(result.manifest.files, destination, result.written_files, result.manifest.nonfinite)
+    click.echo(shlex.join(["mpirun", "-n", str(nodes), "dist-moe", "run", "-m", str(destination)]))
+
+
+class ShardProgress:
+    """Shows `convert`'s progress on stderr: a bar on a terminal, else a line every few seconds."""
+
+    def __init__(self, quiet: bool) -> None:
+        """Show nothing at all if `quiet`."""
+        self._quiet = quiet
+        self._bar: Any = None
+        self._done_bytes = 0
+        self._first: tuple[float, int] | None = None
+        self._next_line_s = 0.0
+
+    def __call__(self, done_bytes: int, total_bytes: int, what: str) -> None:
+        """Take note of progress."""
+        if self._quiet:
+            return
+        if sys.stderr.isatty():
+            self._draw(done_bytes, total_bytes, what)
+        else:
+            self._print(done_bytes, total_bytes, what)
+
+    def __enter__(self) -> ShardProgress:
+        """Return the progress itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the bar's line."""
+        if self._bar is not None:
+            self._bar.render_finish()
+            self._bar = None
+
+    def _draw(self, done_bytes: int, total_bytes: int, what: str) -> None:
+        if self._bar is None:
+            self._bar = click.progressbar(
+                length=total_bytes,
+                label="packing",
+                file=sys.stderr,
+                item_show_func=str,
+                update_min_steps=max(1, total_bytes // 1000),
+            )
+        self._bar.update(
+            max(0, done_bytes - self._done_bytes),
+            f"{_gigabytes(done_bytes)} of {_gigabytes(total_bytes)} GB  {what}",
+        )
+        self._done_bytes = max(self._done_bytes, done_bytes)
+
+    def _print(self, done_bytes: int, total_bytes: int, what: str) -> None:
+        now_s = time.monotonic()
+        if self._first is None:
+            self._first, self._next_line_s = (now_s, done_bytes), now_s + _LINE_EVERY_S
+        if now_s < self._next_line_s:
+            return
+        self._next_line_s = now_s + _LINE_EVERY_S
+        started_s, started_bytes = self._first
+        rate = (done_bytes - started_bytes) / (now_s - started_s)
+        left = f", {(total_bytes - done_bytes) / rate:.0f} s left" if rate > 0 else ""
+        click.echo(f"{what}: {_gigabytes(done_bytes)} of {_gigabytes(total_bytes)} GB{left}", err=True)
+
+
+def _report(files: Any, destination: Path, written: tuple[str, ...], nonfinite: dict[str, int]) -> None:
+    total_bytes = sum(file.file_bytes for file in files)
+    for name, count in nonfinite.items():
+        click.echo(f"warning: {name} has {count} weights that are NaN, infinite or too large for the format", err=True)
+    if written:
+        click.echo(f"{destination}: {len(files)} files, {total_bytes:,} bytes, {len(written)} of them written now")
+    else:
+        click.echo(f"{destination}: done: a store of these options stands there ({total_bytes:,} bytes)")
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f}"

@@ -1,0 +1,67 @@
+"""What a run says about itself at its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dist_moe.engine.request import Completion
+from dist_moe.engine.statistics import EngineStatistics
+
+
+def summary_lines(statistics: EngineStatistics) -> list[str]:
+    """A run's speed in two lines: load, prefill and decode; then where a token's time went."""
+    figures = timings(statistics)
+    tokens = max(1, statistics.prefill_tokens + statistics.decode_tokens)
+    return [
+        f"load {statistics.load_s:.2f} s | prefill {statistics.prefill_tokens} tokens, "
+        f"{figures['prefill_tokens_per_s']:.1f} tokens/s | decode {statistics.decode_tokens} tokens, "
+        f"{figures['decode_tokens_per_s']:.1f} tokens/s",
+        f"per token: compute {figures['compute_ms_per_token']:.2f} ms, "
+        f"waiting {figures['waiting_ms_per_token']:.2f} ms, exchange {figures['exchange_ms_per_token']:.2f} ms | "
+        f"sent {_bytes(statistics.sent_bytes)} in all, {_bytes(statistics.sent_bytes / tokens)} per token",
+    ]
+
+
+def timings(statistics: EngineStatistics) -> dict[str, float]:
+    """A run's figures by name; milliseconds are per token, prompt and generated tokens alike."""
+    tokens = max(1, statistics.prefill_tokens + statistics.decode_tokens)
+    return {
+        "load_s": statistics.load_s,
+        "prefill_s": statistics.prefill_s,
+        "prefill_tokens_per_s": _rate(statistics.prefill_tokens, statistics.prefill_s),
+        "decode_s": statistics.decode_s,
+        "decode_tokens_per_s": _rate(statistics.decode_tokens, statistics.decode_s),
+        "compute_ms_per_token": statistics.compute_s / tokens * 1e3,
+        "waiting_ms_per_token": statistics.waiting_s / tokens * 1e3,
+        "exchange_ms_per_token": statistics.exchange_s / tokens * 1e3,
+        "sent_bytes": statistics.sent_bytes,
+    }
+
+
+def as_json(
+    prompt_ids: tuple[int, ...], completion: Completion, text: str | None, statistics: EngineStatistics
+) -> dict[str, Any]:
+    """A finished run as one JSON object; `text` is null for a model without a tokenizer."""
+    return {
+        "text": text,
+        "ids": completion.ids,
+        "finish_reason": completion.finish_reason,
+        "usage": {
+            "prompt_tokens": len(prompt_ids),
+            "completion_tokens": len(completion.ids),
+            "total_tokens": len(prompt_ids) + len(completion.ids),
+        },
+        "timings": timings(statistics),
+    }
+
+
+def _rate(tokens: int, seconds: float) -> float:
+    return tokens / seconds if seconds > 0 else 0.0
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

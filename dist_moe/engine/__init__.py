@@ -1,0 +1,1 @@
+"""Batches, the leader's and the followers' loops, sampling."""

@@ -1,0 +1,166 @@
+"""The best tokens of each logit row travel to rank 0, not whole rows of logits (NUMERICS rule 13).
+
+Shape suffixes: N logit rows, v local vocabulary rows, B vocabulary blocks (b local), C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_moe.kernels import NO_FAULT, Kernels
+from dist_moe.parallel.exchange import Exchange
+from dist_moe.split import VOCABULARY_BLOCK, contiguous
+
+Floats = npt.NDArray[np.float32]
+
+CANDIDATES = 256
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The best tokens of one row, best first, and every block's maximum and sum of exponentials.
+
+    `complete`: no other token may be drawn.
+    """
+
+    ids_C: npt.NDArray[np.int32]
+    logits_C: Floats
+    max_B: Floats
+    sum_B: Floats
+    complete: bool
+
+
+class CandidateExchange:
+    """Turns each rank's logits into candidates on rank 0."""
+
+    def __init__(self, exchange: Exchange, kernels: Kernels, vocabulary: int, ranks: int, rank: int) -> None:
+        """Lay out the message.
+
+        Args:
+            exchange: The collectives.
+            kernels: An ISA level with its threads.
+            vocabulary: V, the rows of lm_head over all ranks.
+            ranks: How many ranks there are.
+            rank: This one.
+        """
+        self._exchange = exchange
+        self._kernels = kernels
+        self._vocabulary = vocabulary
+        blocks = -(-vocabulary // VOCABULARY_BLOCK)
+        self._blocks = [contiguous(blocks, ranks, r) for r in range(ranks)]
+        self._own = self._blocks[rank]
+        self._max_blocks = len(self._blocks[0])
+        self._count = min(CANDIDATES, vocabulary)
+
+    def gather(
+        self,
+        logits_Nv: Floats,
+        temperatures: Sequence[float],
+        valid_vocabulary: int,
+        fault_N: npt.NDArray[np.int32],
+        layer: int,
+    ) -> list[Candidates] | None:
+        """Send this rank's candidates to rank 0.
+
+        Args:
+            logits_Nv: This rank's logits of every row.
+            temperatures: One per row.
+            valid_vocabulary: Ids from here on are masked.
+            fault_N: Gets the faults found in the logits.
+            layer: What to name such a fault's layer.
+
+        Returns:
+            One entry per row on rank 0, None elsewhere.
+        """
+        N, C, B = len(logits_Nv), self._count, self._max_blocks
+        message = np.zeros((N, 2 * C + 2 * B), dtype=np.int32)
+        if self._own:
+            first_id = self._own.start * VOCABULARY_BLOCK
+            part = local_candidates(
+                self._kernels, logits_Nv, temperatures, valid_vocabulary - first_id, first_id, C, fault_N, layer
+            )
+            b = len(self._own)
+            message[:, :C] = part.ids_NC
+            message[:, C : 2 * C] = part.logits_NC.view(np.int32)
+            message[:, 2 * C : 2 * C + b] = part.max_Nb.view(np.int32)
+            message[:, 2 * C + B : 2 * C + B + b] = part.sum_Nb.view(np.int32)
+        else:
+            message[:, :C] = -1
+        gathered = self._exchange.gather_equal(message)
+        if gathered is None:
+            return None
+        return [self._merge(gathered[:, row], valid_vocabulary) for row in range(N)]
+
+    def _merge(self, words: npt.NDArray[np.int32], valid_vocabulary: int) -> Candidates:
+        C, B = self._count, self._max_blocks
+        ids, logits = words[:, :C].ravel(), words[:, C : 2 * C].ravel().view(np.float32)
+        present = ids >= 0
+        ids, logits = np.ascontiguousarray(ids[present]), np.ascontiguousarray(logits[present])
+        self._kernels.merge_candidates(ids, logits)
+        maxima = [words[r, 2 * C : 2 * C + len(own)] for r, own in enumerate(self._blocks)]
+        sums = [words[r, 2 * C + B : 2 * C + B + len(own)] for r, own in enumerate(self._blocks)]
+        # Only the best C are certain: a rank's next one, not sent, may beat what follows them.
+        return Candidates(
+            ids_C=ids[:C],
+            logits_C=logits[:C],
+            max_B=np.concatenate(maxima).view(np.float32),
+            sum_B=np.concatenate(sums).view(np.float32),
+            complete=min(valid_vocabulary, self._vocabulary) <= C,
+        )
+
+
+@dataclass(frozen=True)
+class LocalCandidates:
+    """The candidates and block sums of one rank's logits."""
+
+    ids_NC: npt.NDArray[np.int32]
+    logits_NC: Floats
+    max_Nb: Floats
+    sum_Nb: Floats
+
+
+def local_candidates(
+    kernels: Kernels,
+    logits_Nv: Floats,
+    temperatures: Sequence[float],
+    valid: int,
+    first_id: int,
+    count: int,
+    fault_N: npt.NDArray[np.int32],
+    layer: int,
+) -> LocalCandidates:
+    """The best `count` of each row's logits and the sums of its blocks; columns from `valid` on are masked."""
+    N, v = logits_Nv.shape
+    valid = max(0, min(valid, v))
+    blocks = -(-v // VOCABULARY_BLOCK)
+    part = LocalCandidates(
+        ids_NC=np.empty((N, count), dtype=np.int32),
+        logits_NC=np.empty((N, count), dtype=np.float32),
+        max_Nb=np.empty((N, blocks), dtype=np.float32),
+        sum_Nb=np.empty((N, blocks), dtype=np.float32),
+    )
+    temperature_N = np.array(temperatures, dtype=np.float32)
+    kernels.vocabulary_blocks(part.max_Nb, part.sum_Nb, fault_N, logits_Nv, temperature_N, valid, layer)
+    kernels.top_logits(part.ids_NC, part.logits_NC, logits_Nv, valid, first_id)
+    return part
+
+
+def row_candidates(
+    kernels: Kernels, logits_V: Floats, temperature: float, valid_vocabulary: int, count: int
+) -> Candidates:
+    """The candidates of one whole row of logits on rank 0."""
+    fault_N = np.full(1, NO_FAULT, dtype=np.int32)
+    part = local_candidates(kernels, logits_V[None], [temperature], valid_vocabulary, 0, count, fault_N, 0)
+    valid = min(valid_vocabulary, len(logits_V))
+    found = min(count, valid)
+    return Candidates(
+        ids_C=part.ids_NC[0, :found],
+        logits_C=part.logits_NC[0, :found],
+        max_B=part.max_Nb[0],
+        sum_B=part.sum_Nb[0],
+        complete=found == valid,
+    )

@@ -1,0 +1,218 @@
+"""The engine: one model over all ranks. Rank 0 leads with generate() and logits(); the others follow in serve()."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dist_moe.engine.crew import Crew
+from dist_moe.engine.request import Completion, Request, describe_fault
+from dist_moe.engine.sampling import draw_token
+from dist_moe.engine.schedule import Part, Schedule
+from dist_moe.engine.startup import agree_on_numerics, agreed, choose_layout
+from dist_moe.engine.statistics import Clock, EngineStatistics, summarize
+from dist_moe.engine.worker import RowSink, StepResult, Worker
+from dist_moe.errors import DistMoeError, UsageError
+from dist_moe.kernels import NO_FAULT, Kernels, KvFormat
+from dist_moe.model.step import MAX_LOGIT_ROWS, Slice, Step
+from dist_moe.model.transformer import Transformer
+from dist_moe.parallel.exchange import Exchange
+from dist_moe.parallel.plan import make_plan
+from dist_moe.parallel.world import World
+from dist_moe.store.reader import Store
+
+TokenCallback = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the engine runs; every rank needs the same ones, but for `threads` and `isa`.
+
+    `context`: positions of a sequence at most. `experts`: auto, whole, sliced or shared. `isa` None: the best level.
+    """
+
+    context: int
+    threads: int = 1
+    experts: str = "auto"
+    kv: KvFormat = KvFormat.F16
+    prefill_chunk: int = 256
+    isa: str | None = None
+
+
+class Engine:
+    """A model that is ready to run on all ranks of a world."""
+
+    def __init__(self, store: Store, world: World, options: EngineOptions) -> None:
+        """Map the weights and agree with the other ranks; collective.
+
+        Raises:
+            AgreedError: Some rank cannot take part; raised on all ranks alike.
+        """
+        started_s = time.perf_counter()
+        self.config = store.config
+        self.is_leader = world.is_leader
+        self.kernels = agreed(world, "start", lambda: Kernels(options.threads, options.isa))
+        self._options = options
+        self._step_tokens = max(options.prefill_chunk, MAX_LOGIT_ROWS)
+        exchange = Exchange(world)
+        self.layout = agreed(world, "start", lambda: choose_layout(store, exchange, options.experts))
+        self.model = agreed(world, "load", lambda: self._load(store, world, exchange))
+        agree_on_numerics(world, exchange, self.kernels)
+        self._crew = Crew(Worker(self.model, exchange, world.size), exchange, self._step_tokens)
+        self._next_sequence = 0
+        self._released: tuple[int, ...] = ()
+        self._clock = Clock()
+        self._load_s = time.perf_counter() - started_s
+
+    def serve(self) -> None:
+        """Follow rank 0 until it stops; on the other ranks."""
+        self._crew.follow()
+
+    def stop(self) -> None:
+        """Let the followers return from serve(); on rank 0 alone."""
+        self._crew.stop()
+
+    def statistics(self) -> EngineStatistics:
+        """The run so far over all ranks; on rank 0 alone."""
+        return summarize(self._load_s, self._clock, self._crew.report())
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        on_token: TokenCallback | None = None,
+        valid_vocabulary: int | None = None,
+    ) -> list[Completion]:
+        """Continue sequences, all of them together in shared steps; on rank 0 alone.
+
+        Args:
+            requests: What to continue.
+            on_token: Told each token as it is drawn: (index of the request, token id).
+            valid_vocabulary: Ids from here on are never drawn (a model's table may be longer than its tokenizer's).
+
+        Returns:
+            One completion per request.
+
+        Raises:
+            UsageError: An empty prompt, an id beyond the vocabulary, or a prompt longer than the context.
+        """
+        for request in requests:
+            self._check_prompt(request.prompt_ids)
+        valid = min(valid_vocabulary or self.config.vocabulary, self.config.vocabulary)
+        schedule = Schedule(
+            requests,
+            self._next_sequence,
+            context=self._options.context,
+            step_tokens=self._step_tokens,
+            prefill_chunk=self._options.prefill_chunk,
+        )
+        self._next_sequence += len(requests)
+        while parts := schedule.next_parts():
+            with self._clock.step(*_count_tokens(parts)):
+                result = self._crew.run(schedule.step(parts, valid, self._take_released()))
+                for part in parts:
+                    self._take(schedule, part, result, valid, on_token)
+            self._released += schedule.take_released()
+        return schedule.completions
+
+    def logits(self, ids: Sequence[int], sink: RowSink) -> None:
+        """Compute the logits at every position of a text; on rank 0 alone.
+
+        Args:
+            ids: The text.
+            sink: Gets f32 [n, V] for the next n positions, valid only during the call.
+
+        Raises:
+            UsageError: As in `generate`.
+            DistMoeError: A NaN or overflow in the model.
+        """
+        self._check_prompt(ids)
+        sequence, self._next_sequence = self._next_sequence, self._next_sequence + 1
+        for first in range(0, len(ids), self._options.prefill_chunk):
+            chunk = Slice(sequence, first, tuple(ids[first : first + self._options.prefill_chunk]))
+            with self._clock.step(len(chunk.ids), 0):
+                result = self._crew.run(self._logits_step(chunk), sink)
+            fault = int(result.fault_T.min())
+            if fault != NO_FAULT:
+                position = first + int(result.fault_T.argmin())
+                raise DistMoeError(f"position {position}: {describe_fault(fault, self.config.layers)}")
+        self._released += (sequence,)
+
+    # ---- start ----
+
+    def _load(self, store: Store, world: World, exchange: Exchange) -> Transformer:
+        plan = make_plan(
+            heads=self.config.heads,
+            heads_per_kv_head=self.config.heads_per_kv_head,
+            vocabulary=self.config.vocabulary,
+            rank=world.rank,
+            ranks=world.size,
+            layout=self.layout,
+        )
+        return Transformer(store, plan, exchange, self.kernels, self._options.kv, self._step_tokens)
+
+    def _check_prompt(self, ids: Sequence[int]) -> None:
+        if not ids:
+            raise UsageError("the prompt has no tokens: give at least one")
+        if len(ids) > self._options.context:
+            raise UsageError(
+                f"the prompt has {len(ids)} tokens, the context {self._options.context}: shorten it or raise --ctx "
+                f"(the model allows {self.config.max_positions})"
+            )
+        beyond = next((i for i in ids if not 0 <= i < self.config.vocabulary), None)
+        if beyond is not None:
+            raise UsageError(f"token id {beyond} is outside the model's vocabulary: 0 to {self.config.vocabulary - 1}")
+
+    # ---- steps ----
+
+    def _take_released(self) -> tuple[int, ...]:
+        released, self._released = self._released, ()
+        return released
+
+    def _logits_step(self, chunk: Slice) -> Step:
+        return Step(
+            slices=(chunk,),
+            logit_rows=tuple(range(len(chunk.ids))),
+            temperatures=(1.0,) * len(chunk.ids),
+            full_logits=True,
+            valid_vocabulary=self.config.vocabulary,
+            released=self._take_released(),
+        )
+
+    def _take(
+        self, schedule: Schedule, part: Part, result: StepResult, valid: int, on_token: TokenCallback | None
+    ) -> None:
+        """Book one part of a finished step: its fault, or its next token."""
+        active, request = part.active, part.active.request
+        active.cached += part.count
+        fault = int(result.fault_T[part.first : part.first + part.count].min())
+        if fault != NO_FAULT:
+            schedule.finish(active, "error", describe_fault(fault, self.config.layers))
+            return
+        if part.row is None:
+            return
+        row = part.row
+        token = draw_token(
+            self.kernels,
+            request.sampling,
+            active.length,
+            result.candidates[row],
+            lambda: self._crew.fetch_row(row),
+            valid,
+        )
+        completion = active.completion
+        completion.ids.append(token)
+        if request.keep_logits:
+            completion.logits.append(result.full_logits[row])
+        if on_token is not None:
+            on_token(active.index, token)
+        if token in request.stop_ids:
+            schedule.finish(active, "stop")
+        elif len(completion.ids) == active.limit:
+            schedule.finish(active, "length")
+
+
+def _count_tokens(parts: Sequence[Part]) -> tuple[int, int]:
+    """Prompt tokens and decoded tokens of a step."""
+    prompt = sum(part.count for part in parts if part.active.prefilling)
+    return prompt, sum(part.count for part in parts) - prompt

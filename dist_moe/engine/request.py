@@ -1,0 +1,75 @@
+"""What a caller asks of the engine, and what comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+FinishReason = Literal["stop", "length", "error"]
+
+# What the fault kinds of csrc/dist_moe.h mean, in their order.
+_FAULTS = {
+    1: "a NaN or infinity in an activation to be quantized",
+    2: "a NaN or infinity in a key or value",
+    3: "a NaN or a value beyond 2^18 in a unit's contribution",
+    4: "a sum beyond 2^51 in fixed point",
+    5: "a NaN or infinity in a router logit",
+    6: "a NaN or infinity in a logit",
+}
+
+
+def describe_fault(fault: int, layers: int) -> str:
+    """One clause that names the layer and the kind of a token's fault (layer << 8 | kind)."""
+    layer, kind = fault >> 8, fault & 0xFF
+    where = f"layer {layer}" if layer < layers else "the final norm and lm_head"
+    return f"{_FAULTS[kind]} in {where}"
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are drawn: temperature, then top-k, then top-p of what is left, then min-p.
+
+    `temperature` 0 takes the best token; `top_k` 0, `top_p` 1 and `min_p` 0 are off.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to continue.
+
+    Attributes:
+        prompt_ids: At least one token.
+        max_tokens: Tokens to generate at most.
+        sampling: How they are drawn.
+        stop_ids: Tokens that end the sequence (they are part of the completion).
+        keep_logits: Return each generated token's logits.
+    """
+
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingOptions = SamplingOptions()
+    stop_ids: frozenset[int] = frozenset()
+    keep_logits: bool = False
+
+
+@dataclass
+class Completion:
+    """A finished (or growing) sequence.
+
+    `finish_reason` is `stop` (a stop id was drawn), `length` (max_tokens or the context's end) or `error` (then
+    `error` says what went wrong and where). `logits` holds one f32 [V] row per generated token if they were kept.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    logits: list[npt.NDArray[np.float32]] = field(default_factory=list)

@@ -1,0 +1,110 @@
+"""What every rank does in a step; rank 0 gets the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_moe.engine.candidates import CandidateExchange, Candidates
+from dist_moe.kernels import NO_FAULT
+from dist_moe.model.step import MAX_LOGIT_ROWS, Step
+from dist_moe.model.transformer import Transformer
+from dist_moe.parallel.exchange import Exchange
+from dist_moe.parallel.plan import Plan, make_plan
+
+Floats = npt.NDArray[np.float32]
+RowSink = Callable[[Floats], None]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A step's outcome on rank 0: each token's lowest fault over all ranks, and one entry per logit row."""
+
+    fault_T: npt.NDArray[np.int32]
+    candidates: list[Candidates]
+    full_logits: list[Floats]
+
+
+class Worker:
+    """One rank's model and the collectives around it. Every method is collective: all ranks call it alike."""
+
+    def __init__(self, model: Transformer, exchange: Exchange, ranks: int) -> None:
+        """Prepare the messages that carry logits.
+
+        Args:
+            model: This rank's part of the model.
+            exchange: The collectives.
+            ranks: How many ranks there are.
+        """
+        self._model = model
+        self._exchange = exchange
+        plan, config = model.share.plan, model.config
+        self._candidates = CandidateExchange(exchange, model.kernels, config.vocabulary, ranks, plan.rank)
+        self._vocabulary_counts = [_vocabulary_rows(model, rank, ranks) for rank in range(ranks)]
+        self._logits_NV: Floats | None = None
+        if plan.rank == 0 and ranks > 1:
+            self._logits_NV = np.empty((MAX_LOGIT_ROWS, config.vocabulary), dtype=np.float32)
+        self._last_logits_Nv = np.empty((0, 0), dtype=np.float32)
+
+    def run(self, step: Step, sink: RowSink | None = None) -> StepResult | None:
+        """Run one step on all ranks.
+
+        Args:
+            step: What to compute, equal on all ranks.
+            sink: On rank 0, gets the full logits of up to MAX_LOGIT_ROWS rows at a time, instead of the result.
+
+        Returns:
+            The outcome on rank 0, None elsewhere.
+        """
+        model = self._model
+        model.run_layers(step)
+        result = StepResult(model.fault_T, [], [])
+        for first in range(0, len(step.logit_rows), MAX_LOGIT_ROWS):
+            rows = slice(first, first + MAX_LOGIT_ROWS)
+            self._run_rows(step, rows, result, sink)
+        self._exchange.min_faults(model.fault_T)
+        return result if model.share.plan.rank == 0 else None
+
+    def fetch_row(self, row: int) -> Floats | None:
+        """The whole logits of one row of the last step, on rank 0."""
+        return self._gather_full(self._last_logits_Nv[row : row + 1])
+
+    def _run_rows(self, step: Step, rows: slice, result: StepResult, sink: RowSink | None) -> None:
+        tokens = step.logit_rows[rows]
+        logits_Nv = self._last_logits_Nv = self._model.logits(tokens)
+        fault_N = np.full(len(tokens), NO_FAULT, dtype=np.int32)
+        found = self._candidates.gather(
+            logits_Nv, step.temperatures[rows], step.valid_vocabulary, fault_N, self._model.config.layers
+        )
+        self._model.add_faults(tokens, fault_N)
+        result.candidates.extend(found or [])
+        if not step.full_logits:
+            return
+        full_NV = self._gather_full(logits_Nv)
+        if full_NV is None:
+            return
+        if sink is not None:
+            sink(full_NV)
+        else:
+            result.full_logits.extend(full_NV.copy())
+
+    def _gather_full(self, logits_Nv: Floats) -> Floats | None:
+        out_NV = None if self._logits_NV is None else self._logits_NV[: len(logits_Nv)]
+        return self._exchange.gather_columns(logits_Nv, self._vocabulary_counts, out_NV)
+
+
+def _vocabulary_rows(model: Transformer, rank: int, ranks: int) -> int:
+    """Rows of lm_head on a rank."""
+    plan, config = model.share.plan, model.config
+    other: Plan = make_plan(
+        heads=config.heads,
+        heads_per_kv_head=config.heads_per_kv_head,
+        vocabulary=config.vocabulary,
+        rank=rank,
+        ranks=ranks,
+        layout=plan.layout,
+    )
+    return len(other.vocabulary_rows)

@@ -1,0 +1,33 @@
+"""The errors that a user can meet, and the exit code of each."""
+
+from __future__ import annotations
+
+
+class DistMoeError(Exception):
+    """A planned error: one clear sentence with what, where, expected, actual and what to do."""
+
+    exit_code = 2
+
+
+class UsageError(DistMoeError):
+    """Bad input: an option, a file or a prompt (exit code 2)."""
+
+
+class CheckpointError(DistMoeError):
+    """A checkpoint that cannot be read or is not supported (exit code 2)."""
+
+
+class StoreError(DistMoeError):
+    """A store or shard that is missing, damaged, incomplete or of another format (exit code 2)."""
+
+
+class EnvironmentMismatch(DistMoeError):
+    """The machine, the MPI library or the ranks do not fit together (exit code 3)."""
+
+    exit_code = 3
+
+
+class Interrupted(DistMoeError):
+    """The user stopped the job (exit code 130)."""
+
+    exit_code = 130

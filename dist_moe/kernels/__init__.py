@@ -1,0 +1,45 @@
+"""The compiled kernels behind typed wrappers; the only package that touches the C extension."""
+
+from dist_moe.kernels.arrays import address_of, aligned_empty
+from dist_moe.kernels.buffers import ChunkList, KvView, MatrixList, Operand
+from dist_moe.kernels.context import isa_levels
+from dist_moe.kernels.formats import (
+    ALIGNMENT,
+    BLOCK_POSITIONS,
+    GROUP,
+    NO_FAULT,
+    TILE_ROWS,
+    VOCABULARY_BLOCK,
+    FaultKind,
+    KvFormat,
+    WeightFormat,
+    chunk_bytes,
+    kv_block_bytes,
+    packed_bytes,
+)
+from dist_moe.kernels.native import Kernels
+from dist_moe.kernels.sampling_kernels import SamplingParameters
+
+__all__ = [
+    "ALIGNMENT",
+    "BLOCK_POSITIONS",
+    "GROUP",
+    "NO_FAULT",
+    "TILE_ROWS",
+    "VOCABULARY_BLOCK",
+    "ChunkList",
+    "FaultKind",
+    "Kernels",
+    "KvFormat",
+    "KvView",
+    "MatrixList",
+    "Operand",
+    "SamplingParameters",
+    "WeightFormat",
+    "address_of",
+    "aligned_empty",
+    "chunk_bytes",
+    "isa_levels",
+    "kv_block_bytes",
+    "packed_bytes",
+]

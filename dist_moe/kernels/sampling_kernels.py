@@ -1,0 +1,108 @@
+"""Kernels from logits to tokens: block sums, candidates, the draw (NUMERICS rules 13 and 14).
+
+Legend: T tokens, V vocabulary (this rank's columns), B blocks of 128 columns, N candidates. See native.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dist_moe.kernels._native import ffi, lib
+from dist_moe.kernels.arrays import F32, I32, F32Array, I32Array
+from dist_moe.kernels.context import Context
+from dist_moe.kernels.formats import VOCABULARY_BLOCK
+
+
+@dataclass(frozen=True)
+class SamplingParameters:
+    """How to draw one token (`dm_sampling`, NUMERICS rules 13 and 14); filters apply in the order of the fields."""
+
+    temperature: float = 0.0  # 0: the best token
+    top_k: int = 0  # 0: no limit
+    top_p: float = 1.0  # keep the smallest prefix that holds this share of what top_k left; 1: all
+    min_p: float = 0.0  # keep tokens of at least this share of the best one's probability
+    seed: int = 0
+    sample_index: int = 0
+    position: int = 0
+
+
+class SamplingKernels(Context):
+    """The chapter "logits and sampling" of dist_moe.h."""
+
+    def vocabulary_blocks(
+        self,
+        max_TB: F32Array,
+        sum_TB: F32Array,
+        fault_T: I32Array,
+        logits_TV: F32Array,
+        temperature_T: F32Array,
+        valid: int,
+        layer: int,
+        tokens: int | None = None,
+    ) -> None:
+        """Largest logit and sum of exp((logit - largest) / temperature) per 128 columns of `tokens` rows of logits_TV.
+
+        Columns from `valid` on are masked; a masked block gives -infinity and 0; temperature 0 is read as 1 (rule 13).
+        """
+        vocabulary, tokens = logits_TV.shape[1], len(logits_TV) if tokens is None else tokens
+        blocks = -(-vocabulary // VOCABULARY_BLOCK)
+        largest, total = F32.write(max_TB, tokens, blocks), F32.write(sum_TB, tokens, blocks)
+        fault, logits = I32.write(fault_T, tokens), F32.read(logits_TV, tokens, vocabulary)
+        temperature = F32.read(temperature_T, tokens)
+        lib.dm_vocabulary_blocks(
+            self._context, largest, total, fault, logits, temperature, tokens, vocabulary, valid, layer
+        )
+
+    def top_logits(
+        self,
+        ids_TN: I32Array,
+        logits_TN: F32Array,
+        logits_TV: F32Array,
+        valid: int,
+        first_id: int,
+        tokens: int | None = None,
+    ) -> None:
+        """The N best columns below `valid` of `tokens` rows of logits_TV, by (logit descending, id ascending).
+
+        Column c has id first_id + c; missing candidates get id -1 and logit -infinity.
+        """
+        vocabulary, count, tokens = logits_TV.shape[1], ids_TN.shape[1], len(logits_TV) if tokens is None else tokens
+        ids, best = I32.write(ids_TN, tokens, count), F32.write(logits_TN, tokens, count)
+        logits = F32.read(logits_TV, tokens, vocabulary)
+        lib.dm_top_logits(self._context, ids, best, logits, tokens, vocabulary, valid, first_id, count)
+
+    def merge_candidates(self, ids_N: I32Array, logits_N: F32Array) -> None:
+        """Sort one token's candidates of several ranks in place by (logit descending, id ascending), missing last."""
+        count = len(ids_N)
+        lib.dm_merge_candidates(self._context, I32.write(ids_N, count), F32.write(logits_N, count), count)
+
+    def sample(
+        self,
+        how: SamplingParameters,
+        ids_N: I32Array,
+        logits_N: F32Array,
+        max_B: F32Array,
+        sum_B: F32Array,
+        complete: bool,
+    ) -> tuple[int, float]:
+        """Draw one token from the N best candidates; the B block sums give the whole vocabulary's mass.
+
+        Returns:
+            The token's place in the list, or -1 if the candidates cannot decide (never if `complete`: no other token
+            exists), and its share of the whole mass.
+        """
+        count, blocks = len(ids_N), len(max_B)
+        struct = ffi.new(
+            "dm_sampling *",
+            (how.temperature, how.top_p, how.min_p, how.top_k, how.seed, how.sample_index, how.position),
+        )
+        probability = ffi.new("float *")
+        ids, logits = I32.read(ids_N, count), F32.read(logits_N, count)
+        largest, total = F32.read(max_B, blocks), F32.read(sum_B, blocks)
+        place = lib.dm_sample(self._context, probability, struct, ids, logits, largest, total, count, blocks, complete)
+        return int(place), float(probability[0])
+
+    @staticmethod
+    def uniform(seed: int, sample_index: int, position: int) -> float:
+        """A number in [0, 1) with 53 random bits, a function of its arguments alone (rule 14)."""
+        return float(lib.dm_uniform(seed, sample_index, position))

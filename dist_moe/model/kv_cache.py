@@ -1,0 +1,71 @@
+"""Keys and values of this rank's KV heads, in blocks of 64 positions that grow with each sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_moe.kernels import BLOCK_POSITIONS, KvFormat, KvView, address_of, aligned_empty, kv_block_bytes
+from dist_moe.model.step import Step
+
+
+@dataclass
+class _Sequence:
+    """The blocks of one sequence: their buffers, which keep them alive, and their addresses."""
+
+    buffers: list[npt.NDArray[np.uint8]] = field(default_factory=list)
+    addresses: list[int] = field(default_factory=list)
+
+
+class KvCache:
+    """The caches of all sequences on one rank.
+
+    Position block b of a sequence is one buffer [layers][local KV heads][K, then V of 64 positions], so that a
+    sequence costs what it holds, not what it might hold.
+    """
+
+    def __init__(self, kv_format: KvFormat, layers: int, kv_heads: int, head_dim: int) -> None:
+        self._format = kv_format
+        self._layer_bytes = kv_heads * kv_block_bytes(kv_format, head_dim)
+        self._block_bytes = layers * self._layer_bytes
+        self._sequences: dict[int, _Sequence] = {}
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes that all sequences hold now."""
+        return sum(len(sequence.buffers) for sequence in self._sequences.values()) * self._block_bytes
+
+    def view(self, step: Step) -> KvView:
+        """Where the step's tokens read and write; releases and allocates blocks first."""
+        for sequence in step.released:
+            self._sequences.pop(sequence, None)
+        blocks: list[int] = []
+        table_T = np.empty(step.tokens, dtype=np.int64)
+        position_T = np.empty(step.tokens, dtype=np.int64)
+        at = 0
+        for part in step.slices:
+            stop = part.position + len(part.ids)
+            rows = slice(at, at + len(part.ids))
+            table_T[rows] = len(blocks)
+            position_T[rows] = np.arange(part.position, stop)
+            blocks += self._grow(part.sequence, stop).addresses
+            at = rows.stop
+        return KvView(np.array(blocks, dtype=np.uint64), table_T, position_T, 0, self._format)
+
+    def layer_offset(self, layer: int) -> int:
+        """Bytes before the layer's part of a block."""
+        return layer * self._layer_bytes
+
+    def clear(self) -> None:
+        """Forget every sequence."""
+        self._sequences.clear()
+
+    def _grow(self, name: int, positions: int) -> _Sequence:
+        sequence = self._sequences.setdefault(name, _Sequence())
+        while len(sequence.buffers) * BLOCK_POSITIONS < positions:
+            buffer = aligned_empty((self._block_bytes,), np.uint8)
+            sequence.buffers.append(buffer)
+            sequence.addresses.append(address_of(buffer))
+        return sequence

@@ -1,0 +1,91 @@
+"""A step: what rank 0 asks of all ranks at once, and how it travels (one array of int64 words)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+# Rows of logits that one step may ask for: they are computed together and kept until the next step.
+MAX_LOGIT_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive tokens of one sequence.
+
+    `sequence` names the KV cache that they join; `position` is the first token's.
+    """
+
+    sequence: int
+    position: int
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A batch of slices of different sequences, prefill chunks and decodes alike.
+
+    Attributes:
+        slices: At most one per sequence.
+        logit_rows: Tokens of the flattened batch whose logits are needed, ascending.
+        temperatures: One f32 value per logit row (NUMERICS rule 13 sums at the request's temperature).
+        full_logits: Gather whole rows of logits on rank 0 instead of candidates.
+        valid_vocabulary: Ids from here on are masked in sampling.
+        released: Sequences whose KV cache is freed before the step.
+    """
+
+    slices: tuple[Slice, ...]
+    logit_rows: tuple[int, ...]
+    temperatures: tuple[float, ...]
+    full_logits: bool
+    valid_vocabulary: int
+    released: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """T, the tokens of all slices."""
+        return sum(len(part.ids) for part in self.slices)
+
+    def pack(self) -> npt.NDArray[np.int64]:
+        """The step as words: counts, then slices, ids, logit rows, temperatures (as f32 bits), released sequences."""
+        temperatures = np.array(self.temperatures, dtype=np.float32).view(np.uint32)
+        words: list[int] = [
+            len(self.slices),
+            len(self.logit_rows),
+            int(self.full_logits),
+            self.valid_vocabulary,
+            len(self.released),
+        ]
+        for part in self.slices:
+            words += (part.sequence, part.position, len(part.ids))
+        for part in self.slices:
+            words += part.ids
+        words += self.logit_rows
+        words += temperatures.tolist()
+        words += self.released
+        return np.array(words, dtype=np.int64)
+
+    @staticmethod
+    def unpack(words: npt.NDArray[np.int64]) -> Step:
+        """The inverse of `pack`."""
+        values = words.tolist()
+        slice_count, row_count, full_logits, valid_vocabulary, released_count = values[:5]
+        heads = [values[5 + 3 * i : 8 + 3 * i] for i in range(slice_count)]
+        at = 5 + 3 * slice_count
+        slices = []
+        for sequence, position, count in heads:
+            slices.append(Slice(sequence, position, tuple(values[at : at + count])))
+            at += count
+        rows = tuple(values[at : at + row_count])
+        bits = np.array(values[at + row_count : at + 2 * row_count], dtype=np.uint32)
+        at += 2 * row_count
+        return Step(
+            slices=tuple(slices),
+            logit_rows=rows,
+            temperatures=tuple(bits.view(np.float32).tolist()),
+            full_logits=bool(full_logits),
+            valid_vocabulary=valid_vocabulary,
+            released=tuple(values[at : at + released_count]),
+        )

@@ -1,0 +1,104 @@
+"""The buffers of a step, allocated once: nothing in a step's path allocates per token.
+
+Shape suffixes: T tokens, D model dim, P head dim, h local query heads, g local KV heads, E experts, K experts per
+token, N = T * K choices, v local vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_moe.kernels import ChunkList, Operand, aligned_empty
+from dist_moe.model.step import MAX_LOGIT_ROWS
+from dist_moe.model_config import ModelConfig
+from dist_moe.parallel.plan import Plan
+
+Floats = npt.NDArray[np.float32]
+Int32s = npt.NDArray[np.int32]
+Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Every intermediate of a step of at most `max_tokens` tokens, on one rank."""
+
+    max_tokens: int
+    x_TD: Floats
+    fault_T: Int32s
+    normed: Operand  # the norm's output, of D columns
+    attended: Operand  # attention's output, of h P columns
+    qkv_TR: Floats  # [T, (h + 2 g) P]
+    cos_TP: Floats
+    sin_TP: Floats
+    sums_TD: Int64s
+    router_TE: Floats
+    ids_TK: Int32s
+    weights_TK: Floats
+    offset_E1: Int32s
+    token_N: Int32s
+    weight_N: Floats
+    chunks: ChunkList
+    head_x_ND: Floats  # the residual of the rows whose logits are needed
+    head: Operand
+    head_fault_N: Int32s
+    logits_Nv: Floats
+
+    def first(self, tokens: int) -> Workspace:
+        """The same buffers, cut to a step's tokens."""
+        assert tokens <= self.max_tokens
+        return replace(
+            self,
+            x_TD=self.x_TD[:tokens],
+            fault_T=self.fault_T[:tokens],
+            qkv_TR=self.qkv_TR[:tokens],
+            cos_TP=self.cos_TP[:tokens],
+            sin_TP=self.sin_TP[:tokens],
+            sums_TD=self.sums_TD[:tokens],
+            router_TE=self.router_TE[:tokens],
+            ids_TK=self.ids_TK[:tokens],
+            weights_TK=self.weights_TK[:tokens],
+        )
+
+
+def make_workspace(
+    config: ModelConfig, plan: Plan, *, quantized: bool, max_tokens: int, max_chunks: int, vocabulary_rows: int
+) -> Workspace:
+    """Allocate the buffers of one rank.
+
+    Args:
+        config: The model.
+        plan: This rank's share.
+        quantized: Whether matrices read int8 activations (q8 and q4 stores).
+        max_tokens: Tokens of the largest step.
+        max_chunks: Chunks of the layer that has most.
+        vocabulary_rows: Rows of lm_head on this rank.
+    """
+    T, D, P = max_tokens, config.model_dim, config.head_dim
+    E, K = max(config.experts, 1), max(config.experts_per_token, 1)
+    columns = (len(plan.heads) + 2 * len(plan.kv_heads)) * P
+    floats, ints = np.float32, np.int32
+    return Workspace(
+        max_tokens=T,
+        x_TD=aligned_empty((T, D), floats),
+        fault_T=aligned_empty((T,), ints),
+        normed=Operand(T, D, quantized),
+        attended=Operand(T, len(plan.heads) * P, quantized),
+        qkv_TR=aligned_empty((T, columns), floats),
+        cos_TP=aligned_empty((T, P // 2), floats),
+        sin_TP=aligned_empty((T, P // 2), floats),
+        sums_TD=aligned_empty((T, D), np.int64),
+        router_TE=aligned_empty((T, E), floats),
+        ids_TK=aligned_empty((T, K), ints),
+        weights_TK=aligned_empty((T, K), floats),
+        offset_E1=aligned_empty((E + 1,), ints),
+        token_N=aligned_empty((T * K,), ints),
+        weight_N=aligned_empty((T * K,), floats),
+        chunks=ChunkList(max_chunks),
+        head_x_ND=aligned_empty((MAX_LOGIT_ROWS, D), floats),
+        head=Operand(MAX_LOGIT_ROWS, D, quantized),
+        head_fault_N=aligned_empty((MAX_LOGIT_ROWS,), ints),
+        logits_Nv=aligned_empty((MAX_LOGIT_ROWS, vocabulary_rows), floats),
+    )

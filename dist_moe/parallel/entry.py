@@ -1,0 +1,184 @@
+"""How a job ends: the one wrapper around every command, so that no rank waits for one that has left.
+
+Exit codes: 0; 1 our bug; 2 bad input; 3 environment or mismatch; 75 stall or lost peer; 130 interrupted; 141 the
+reader of stdout is gone (as a shell reports SIGPIPE).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+from dist_moe.errors import DistMoeError
+from dist_moe.parallel.launcher import Launcher, detect_launcher
+from dist_moe.parallel.mpi import running_mpi
+from dist_moe.parallel.world import AgreedError
+
+_BUG = 1
+_INTERRUPTED = 130
+_PIPE_CLOSED = 141
+
+# An error that all ranks meet is printed by the lowest one, which ends the others while they wait this long.
+_START_GRACE_S = 10.0
+_GRACE_S = 2.0
+_GRACE_PER_RANK_S = 0.5
+_LONGEST_STAGGER_S = 5.0
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """An exit code and the lines that explain it; `agreed` when all ranks are known to leave alike."""
+
+    code: int
+    lines: tuple[str, ...] = ()
+    agreed: bool = False
+
+
+def guarded(main: Callable[[], int], environ: Mapping[str, str] | None = None) -> int:
+    """Run a command and end its job: the only way out of this package's programs.
+
+    An `AgreedError` is printed once by rank 0 and all ranks leave alike after MPI_Finalize. Any other exception or
+    SystemExit while other ranks run is printed with rank and host, and MPI_Abort ends them. Before MPI is up the first
+    rank alone prints, and the launcher is told to end the job, so such an error on one rank ends all too.
+
+    Args:
+        main: The command; returns its exit code. It may start MPI (`World.start`) but never ends it.
+        environ: The launcher's environment; `os.environ` when None.
+
+    Returns:
+        The exit code for `sys.exit`; MPI is finalized.
+    """
+    environ = os.environ if environ is None else environ
+    launcher = detect_launcher(environ)
+    try:
+        ending = _Ending(main(), agreed=True)
+        sys.stdout.flush()
+    except BaseException as error:
+        ending = _explain(error, _place(launcher))
+    mpi = running_mpi()
+    if mpi is None:
+        return _leave_before_mpi(ending, launcher, environ)
+    if mpi.COMM_WORLD.size == 1:
+        _print(ending.lines if launcher.is_first else ())
+        mpi.Finalize()
+        # A wrong library makes every process a world of one: the others wait until the launcher's first has printed.
+        return _leave_before_mpi(_Ending(ending.code), launcher, environ)
+    if not ending.agreed:
+        _abort(ending, mpi)
+    if mpi.COMM_WORLD.rank == 0:
+        _print(ending.lines)
+    _finalize_together(mpi)
+    return ending.code
+
+
+def _explain(error: BaseException, place: str) -> _Ending:
+    """The ending that an exception asks for."""
+    if isinstance(error, AgreedError):
+        return _Ending(error.exit_code, _error_lines(error), agreed=True)
+    if isinstance(error, DistMoeError):
+        return _Ending(error.exit_code, _error_lines(error))
+    if isinstance(error, KeyboardInterrupt):
+        return _Ending(_INTERRUPTED, ("dist-moe: interrupted",))
+    if isinstance(error, BrokenPipeError) and not _stdout_is_open():
+        return _Ending(_PIPE_CLOSED)
+    if isinstance(error, SystemExit):
+        return _explain_exit(error, place)
+    lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
+    summary = f"{type(error).__name__}: {error}".splitlines()[0]
+    return _Ending(_BUG, (f"dist-moe: internal error{place}: {summary}", *lines))
+
+
+def _explain_exit(error: SystemExit, place: str) -> _Ending:
+    """sys.exit: an exit code like a returned one before MPI is up, a mistake after (the other ranks would wait)."""
+    code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    text = (f"dist-moe: error: {error.code}",) if isinstance(error.code, str) else ()
+    if running_mpi() is None:
+        return _Ending(code, text)
+    left = f"dist-moe: internal error{place}: left with sys.exit({error.code!r}) while other ranks run"
+    return _Ending(code or _BUG, (*text, left))
+
+
+def _error_lines(error: DistMoeError) -> tuple[str, ...]:
+    lines = tuple(f"dist-moe: error: {line}" for line in str(error).splitlines() or [type(error).__name__])
+    if logging.getLogger("dist_moe").isEnabledFor(logging.DEBUG):
+        lines += tuple("".join(traceback.format_exception(error)).rstrip().splitlines())
+    return lines
+
+
+def _place(launcher: Launcher) -> str:
+    return "" if launcher.name == "none" else f" on rank {launcher.rank} ({socket.gethostname()})"
+
+
+def _leave_before_mpi(ending: _Ending, launcher: Launcher, environ: Mapping[str, str]) -> int:
+    """Leave without MPI; a failure ends the whole job, whose other ranks may be waiting in MPI_Init.
+
+    prterun ends a job whose process returns a failure. Hydra does not, but takes PMI-1's abort command, and prints
+    nothing about it. Other launchers end each process on its own, so there only the first prints.
+    """
+    pmi_fd = environ.get("PMI_FD", "") if launcher.name == "mpich" else ""
+    ends_job = launcher.name == "openmpi" or pmi_fd.isdecimal()
+    if ending.code != 0 and ends_job and not launcher.is_first:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        time.sleep(_START_GRACE_S + _stagger_s(launcher.rank))
+    if launcher.is_first or ends_job or ending.code == _BUG:
+        _print(ending.lines)
+    if ending.code != 0 and launcher.size > 1 and pmi_fd.isdecimal():
+        try:
+            os.write(int(pmi_fd), f"cmd=abort exitcode={ending.code}\n".encode())
+        except OSError:
+            return ending.code
+        # Hydra ends this process within milliseconds; should it not, the code is the same.
+        time.sleep(1.0)
+    return ending.code
+
+
+def _abort(ending: _Ending, mpi: ModuleType) -> None:
+    """Print and end all ranks now; later ranks give lower ones that met the same error the time to do it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    rank = mpi.COMM_WORLD.rank
+    if rank > 0:
+        time.sleep(_GRACE_S + _stagger_s(rank))
+    _print(ending.lines)
+    mpi.COMM_WORLD.Abort(ending.code)
+
+
+def _finalize_together(mpi: ModuleType) -> None:
+    """MPI_Finalize once every rank is here, napping while some are not: no rank leaves before rank 0 has printed."""
+    request = mpi.COMM_WORLD.Ibarrier()
+    while not request.Test():
+        time.sleep(0.001)
+    mpi.Finalize()
+
+
+def _stagger_s(rank: int) -> float:
+    return min(rank * _GRACE_PER_RANK_S, _LONGEST_STAGGER_S)
+
+
+def _stdout_is_open() -> bool:
+    """Whether stdout can still be written; when not, it becomes /dev/null, so that the last flush is quiet."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
+def _print(lines: tuple[str, ...]) -> None:
+    """Write the lines to stderr in one piece, after what stdout still holds."""
+    if not lines:
+        return
+    _stdout_is_open()
+    try:
+        sys.stderr.write("\n".join(lines) + "\n")
+        sys.stderr.flush()
+    except OSError:
+        return

@@ -1,0 +1,1 @@
+"""The packed store: its units and their placement, the writer, and the mapped reader."""

@@ -1,0 +1,162 @@
+"""A checkpoint becomes a store: planned first, then written file by file, resumable after every file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dist_moe.checkpoint.reader import Checkpoint
+from dist_moe.errors import StoreError
+from dist_moe.kernels import Kernels
+from dist_moe.store import state
+from dist_moe.store.layout import weight_files, weight_layout
+from dist_moe.store.lock import store_lock
+from dist_moe.store.manifest import PROGRESS_NAME, Manifest, StoreFile
+from dist_moe.store.pack import Packer
+from dist_moe.store.plan import StoreOptions, plan_store
+from dist_moe.store.weight_file import write_weight_file
+from dist_moe.store.writer import FileWriter, write_errors, write_text
+
+# Called with (finished bytes, all bytes, what is being done), often.
+Progress = Callable[[int, int, str], None]
+
+_COPY_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did."""
+
+    manifest: Manifest
+    written_files: tuple[str, ...]  # empty: the store was there already
+    kept_files: tuple[str, ...]  # finished before, by an earlier run
+
+
+def convert(source: Checkpoint, destination: Path, options: StoreOptions, progress: Progress) -> Conversion:
+    """Make a store, or finish an interrupted one; a whole one of the same options is left alone.
+
+    Args:
+        source: The checkpoint.
+        destination: The directory of the store; created if need be.
+        options: How to make it.
+        progress: Told about every piece that is written, and while waiting for another process.
+
+    Raises:
+        UsageError: The model cannot be stored like that.
+        StoreError: The destination holds something else, is locked, or cannot be written; or weights are not finite.
+    """
+    plan = plan_store(source, options)
+    state.prepare_directory(destination)
+    total_bytes = sum(weight_layout(plan, name).file_bytes for name in weight_files(plan))
+
+    def on_wait() -> None:
+        progress(
+            state.weight_bytes(destination, plan), total_bytes, "waiting for another process that writes this store"
+        )
+
+    copied = {path.name: path for path in source.tokenizer_files()}
+    if not options.force and (there := _already_there(destination, plan, copied, options)):
+        return there
+    with store_lock(destination, on_wait if options.wait else None):
+        if options.force:
+            state.remove_store(destination)
+        elif there := _already_there(destination, plan, copied, options):
+            return there  # another process has finished it meanwhile
+        finished = state.finished_files(destination, plan, copied)
+        refuse_nonfinite(destination, replace(plan, files=finished).nonfinite, options)
+        run = _Run(source, destination, options, plan, progress, total_bytes)
+        return run.write(copied, finished)
+
+
+def _already_there(
+    directory: Path, plan: Manifest, copied: Mapping[str, Path], options: StoreOptions
+) -> Conversion | None:
+    """The whole store that stands here, seen without the lock, so that it may lie where nothing can be written."""
+    try:
+        finished = state.finished_files(directory, plan, copied)
+        refuse_nonfinite(directory, replace(plan, files=finished).nonfinite, options)
+        if state.is_complete(directory, plan, finished):
+            return Conversion(replace(plan, files=finished), (), tuple(entry.name for entry in finished))
+    except StoreError:
+        return None  # perhaps another process is changing it: look again under the lock
+    return None
+
+
+def refuse_nonfinite(directory: Path, counts: Mapping[str, int], options: StoreOptions) -> None:
+    """Refuse weights that are not finite unless the options allow them; names every tensor that has some."""
+    if counts and not options.allow_nonfinite:
+        named = ", ".join(f"{name}: {count}" for name, count in sorted(counts.items()))
+        raise StoreError(
+            f"{directory}: the source has weights that are NaN, infinite or too large for their format ({named}); "
+            "download the checkpoint again, or keep them with --allow-nonfinite"
+        )
+
+
+class _Run:
+    """The writing part of one conversion, under the lock."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        directory: Path,
+        options: StoreOptions,
+        plan: Manifest,
+        progress: Progress,
+        total_bytes: int,
+    ) -> None:
+        self._source = source
+        self._directory = directory
+        self._options = options
+        self._plan = plan
+        self._progress = progress
+        self._total_bytes = total_bytes
+        self._done_bytes = 0
+
+    def write(self, copied: Mapping[str, Path], finished: tuple[StoreFile, ...]) -> Conversion:
+        """Write what is not finished, the manifest last."""
+        plan, entries = self._plan, {entry.name: entry for entry in finished}
+        names = [*weight_files(plan), *copied]
+        missing = [name for name in names if name not in entries]
+        state.begin(self._directory, plan, finished)
+        self._done_bytes = sum(entry.file_bytes for entry in finished if entry.name not in copied)
+        self._check_space()
+        with Kernels(self._options.threads or len(os.sched_getaffinity(0))) as kernels:
+            for name in missing:
+                entries[name] = self._copy(copied[name]) if name in copied else self._pack(name, kernels)
+                files = tuple(entries[known] for known in names if known in entries)
+                write_text(self._directory, PROGRESS_NAME, replace(plan, files=files).render())
+        manifest = replace(plan, files=tuple(entries[name] for name in names))
+        state.complete(self._directory, manifest)
+        return Conversion(manifest, tuple(missing), tuple(name for name in names if name not in missing))
+
+    def _pack(self, name: str, kernels: Kernels) -> StoreFile:
+        packer = Packer(self._source, self._plan, kernels)
+
+        def on_written(count: int) -> None:
+            self._done_bytes += count
+            self._progress(self._done_bytes, self._total_bytes, name)
+
+        def on_tensor() -> None:
+            refuse_nonfinite(self._directory, packer.nonfinite, self._options)
+
+        with FileWriter(self._directory, name, on_written) as file:
+            return write_weight_file(file, name, self._plan, packer, on_tensor)
+
+    def _copy(self, path: Path) -> StoreFile:
+        with FileWriter(self._directory, path.name, lambda _: None) as file, path.open("rb") as original:
+            while data := original.read(_COPY_BYTES):
+                file.write(data)
+            return file.finish({})
+
+    def _check_space(self) -> None:
+        needed_bytes = self._total_bytes - self._done_bytes
+        with write_errors(self._directory):
+            free_bytes = shutil.disk_usage(self._directory).free
+        if free_bytes < needed_bytes:
+            raise StoreError(
+                f"{self._directory}: the disk is too full: {needed_bytes} bytes needed, {free_bytes} free; "
+                "make room or choose another -o, then repeat the same command"
+            )

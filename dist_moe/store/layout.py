@@ -1,0 +1,142 @@
+"""What stands in each weight file of a store: tensor names, types and shapes, in file order.
+
+Every tensor begins on a 64-byte boundary. The checksums come last, so that a file is written in one pass: one xxh3
+per unit (in the common file: per tensor), as "<name>.xxh3".
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_moe.checkpoint.safetensors_file import FileLayout, file_layout
+from dist_moe.kernels.formats import packed_bytes
+from dist_moe.store.manifest import COMMON_NAME, FORMAT_VERSION, NUMERICS_VERSION, Manifest, shard_to_json
+from dist_moe.store.placement import Indices, indices_of, shard_name
+from dist_moe.store.units import UnitKind, tensor_name, unit_bytes
+
+CHECKSUM_SUFFIX = ".xxh3"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a store file, with the safetensors name of its type."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class UnitTensor:
+    """A shard's units of one kind in one layer: row i of the tensor is unit `indices[i]`."""
+
+    kind: UnitKind
+    layer: int
+    indices: Indices
+    spec: TensorSpec
+
+
+def unit_tensors(manifest: Manifest, shard: int) -> Iterator[UnitTensor]:
+    """The packed tensors of shard `shard` (from 0) in file order; what it has no units of has no tensor."""
+    units = manifest.shards[shard]
+    kinds: list[tuple[UnitKind, int]] = []
+    for layer in range(manifest.config.layers):
+        kinds += [("head", layer), ("kv_head", layer), ("chunk", layer)]
+    for kind, layer in [*kinds, ("vocabulary", 0)]:
+        indices = indices_of(units.runs(kind, layer))
+        row_bytes = unit_bytes(manifest.config, manifest.format, manifest.group_size, kind, layer)
+        if len(indices):
+            yield UnitTensor(
+                kind, layer, indices, TensorSpec(tensor_name(kind, layer), "U8", (len(indices), row_bytes))
+            )
+
+
+def shard_specs(manifest: Manifest, shard: int) -> list[TensorSpec]:
+    """All tensors of a shard file, checksums included, in file order."""
+    packed = [tensor.spec for tensor in unit_tensors(manifest, shard)]
+    return [*packed, *(_checksums(spec, spec.shape[0]) for spec in packed)]
+
+
+def common_specs(manifest: Manifest) -> list[TensorSpec]:
+    """All tensors of common.safetensors, checksums included, in file order."""
+    config = manifest.config
+    specs = [
+        TensorSpec("embedding", manifest.embedding_format.label.upper(), (config.vocabulary, config.model_dim)),
+        TensorSpec("final_norm", "F32", (config.model_dim,)),
+    ]
+    for layer in range(config.layers):
+        specs += [TensorSpec(f"layers.{layer}.{name}", "F32", shape) for name, shape in _layer_vectors(manifest)]
+        if not config.is_dense(layer):
+            router_bytes = packed_bytes(manifest.router_format, config.experts, config.model_dim, 0)
+            specs.append(TensorSpec(f"layers.{layer}.router", "U8", (router_bytes,)))
+    return [*specs, *(_checksums(spec, 1) for spec in specs)]
+
+
+def file_specs(manifest: Manifest, name: str) -> list[TensorSpec]:
+    """The tensors of the weight file called `name`."""
+    return common_specs(manifest) if name == COMMON_NAME else shard_specs(manifest, shard_number(manifest, name))
+
+
+def shard_number(manifest: Manifest, name: str) -> int:
+    """Which shard (from 0) a file is; ValueError if it is none of this store's."""
+    return weight_files(manifest).index(name) - 1
+
+
+def weight_layout(manifest: Manifest, name: str) -> FileLayout:
+    """The header of the weight file called `name`, and where its tensors go."""
+    tensors = {spec.name: (spec.dtype, spec.shape) for spec in file_specs(manifest, name)}
+    return file_layout(tensors, file_metadata(manifest, name))
+
+
+def weight_files(manifest: Manifest) -> list[str]:
+    """The names of a store's weight files: the common one, then the shards."""
+    return [COMMON_NAME, *(shard_name(shard, manifest.nodes) for shard in range(manifest.nodes))]
+
+
+def file_metadata(manifest: Manifest, name: str) -> dict[str, str]:
+    """The tags in a weight file's header: what it is a part of and how its tensors are packed."""
+    tags = {
+        "format": "dist-moe",
+        "format_version": str(FORMAT_VERSION),
+        "numerics_version": str(NUMERICS_VERSION),
+        "source": manifest.source_name,
+        "source_fingerprint": manifest.source_fingerprint,
+        "weights": manifest.format.label,
+        "group_size": str(manifest.group_size),
+        "router": manifest.router_format.label,
+        "embedding": manifest.embedding_format.label,
+    }
+    if name != COMMON_NAME:
+        shard = shard_number(manifest, name)
+        units = json.dumps(shard_to_json(manifest.shards[shard]), separators=(",", ":"))
+        tags |= {"experts": manifest.experts, "node": str(shard + 1), "nodes": str(manifest.nodes), "units": units}
+    return tags
+
+
+def shard_command(manifest: Manifest, directory: Path) -> str:
+    """The command that makes a store again, or the files of it that are missing."""
+    words = ["dist-moe", "shard"]
+    if manifest.source_name != "demo":
+        words.append(manifest.source_name)
+    words += ["--nodes", str(manifest.nodes), "--quant", manifest.format.label]
+    words += ["--group-size", str(manifest.group_size), "--experts", manifest.experts, "-o", str(directory)]
+    return shlex.join(words)
+
+
+def _checksums(spec: TensorSpec, count: int) -> TensorSpec:
+    return TensorSpec(spec.name + CHECKSUM_SUFFIX, "U64", (count,))
+
+
+def _layer_vectors(manifest: Manifest) -> list[tuple[str, tuple[int]]]:
+    config = manifest.config
+    names = [("attention_norm", config.model_dim), ("mlp_norm", config.model_dim)]
+    names += [("q_norm", config.head_dim), ("k_norm", config.head_dim)]
+    if config.attention_bias:
+        names.append(("q_bias", config.heads * config.head_dim))
+        names += [(name, config.kv_heads * config.head_dim) for name in ("k_bias", "v_bias")]
+        names.append(("o_bias", config.model_dim))
+    return [(name, (length,)) for name, length in names]

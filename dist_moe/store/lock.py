@@ -1,0 +1,78 @@
+"""One writer per store: an exclusive lock on a file in its directory, released by the system if the writer dies."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dist_moe.errors import StoreError
+
+LOCK_NAME = ".lock"
+
+_POLL_S = 0.2
+
+
+@contextmanager
+def store_lock(directory: Path, on_wait: Callable[[], None] | None) -> Iterator[None]:
+    """Hold the lock of a store.
+
+    Args:
+        directory: The store; it exists.
+        on_wait: Called about five times a second while another process holds the lock; None does not wait.
+
+    Raises:
+        StoreError: Another process is writing this store and `on_wait` is None, or the file system cannot lock.
+    """
+    path = directory / LOCK_NAME
+    while True:
+        descriptor = _open(path)
+        try:
+            if _try_lock(descriptor, path) and _is_same_file(descriptor, path):
+                break
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        if on_wait is None:
+            raise StoreError(f"{directory}: another process is writing this store; wait for it, or choose another -o")
+        on_wait()
+        time.sleep(_POLL_S)
+    try:
+        yield
+    finally:
+        # Removed while it is held: whoever opened the old file sees that the name is gone and tries again.
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise StoreError(
+            f"{path}: cannot be written ({error.strerror}); choose a directory that you may write to"
+        ) from None
+
+
+def _try_lock(descriptor: int, path: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise StoreError(
+            f"{path}: this file system cannot lock files ({error.strerror}); choose a directory on another one"
+        ) from None
+    return True
+
+
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

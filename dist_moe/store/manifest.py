@@ -1,0 +1,245 @@
+"""manifest.json: what a store holds and how it was made, read strictly.
+
+The text is canonical (one text per content) and carries its own checksum, so a flipped bit anywhere is seen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dist_moe.errors import StoreError, UsageError
+from dist_moe.kernels.formats import WeightFormat
+from dist_moe.model_config import ModelConfig
+from dist_moe.store.checksum import checksum_text
+from dist_moe.store.fields import Fields
+from dist_moe.store.model_json import model_from_json, model_to_json
+from dist_moe.store.placement import EXPERT_LAYOUTS, LayerRuns, ShardUnits
+from dist_moe.store.units import GROUP_SIZES, check_format, chunks_per_expert, layer_chunk_width, unit_count
+
+FORMAT_VERSION = 1
+NUMERICS_VERSION = 1  # equals DM_NUMERICS_VERSION; a test compares them
+MANIFEST_NAME = "manifest.json"
+PROGRESS_NAME = ".progress.json"  # while a store is being written: a manifest that lists the finished files
+COMMON_NAME = "common.safetensors"
+
+_LARGEST_MANIFEST_BYTES = 1 << 28
+_CHECKSUM = r"[0-9a-f]{16}"
+_FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}"
+
+
+@dataclass(frozen=True)
+class StoreFile:
+    """One file of a store; checksums are xxh3 as 16 hexadecimal digits."""
+
+    name: str
+    file_bytes: int
+    header_bytes: int  # of a safetensors file, its length field included; 0 for other files
+    header_checksum: str  # of the first header_bytes bytes
+    checksum: str  # of the whole file
+    nonfinite: Mapping[str, int]  # source tensors with NaN or infinite weights in this file, and how many
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of manifest.json. Floats of the model are kept as bits (NUMERICS rule 3)."""
+
+    config: ModelConfig
+    source_name: str
+    source_fingerprint: str
+    format: WeightFormat  # of q, k, v, o, experts, dense MLPs and lm_head
+    group_size: int  # weights per scale, 0 for whole rows; decides chunk widths in every format
+    router_format: WeightFormat  # f32 or bf16
+    embedding_format: WeightFormat  # f32 or bf16
+    experts: str  # "whole" or "sliced": how the shards were cut
+    nodes: int
+    shards: tuple[ShardUnits, ...]  # one per node, in the order of their file names
+    package_version: str
+    files: tuple[StoreFile, ...]
+
+    def layer_chunk_width(self, layer: int) -> int:
+        """Hidden units of each of a layer's chunks."""
+        return layer_chunk_width(self.config, self.group_size, layer)
+
+    def layer_chunks_per_expert(self, layer: int) -> int:
+        """Chunks of each expert of a layer; a dense MLP is one expert."""
+        return chunks_per_expert(self.config, self.group_size, layer)
+
+    def file(self, name: str) -> StoreFile | None:
+        """The entry of a file, or None."""
+        return next((file for file in self.files if file.name == name), None)
+
+    @property
+    def nonfinite(self) -> dict[str, int]:
+        """Source tensors with NaN or infinite weights, and how many."""
+        counts = Counter[str]()
+        for file in self.files:
+            counts.update(file.nonfinite)
+        return dict(sorted(counts.items()))
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides every byte of the weight files, as JSON: equal recipes give equal files."""
+        return _body(replace(self, files=(), package_version=""))
+
+    def render(self) -> str:
+        """The text of manifest.json."""
+        body = _body(self)
+        return _dump({**body, "checksum": checksum_text(_dump(body).encode())})
+
+
+def parse_manifest(text: str, where: str) -> Manifest:
+    """Read and check the text of a manifest.
+
+    Args:
+        text: What the file holds.
+        where: Its path, for errors.
+
+    Raises:
+        StoreError: The text is damaged, of another version, or has a field that is missing, unknown or out of range.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{where}: is not valid JSON ({error}); {_ADVICE}") from None
+    entry = Fields(value, where, _ADVICE)
+    _check_version(entry, where, "format_version", FORMAT_VERSION)
+    _check_version(entry, where, "numerics_version", NUMERICS_VERSION)
+    found = entry.text("checksum", _CHECKSUM)
+    expected = checksum_text(_dump({key: item for key, item in value.items() if key != "checksum"}).encode())
+    if found != expected:
+        raise StoreError(f"{where}: its checksum is {found}, but its contents give {expected}; {_ADVICE}")
+    manifest = _from_json(entry)
+    if manifest.render() != text:
+        raise StoreError(f"{where}: its text is not as dist-moe writes it; {_ADVICE}")
+    return manifest
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check a manifest file.
+
+    Raises:
+        StoreError: The file cannot be read, or `parse_manifest` refuses it.
+    """
+    try:
+        if path.stat().st_size > _LARGEST_MANIFEST_BYTES:
+            raise StoreError(f"{path}: is larger than any manifest ({_LARGEST_MANIFEST_BYTES} bytes); {_ADVICE}")
+        text = path.read_bytes().decode()
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+    except UnicodeDecodeError:
+        raise StoreError(f"{path}: is not UTF-8 text; {_ADVICE}") from None
+    return parse_manifest(text, str(path))
+
+
+_ADVICE = "it was damaged or edited; copy it again from another machine or make the store again with dist-moe shard"
+
+
+def _check_version(entry: Fields, where: str, key: str, supported: int) -> None:
+    found = entry.integer(key, 0, 2**31)
+    if found != supported:
+        raise StoreError(
+            f"{where}: has {key.replace('_', ' ')} {found}, but this dist-moe reads version {supported}: "
+            f"{'install a newer dist-moe' if found > supported else 'make the store again with dist-moe shard'}"
+        )
+
+
+def _dump(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
+def _body(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "numerics_version": NUMERICS_VERSION,
+        "package_version": manifest.package_version,
+        "source": {"name": manifest.source_name, "fingerprint": manifest.source_fingerprint},
+        "weights": manifest.format.label,
+        "group_size": manifest.group_size,
+        "router": manifest.router_format.label,
+        "embedding": manifest.embedding_format.label,
+        "experts": manifest.experts,
+        "nodes": manifest.nodes,
+        "model": model_to_json(manifest.config),
+        "shards": [shard_to_json(shard) for shard in manifest.shards],
+        "files": [{**vars(file), "nonfinite": dict(sorted(file.nonfinite.items()))} for file in manifest.files],
+    }
+
+
+def shard_to_json(shard: ShardUnits) -> dict[str, Any]:
+    """The units of one shard as a JSON object."""
+    return {
+        "heads": shard.heads,
+        "kv_heads": shard.kv_heads,
+        "vocabulary": shard.vocabulary,
+        "chunks": [vars(part) for part in shard.chunks],
+    }
+
+
+def _from_json(entry: Fields) -> Manifest:
+    source = entry.object("source")
+    config = model_from_json(entry.object("model"))
+    weights = WeightFormat.parse(entry.choice("weights", [format.label for format in WeightFormat]))
+    group_size = entry.integer("group_size", 0, max(GROUP_SIZES))
+    try:
+        check_format(config, weights, group_size)
+    except UsageError as error:
+        entry.require(False, str(error))
+    nodes = entry.integer("nodes", 1, 8191)
+    manifest = Manifest(
+        config=config,
+        source_name=source.text("name"),
+        source_fingerprint=source.text("fingerprint"),
+        format=weights,
+        group_size=group_size,
+        router_format=WeightFormat.parse(entry.choice("router", ("f32", "bf16"))),
+        embedding_format=WeightFormat.parse(entry.choice("embedding", ("f32", "bf16"))),
+        experts=entry.choice("experts", EXPERT_LAYOUTS),
+        nodes=nodes,
+        shards=tuple(_shard(shard, config, group_size) for shard in entry.objects("shards")),
+        package_version=entry.text("package_version"),
+        files=tuple(_file(file) for file in entry.objects("files")),
+    )
+    source.done()
+    entry.done()
+    entry.require(len(manifest.shards) == nodes, f"has {len(manifest.shards)} shards for {nodes} nodes")
+    names = [file.name for file in manifest.files]
+    entry.require(len(names) == len(set(names)), "names a file twice")
+    return manifest
+
+
+def _shard(entry: Fields, config: ModelConfig, group_size: int) -> ShardUnits:
+    chunks = []
+    next_layer = 0
+    for part in entry.objects("chunks"):
+        first_layer = part.integer("first_layer", next_layer, next_layer)
+        next_layer = part.integer("stop_layer", first_layer + 1, config.layers)
+        stop = min(unit_count(config, group_size, "chunk", layer) for layer in range(first_layer, next_layer))
+        chunks.append(LayerRuns(first_layer, next_layer, part.runs("runs", stop)))
+        part.done()
+    entry.require(next_layer == config.layers, f"has chunks for {next_layer} of {config.layers} layers")
+    shard = ShardUnits(
+        heads=entry.runs("heads", config.heads),
+        kv_heads=entry.runs("kv_heads", config.kv_heads),
+        vocabulary=entry.runs("vocabulary", unit_count(config, group_size, "vocabulary", 0)),
+        chunks=tuple(chunks),
+    )
+    entry.done()
+    return shard
+
+
+def _file(entry: Fields) -> StoreFile:
+    file = StoreFile(
+        name=entry.text("name", _FILE_NAME),
+        file_bytes=entry.integer("file_bytes", 0, 2**62),
+        header_bytes=entry.integer("header_bytes", 0, 1 << 28),
+        header_checksum=entry.text("header_checksum", _CHECKSUM),
+        checksum=entry.text("checksum", _CHECKSUM),
+        nonfinite=entry.counts("nonfinite"),
+    )
+    entry.done()
+    entry.require(file.header_bytes <= file.file_bytes, "has a header longer than the file")
+    return file

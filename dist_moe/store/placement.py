@@ -1,0 +1,92 @@
+"""Which units stand in which of N shards: pure functions of the model's sizes and the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_moe.model_config import ModelConfig
+from dist_moe.split import contiguous, head_range_kv_heads, sliced_chunks, whole_chunks
+from dist_moe.store.units import UnitKind, chunks_per_expert, unit_count
+
+Runs = tuple[tuple[int, int], ...]  # ascending half-open ranges [first, stop) that do not touch
+Indices = npt.NDArray[np.int64]
+
+EXPERT_LAYOUTS = ("whole", "sliced")
+
+
+def runs_of(indices: Iterable[int]) -> Runs:
+    """Ascending indices as runs."""
+    runs: list[tuple[int, int]] = []
+    for index in indices:
+        if runs and runs[-1][1] == index:
+            runs[-1] = (runs[-1][0], index + 1)
+        else:
+            runs.append((index, index + 1))
+    return tuple(runs)
+
+
+def indices_of(runs: Runs) -> Indices:
+    """Runs as an ascending array of indices."""
+    return np.concatenate([np.empty(0, np.int64), *(np.arange(first, stop) for first, stop in runs)])
+
+
+@dataclass(frozen=True)
+class LayerRuns:
+    """The chunks that a shard holds in each of the layers [first_layer, stop_layer)."""
+
+    first_layer: int
+    stop_layer: int
+    runs: Runs
+
+
+@dataclass(frozen=True)
+class ShardUnits:
+    """All units of one shard; heads and KV heads are the same in every layer."""
+
+    heads: Runs
+    kv_heads: Runs
+    vocabulary: Runs
+    chunks: tuple[LayerRuns, ...]  # ascending, together they cover every layer
+
+    def runs(self, kind: UnitKind, layer: int) -> Runs:
+        """The units of one kind in one layer; `layer` is ignored for the vocabulary."""
+        if kind == "chunk":
+            return next(part.runs for part in self.chunks if part.first_layer <= layer < part.stop_layer)
+        return {"head": self.heads, "kv_head": self.kv_heads, "vocabulary": self.vocabulary}[kind]
+
+
+def place(config: ModelConfig, group_size: int, layout: str, nodes: int, index: int) -> ShardUnits:
+    """The units of shard `index` of `nodes`.
+
+    Args:
+        config: The model.
+        group_size: Weights per scale, which decides the chunks.
+        layout: `whole` experts, or experts `sliced` over all shards.
+        nodes: How many shards there are.
+        index: Which shard, from 0.
+    """
+    heads = contiguous(config.heads, nodes, index)
+    chunks: list[LayerRuns] = []
+    for layer in range(config.layers):
+        per_expert = chunks_per_expert(config, group_size, layer)
+        split = whole_chunks if layout == "whole" else sliced_chunks
+        runs = runs_of(split(config.layer_experts(layer), per_expert, nodes, index))
+        if chunks and chunks[-1].runs == runs:
+            chunks[-1] = LayerRuns(chunks[-1].first_layer, layer + 1, runs)
+        else:
+            chunks.append(LayerRuns(layer, layer + 1, runs))
+    return ShardUnits(
+        heads=runs_of(heads),
+        kv_heads=runs_of(head_range_kv_heads(heads, config.heads_per_kv_head)),
+        vocabulary=runs_of(contiguous(unit_count(config, group_size, "vocabulary", 0), nodes, index)),
+        chunks=tuple(chunks),
+    )
+
+
+def shard_name(index: int, nodes: int) -> str:
+    """The file name of shard `index` (from 0; names count from 1)."""
+    return f"shard-{index + 1:05d}-of-{nodes:05d}.safetensors"

@@ -1,0 +1,77 @@
+"""What a store will be: the options that decide its bytes, and the manifest that follows from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import dist_moe
+from dist_moe.checkpoint.reader import Checkpoint
+from dist_moe.errors import UsageError
+from dist_moe.kernels.formats import WeightFormat
+from dist_moe.store.manifest import Manifest
+from dist_moe.store.placement import EXPERT_LAYOUTS, place
+from dist_moe.store.units import check_format
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """How to make a store. The first four decide its bytes."""
+
+    nodes: int = 1
+    format: WeightFormat = WeightFormat.Q4
+    group_size: int = 32  # weights per scale, 0 for whole rows
+    experts: str = "whole"  # or "sliced"
+    force: bool = False  # replace a store that stands there
+    allow_nonfinite: bool = False  # pack NaN and infinite weights, too
+    wait: bool = False  # for another process that is writing the same store
+    threads: int = 0  # of the kernels that pack; 0 takes every CPU that this process may use
+
+
+def plan_store(source: Checkpoint, options: StoreOptions) -> Manifest:
+    """The manifest of the store that the options make of a checkpoint, before any file is written.
+
+    Raises:
+        UsageError: The model cannot be stored like that; says what works.
+    """
+    config = source.config
+    if not 1 <= options.nodes <= config.heads:
+        raise UsageError(
+            f"--nodes {options.nodes}: this model has {config.heads} query heads and each node needs one; "
+            f"give 1 to {config.heads}"
+        )
+    if options.experts not in EXPERT_LAYOUTS:
+        raise UsageError(f"--experts {options.experts}; give one of {', '.join(EXPERT_LAYOUTS)}")
+    check_format(config, options.format, options.group_size)
+    routers = {source.source_dtype(name) for name in source.names() if name.endswith(".router")}
+    return Manifest(
+        config=config,
+        source_name=source_name(source.directory),
+        source_fingerprint=source.fingerprint(),
+        format=options.format,
+        group_size=options.group_size,
+        router_format=_exact_format(routers),
+        embedding_format=_exact_format({source.source_dtype("embedding")}),
+        experts=options.experts,
+        nodes=options.nodes,
+        shards=tuple(
+            place(config, options.group_size, options.experts, options.nodes, shard) for shard in range(options.nodes)
+        ),
+        package_version=dist_moe.__version__,
+        files=(),
+    )
+
+
+def source_name(directory: Path) -> str:
+    """What to call a checkpoint: its directory's name, or the repository's in a Hugging Face cache."""
+    path = directory.resolve()
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        name = path.parent.parent.name.split("--")[-1]
+    else:
+        name = path.parent.name if path.name == "model" else path.name
+    return "".join(character if character.isprintable() else "_" for character in name) or "model"
+
+
+def _exact_format(source_dtypes: set[str]) -> WeightFormat:
+    """How routers and the embedding are kept: bf16 if the source is bf16 throughout, else f32; both are exact."""
+    return WeightFormat.BF16 if source_dtypes == {"bf16"} else WeightFormat.F32

@@ -1,0 +1,178 @@
+"""The mapped store: units and common tensors as views of the files, nothing copied, nothing repacked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_moe.checkpoint.safetensors_file import SafetensorsFile
+from dist_moe.errors import StoreError
+from dist_moe.model_config import ModelConfig
+from dist_moe.store.layout import UnitTensor, shard_command, unit_tensors, weight_files
+from dist_moe.store.manifest import COMMON_NAME, MANIFEST_NAME, PROGRESS_NAME, Manifest, read_manifest
+from dist_moe.store.placement import indices_of, shard_name
+from dist_moe.store.units import UnitKind, describe_unit, tensor_name, unit_count
+from dist_moe.store.verify import check_file, check_header, open_weights
+
+FULL_CHECK_BYTES = 64 << 20  # smaller files are checked whole at every open: xxh3 runs at several GB/s
+
+Check = Literal["fast", "full"]
+Rows = npt.NDArray[np.uint8]  # [units, bytes of one unit]
+
+
+class Store:
+    """An open store. Its mappings live as long as it or any view of them does.
+
+    Attributes:
+        directory: Where it is.
+        manifest: What it holds.
+        present_files: Names of the weight files that are here.
+        missing_files: Names of the shards that are not.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, files: dict[str, SafetensorsFile]) -> None:
+        """Use `open`, which checks the files first."""
+        self.directory = directory
+        self.manifest = manifest
+        self.present_files = tuple(files)
+        self.missing_files = tuple(name for name in weight_files(manifest) if name not in files)
+        self._files = files
+        self._tensors: dict[str, list[tuple[UnitTensor, Rows]]] = {}
+        self._addresses: dict[str, npt.NDArray[np.uint64]] = {}
+        for shard in range(manifest.nodes):
+            name = shard_name(shard, manifest.nodes)
+            for tensor in unit_tensors(manifest, shard) if name in files else ():
+                rows = files[name].raw(tensor.spec.name).view(np.uint8)
+                self._tensors.setdefault(tensor.spec.name, []).append((tensor, rows))
+
+    @classmethod
+    def open(cls, directory: Path | str, check: Check = "fast") -> Store:
+        """Map a store; shards that are not on this machine may be absent until `require` asks for their units.
+
+        Args:
+            directory: The store.
+            check: `fast` compares sizes, headers and the checksums of files below 64 MB; `full` those of all files.
+
+        Raises:
+            StoreError: This is not a store, or it is incomplete, damaged or of another version.
+        """
+        directory = Path(directory)
+        manifest = read_store_manifest(directory)
+        weights = weight_files(manifest)
+        files = {}
+        for entry in manifest.files:
+            path = directory / entry.name
+            if not path.exists() and entry.name != COMMON_NAME:
+                continue
+            if check == "full" or entry.file_bytes < FULL_CHECK_BYTES:
+                check_file(path, entry, manifest)
+            else:
+                check_header(path, entry)
+            if entry.name in weights:
+                files[entry.name] = open_weights(path, manifest)
+        return cls(directory, manifest, files)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model."""
+        return self.manifest.config
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Where the tokenizer's files are, if the checkpoint had any."""
+        return self.directory
+
+    def common(self, name: str) -> npt.NDArray[Any]:
+        """A tensor that every rank needs, such as "layers.3.mlp_norm".
+
+        Returns:
+            A read-only view: float32 vectors; "embedding" float32 or (bf16) uint16 [V, D]; routers packed uint8 [n].
+        """
+        return self._files[COMMON_NAME].raw(name)
+
+    def unit(self, kind: UnitKind, layer: int, index: int) -> npt.NDArray[np.uint8]:
+        """One unit as a read-only view, uint8 [bytes], 64-byte aligned; `layer` is ignored for the vocabulary.
+
+        Raises:
+            StoreError: The unit is in no file on this machine.
+        """
+        for tensor, rows in self._tensors.get(tensor_name(kind, layer), ()):
+            row = int(np.searchsorted(tensor.indices, index))
+            if row < len(rows) and tensor.indices[row] == index:
+                view: npt.NDArray[np.uint8] = rows[row]
+                return view
+        raise self._missing(kind, layer, [index])
+
+    def unit_addresses(self, kind: UnitKind, layer: int) -> npt.NDArray[np.uint64]:
+        """The address of every unit of one kind in one layer, 0 where it is in no file on this machine.
+
+        Returns:
+            uint64 [units of the whole model], read-only; valid as long as the store is referenced.
+        """
+        name = tensor_name(kind, layer)
+        if name not in self._addresses:
+            addresses = np.zeros(unit_count(self.config, self.manifest.group_size, kind, layer), np.uint64)
+            for tensor, rows in reversed(self._tensors.get(name, [])):
+                offsets = np.arange(len(rows), dtype=np.uint64) * np.uint64(rows.shape[1])
+                addresses[tensor.indices] = np.uint64(rows.ctypes.data) + offsets
+            addresses.flags.writeable = False
+            self._addresses[name] = addresses
+        return self._addresses[name]
+
+    def present_units(self, kind: UnitKind, layer: int) -> npt.NDArray[np.int64]:
+        """The units of one kind in one layer that are on this machine, ascending."""
+        return np.flatnonzero(self.unit_addresses(kind, layer))
+
+    def missing_units(self, kind: UnitKind, layer: int, indices: Iterable[int]) -> list[int]:
+        """Those of `indices` that are in no file on this machine."""
+        addresses = self.unit_addresses(kind, layer)
+        return [index for index in indices if not addresses[index]]
+
+    def require(self, kind: UnitKind, layer: int, indices: Iterable[int]) -> None:
+        """Make sure that units are on this machine.
+
+        Raises:
+            StoreError: Names a unit that is not, the file that has it, and what brings it.
+        """
+        missing = self.missing_units(kind, layer, indices)
+        if missing:
+            raise self._missing(kind, layer, missing)
+
+    def _missing(self, kind: UnitKind, layer: int, missing: list[int]) -> StoreError:
+        manifest = self.manifest
+        holders = [
+            shard_name(shard, manifest.nodes)
+            for shard, units in enumerate(manifest.shards)
+            if missing[0] in indices_of(units.runs(kind, layer))
+        ]
+        unit = describe_unit(manifest.config, manifest.group_size, kind, layer, missing[0])
+        others = f" and {len(missing) - 1} more like it" if len(missing) > 1 else ""
+        if not holders:
+            return StoreError(f"{self.directory}: no shard of this store has {unit}{others}; choose another layout")
+        return StoreError(
+            f"{self.directory / holders[0]} is missing: it holds {unit}{others}, which this run needs here; "
+            f"copy the file from a machine that has it, or run: {shard_command(manifest, self.directory)}"
+        )
+
+
+def read_store_manifest(directory: Path) -> Manifest:
+    """The manifest of a store that is whole; raises StoreError that says what else stands there."""
+    if not directory.is_dir():
+        what = "is not a directory" if directory.exists() else "does not exist"
+        raise StoreError(f"{directory}: {what}; give the directory of a store, as dist-moe shard makes it")
+    if (directory / MANIFEST_NAME).exists():
+        return read_manifest(directory / MANIFEST_NAME)
+    if (directory / PROGRESS_NAME).exists():
+        raise StoreError(
+            f"{directory}: is an incomplete store (dist-moe shard was interrupted or is still running); "
+            "repeat the dist-moe shard command with the same options, it continues where it stopped"
+        )
+    if (directory / "config.json").exists():
+        raise StoreError(
+            f"{directory}: is a Hugging Face directory, not a store; run: dist-moe shard {directory} --nodes 1"
+        )
+    raise StoreError(f"{directory}: has no {MANIFEST_NAME}, so it is not a store; make one with dist-moe shard")

@@ -1,0 +1,1 @@
+"""Text beside the engine: tokenizer, incremental decoding, chat templates, a model's own generation settings."""

@@ -1,0 +1,70 @@
+"""Stores and engines for the tests of the engine; one rank, no MPI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from dist_moe.checkpoint.reader import Checkpoint
+from dist_moe.demo import demo_model_directory
+from dist_moe.engine.engine import Engine, EngineOptions
+from dist_moe.kernels import WeightFormat
+from dist_moe.parallel.world import World
+from dist_moe.store.convert import convert
+from dist_moe.store.plan import StoreOptions
+from dist_moe.store.reader import Store
+from helpers.tiny_model import TinyModel
+
+MakeStore = Callable[..., Store]
+MakeEngine = Callable[..., Engine]
+
+
+def ignore_progress(done_bytes: int, total_bytes: int, what: str) -> None:
+    """Conversion tells its progress to someone."""
+
+
+@pytest.fixture(scope="session")
+def make_store(tmp_path_factory: pytest.TempPathFactory) -> MakeStore:
+    """make_store(source directory, "q4", nodes=1): a store of a checkpoint, made once per session."""
+    made: dict[tuple[Path, str, int, bool], Store] = {}
+
+    def make(source: Path, weights: str = "f32", nodes: int = 1, allow_nonfinite: bool = False) -> Store:
+        key = (source, weights, nodes, allow_nonfinite)
+        if key not in made:
+            directory = tmp_path_factory.mktemp("store") / "store"
+            options = StoreOptions(
+                format=WeightFormat.parse(weights), nodes=nodes, allow_nonfinite=allow_nonfinite
+            )
+            convert(Checkpoint.open(source), directory, options, ignore_progress)
+            made[key] = Store.open(directory)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random checkpoint with a MoE layer and a dense one."""
+    return TinyModel().write(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def demo_store(make_store: MakeStore) -> Store:
+    """The demo model in f32."""
+    return make_store(demo_model_directory())
+
+
+@pytest.fixture
+def make_engine() -> Iterator[MakeEngine]:
+    """make_engine(store, **options): an engine on one rank, closed after the test."""
+    with ExitStack() as stack:
+
+        def make(store: Store, **options: object) -> Engine:
+            engine = Engine(store, World(), EngineOptions(**{"context": 512, **options}))
+            stack.callback(engine.kernels.close)
+            return engine
+
+        yield make

@@ -1,0 +1,127 @@
+"""The context: ISA levels, threads, the caller's floating-point environment, the self-test."""
+
+import ctypes
+import mmap
+import platform
+
+import numpy as np
+import pytest
+
+from dist_moe.errors import UsageError
+from dist_moe.kernels import Kernels, MatrixList, WeightFormat, isa_levels
+
+# The control register that turns flush-to-zero on: code to read and to write it, and a value with every flag set,
+# rounding towards zero and denormals flushed, all exceptions masked.
+MACHINES = {
+    # stmxcsr [rdi]; ret / ldmxcsr [rdi]; ret
+    "x86_64": (b"\x0f\xae\x1f\xc3", b"\x0f\xae\x17\xc3", 0xFFFF),
+    # mrs x1, fpcr; str w1, [x0]; ret / ldr w1, [x0]; msr fpcr, x1; ret
+    "aarch64": (
+        bytes.fromhex("01443bd5 010000b9 c0035fd6"),
+        bytes.fromhex("010040b9 01441bd5 c0035fd6"),
+        0x01C00000,
+    ),
+}
+
+
+class ControlRegister:
+    """MXCSR or FPCR of the calling thread, through a few bytes of machine code."""
+
+    def __init__(self) -> None:
+        if platform.machine() not in MACHINES:
+            pytest.skip(f"no code for {platform.machine()}")
+        read, write, self.hostile = MACHINES[platform.machine()]
+        try:
+            self._page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        except OSError:
+            pytest.skip("this system allows no executable memory")
+        self._page[: len(read)] = read
+        self._page[64 : 64 + len(write)] = write
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
+        if platform.machine() == "aarch64":  # instruction caches do not see stores by themselves
+            ctypes.CDLL("libgcc_s.so.1").__clear_cache(ctypes.c_void_p(start), ctypes.c_void_p(start + 128))
+        signature = ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_uint32))
+        self._read, self._write = signature(start), signature(start + 64)
+
+    def get(self) -> int:
+        value = ctypes.c_uint32()
+        self._read(ctypes.byref(value))
+        return value.value
+
+    def set(self, value: int) -> None:
+        self._write(ctypes.byref(ctypes.c_uint32(value)))
+
+
+@pytest.fixture
+def register():
+    """The control register, put back when the test ends."""
+    register = ControlRegister()
+    before = register.get()
+    yield register
+    register.set(before)
+
+
+def work(kernels, bench):
+    """Results that flush-to-zero or another rounding mode would change."""
+    rng = np.random.default_rng(3)
+    x_TC, weights_RC = (rng.standard_normal(s).astype(np.float32) for s in ((20, 96), (50, 96)))
+    x_TC[::2] *= np.float32(1e-38)
+    return bench.of(x_TC), bench.of(weights_RC), bench.of(np.ones(96, np.float32))
+
+
+def results(kernels, bench, x_TC, operand, matrices, gain_C):
+    out_TR, normed_TC = bench.empty((20, 50), np.float32), bench.empty((20, 96), np.float32)
+    kernels.matmul(out_TR, matrices, operand, 20, WeightFormat.F32, 0)
+    kernels.rmsnorm(normed_TC, x_TC, gain_C, 1e-38)
+    return out_TR, normed_TC
+
+
+def test_flush_to_zero_changes_nothing_and_comes_back(kernels, bench, same_bits, register):
+    x_TC, weights_RC, gain_C = work(kernels, bench)
+    operand = bench.operand(kernels, x_TC, quantized=False)
+    matrices = MatrixList([(bench.packed(kernels, weights_RC, WeightFormat.F32, 0), 50, 0)])
+    expected = results(kernels, bench, x_TC, operand, matrices, gain_C)
+    assert ((np.abs(expected[0]) > 0) & (np.abs(expected[0]) < 2.0**-126)).any(), "no denormal result: a weak test"
+    hash_before = kernels.self_test()
+    before = register.get()
+    register.set(register.hostile)
+    found = results(kernels, bench, x_TC, operand, matrices, gain_C)
+    hash_now = kernels.self_test()
+    with Kernels(threads=kernels.threads, isa=kernels.isa) as born_hostile:  # threads inherit the register
+        found_too = results(born_hostile, bench, x_TC, operand, matrices, gain_C)
+    after = register.get()
+    register.set(before)
+    assert after == register.hostile, "the caller's register was not restored"
+    assert hash_now == hash_before
+    same_bits(found, expected)
+    same_bits(found_too, expected)
+
+
+def test_self_test_is_one_number(portable, kernels):
+    assert kernels.self_test() == portable.self_test()
+    assert portable.self_test() != 0
+
+
+def test_unknown_level_names_the_available_ones(monkeypatch):
+    with pytest.raises(UsageError, match=f"'sse1'.*{', '.join(isa_levels())}"):
+        Kernels(isa="sse1")
+    monkeypatch.setenv("DIST_MOE_ISA", "mmx")
+    with pytest.raises(UsageError, match="mmx"):
+        Kernels()
+    monkeypatch.setenv("DIST_MOE_ISA", "portable")
+    with Kernels() as kernels:
+        assert kernels.isa == "portable"
+    monkeypatch.delenv("DIST_MOE_ISA")
+    with Kernels() as kernels:
+        assert kernels.isa == isa_levels()[-1]
+
+
+def test_contexts_report_themselves_and_close():
+    with pytest.raises(UsageError, match="at least 1"):
+        Kernels(threads=0)
+    assert isa_levels()[0] == "portable"
+    with Kernels(threads=3, isa="portable") as kernels:
+        assert kernels.threads == 3
+    kernels.close()  # twice is harmless
+    with pytest.raises(TypeError):
+        kernels.self_test()

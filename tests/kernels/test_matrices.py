@@ -1,0 +1,152 @@
+"""Matrix products and o_proj's exact sums over heads.
+
+T tokens, R matrix rows, C matrix columns, D model dim, P head dim, u units (heads).
+"""
+
+import numpy as np
+import pytest
+
+from dist_moe.kernels import MatrixList, WeightFormat, reference
+
+U = 2.0**-24  # half an ulp of f32 at 1
+SIZES = [(1, 1, 1), (3, 16, 31), (2, 17, 32), (5, 33, 33), (17, 31, 64), (4, 48, 130), (1, 130, 128), (33, 64, 48)]
+FORMATS = [
+    (WeightFormat.F32, 0),
+    (WeightFormat.BF16, 0),
+    *((fmt, group) for fmt in (WeightFormat.Q8, WeightFormat.Q4) for group in (32, 64, 128, 0)),
+]
+
+
+def operand_values(operand, fmt):
+    """What the weights are really multiplied with."""
+    if fmt.quantized:
+        return reference.dequantize(operand.q_TC, operand.scale_TG, operand.columns)
+    return operand.x_TC.astype(np.float64)
+
+
+def chain_bound(x_TC, weights_RC, fmt):
+    """Error of the chain over C: one fma per k, or per 32 and one more rounding of the scales' product."""
+    columns = x_TC.shape[1]
+    steps = -(-columns // 32) + 1 if fmt.quantized else columns
+    return steps * U * 1.001 * (np.abs(x_TC) @ np.abs(weights_RC).T) + columns * 2.0**-149
+
+
+def matmul(kernels, bench, packed, shape, operand, fmt, group):
+    out_TR = bench.empty((operand.max_tokens, shape[0]), np.float32)
+    matrices = MatrixList([(packed, shape[0], 0)])
+    kernels.matmul(out_TR, matrices, operand, operand.max_tokens, fmt, group)
+    return out_TR
+
+
+@pytest.mark.parametrize(("T", "R", "C"), SIZES)
+@pytest.mark.parametrize(("fmt", "group"), FORMATS)
+def test_matmul_values(portable, bench, fmt, group, T, R, C):
+    operand = bench.operand(portable, bench.floats(T, C), fmt.quantized)
+    packed = bench.packed(portable, bench.floats(R, C), fmt, group)
+    found_TR = matmul(portable, bench, packed, (R, C), operand, fmt, group)
+    weights_RC, x_TC = reference.unpack_matrix(packed, R, C, fmt, group), operand_values(operand, fmt)
+    assert (np.abs(found_TR - x_TC @ weights_RC.T) <= chain_bound(x_TC, weights_RC, fmt)).all()
+
+
+@pytest.mark.parametrize(("T", "R", "C"), SIZES)
+@pytest.mark.parametrize(("fmt", "group"), FORMATS)
+def test_matmul_bits_and_batches(portable, kernels, bench, same_bits, fmt, group, T, R, C):
+    x_TC = bench.floats(T, C, scale=2.0)
+    x_TC[0, ::3] *= np.float32(1e-38)  # products become denormal
+    operand = bench.operand(kernels, x_TC, fmt.quantized)
+    packed = bench.packed(portable, bench.floats(R, C), fmt, group)
+    together_TR = matmul(kernels, bench, packed, (R, C), operand, fmt, group)
+    same_bits(together_TR, matmul(portable, bench, packed, (R, C), operand, fmt, group))
+    for t in {0, T // 2, T - 1}:
+        alone = bench.operand(kernels, x_TC[t : t + 1], fmt.quantized)
+        same_bits(matmul(kernels, bench, packed, (R, C), alone, fmt, group)[0], together_TR[t])
+
+
+@pytest.mark.parametrize("fmt", list(WeightFormat))
+def test_matrices_fill_their_columns_and_no_others(portable, kernels, bench, same_bits, fmt):
+    shapes = [(17, 64), (32, 64), (1, 64), (40, 64)]
+    packed = [bench.packed(portable, bench.floats(*shape), fmt, 32) for shape in shapes]
+    columns = [50, 0, 49, 70]  # any order, with gaps
+    operand = bench.operand(kernels, bench.floats(3, 64), fmt.quantized)
+    out_TR = bench.of(np.full((3, 115), 7, np.float32))
+    matrices = MatrixList([(p, s[0], c) for p, s, c in zip(packed, shapes, columns, strict=True)])
+    kernels.matmul(out_TR, matrices, operand, 2, fmt, 32)
+    written = np.zeros(115, bool)
+    for matrix, shape, column in zip(packed, shapes, columns, strict=True):
+        alone_TR = matmul(portable, bench, matrix, shape, operand, fmt, 32)
+        same_bits(out_TR[:2, column : column + shape[0]], alone_TR[:2])
+        written[column : column + shape[0]] = True
+    assert (out_TR[:2, ~written] == 7).all()
+    assert (out_TR[2] == 7).all()
+
+
+def test_bias_is_added_to_its_columns(kernels, bench, same_bits):
+    out_TR, bias_R = bench.floats(3, 40), bench.floats(17)
+    expected_TR = out_TR.copy()
+    expected_TR[:2, 5:22] += bias_R
+    kernels.add_bias(out_TR, 5, bias_R, tokens=2)
+    same_bits(out_TR, expected_TR)
+
+
+def unit_sums(kernels, bench, units, x_TC, D, P, fmt, group, chosen=None):
+    """The exact sums of the chosen units (all by default), each with its head's columns of x_TC."""
+    chosen = range(len(units)) if chosen is None else chosen
+    columns = np.concatenate([np.arange(u * P, (u + 1) * P) for u in chosen]) if chosen else np.zeros(0, int)
+    operand = bench.operand(kernels, x_TC[:, columns], fmt.quantized)
+    sums_TD, fault_T = bench.empty((len(x_TC), D), np.int64), bench.faults(len(x_TC))
+    matrices = MatrixList([(units[u], D, 0) for u in chosen])
+    kernels.unit_sums(sums_TD, fault_T, matrices, operand, len(x_TC), P, fmt, group, 0)
+    assert (fault_T == 0x7FFFFFFF).all()
+    return sums_TD
+
+
+UNIT_CASES = [
+    (fmt, min(group, P), T, D, P) for fmt, group in FORMATS for T, D, P in [(1, 33, 32), (3, 64, 64), (2, 130, 96)]
+] + [(fmt, 0, T, D, P) for fmt in (WeightFormat.F32, WeightFormat.BF16) for T, D, P in [(3, 17, 1), (2, 48, 30)]]
+
+
+@pytest.mark.parametrize(("fmt", "group", "T", "D", "P"), UNIT_CASES)
+def test_unit_sums_are_sums_of_rounded_contributions(portable, kernels, bench, same_bits, fmt, group, T, D, P):
+    x_TC = bench.floats(T, 5 * P)
+    units = [bench.packed(portable, bench.floats(D, P, scale=0.1), fmt, group) for _ in range(5)]
+    sums_TD = unit_sums(kernels, bench, units, x_TC, D, P, fmt, group)
+    expected_TD = np.zeros((T, D), np.int64)
+    for u, unit in enumerate(units):
+        operand = bench.operand(portable, x_TC[:, u * P : (u + 1) * P], fmt.quantized)
+        expected_TD += reference.fixed_point(matmul(portable, bench, unit, (D, P), operand, fmt, group))
+    same_bits(sums_TD, expected_TD)
+
+
+@pytest.mark.parametrize("fmt", list(WeightFormat))
+def test_unit_sums_of_any_partition_add_up(portable, kernels, bench, same_bits, fmt):
+    T, D, P, units = 3, 50, 32, 7
+    x_TC = bench.floats(T, units * P)
+    packed = [bench.packed(portable, bench.floats(D, P), fmt, 32) for _ in range(units)]
+    whole_TD = unit_sums(kernels, bench, packed, x_TC, D, P, fmt, 32)
+    same_bits(whole_TD, unit_sums(portable, bench, packed, x_TC, D, P, fmt, 32))
+    for parts in ([[0, 1, 2], [3, 4, 5, 6]], [[6], [2, 4], [], [5, 0, 3, 1]], [[u] for u in range(units)]):
+        partial = [unit_sums(kernels, bench, packed, x_TC, D, P, fmt, 32, part) for part in parts]
+        same_bits(sum(partial[1:], start=partial[0]), whole_TD)
+    for t in range(T):
+        same_bits(unit_sums(kernels, bench, packed, x_TC[t : t + 1], D, P, fmt, 32)[0], whole_TD[t])
+
+
+def test_wrong_shapes_are_refused(portable, bench):
+    operand, fmt = bench.operand(portable, bench.floats(2, 64), quantized=False), WeightFormat.F32
+    matrices = MatrixList([(bench.packed(portable, bench.floats(16, 64), fmt, 0), 16, 8)])
+    out_TR = bench.empty((2, 24), np.float32)
+    portable.matmul(out_TR, matrices, operand, 2, fmt, 0)
+    for wrong in (
+        lambda: portable.matmul(out_TR[:, :20].copy(), matrices, operand, 2, fmt, 0),  # columns do not fit
+        lambda: portable.matmul(out_TR, matrices, operand, 3, fmt, 0),  # more tokens than rows
+        lambda: portable.matmul(out_TR, matrices, operand, 2, WeightFormat.Q4, 32),  # other bytes, no int8
+        lambda: portable.matmul(out_TR.astype(np.float64), matrices, operand, 2, fmt, 0),
+        lambda: portable.unit_sums(np.zeros((2, 17), np.int64), bench.faults(2), matrices, operand, 2, 64, fmt, 0, 0),
+    ):
+        with pytest.raises(TypeError):
+            wrong()
+    with pytest.raises(ValueError, match="contiguous"):
+        portable.matmul(np.zeros((24, 2), np.float32).T, matrices, operand, 2, fmt, 0)
+    out_TR.flags.writeable = False
+    with pytest.raises((ValueError, BufferError), match=r"read-only|writable"):
+        portable.matmul(out_TR, matrices, operand, 2, fmt, 0)

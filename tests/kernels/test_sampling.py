@@ -1,0 +1,226 @@
+"""From logits to a token: block sums, candidates, filters, the draw, the random numbers.
+
+T tokens, V vocabulary, B blocks of 128, N candidates.
+"""
+
+import numpy as np
+import pytest
+
+from dist_moe.kernels import NO_FAULT, Kernels, SamplingParameters, reference
+
+U = 2.0**-24  # half an ulp of f32 at 1
+EXP_ULPS = 4  # see test_experts.py
+
+
+def blocks(kernels, bench, logits_TV, temperature_T, valid):
+    T, B = len(logits_TV), -(-logits_TV.shape[1] // 128)
+    max_TB, sum_TB, fault_T = bench.empty((T, B), np.float32), bench.empty((T, B), np.float32), bench.faults(T)
+    kernels.vocabulary_blocks(max_TB, sum_TB, fault_T, logits_TV, temperature_T, valid, 0)
+    assert (fault_T == NO_FAULT).all()
+    return max_TB, sum_TB
+
+
+def top(kernels, bench, logits_TV, valid, first_id, count):
+    ids_TN = bench.empty((len(logits_TV), count), np.int32)
+    best_TN = bench.empty((len(logits_TV), count), np.float32)
+    kernels.top_logits(ids_TN, best_TN, logits_TV, valid, first_id)
+    return ids_TN, best_TN
+
+
+@pytest.mark.parametrize(
+    ("T", "V", "valid"), [(1, 1, 1), (3, 127, 127), (2, 128, 100), (2, 129, 129), (3, 300, 130), (2, 300, 128),
+                          (1, 40, 0), (2, 40_000, 39_990)]
+)  # fmt: skip
+def test_block_sums(portable, kernels, bench, same_bits, T, V, valid):
+    logits_TV, temperature_T = bench.floats(T, V, scale=5.0), bench.of(np.array([0.7, 0, 1.3], np.float32)[:T])
+    logits_TV[0, V // 2] = -300  # vanishes
+    logits_TV[:, valid:] = 1e9  # masked
+    found = blocks(portable, bench, logits_TV, temperature_T, valid)
+    same_bits(blocks(kernels, bench, logits_TV, temperature_T, valid), found)
+    for t in range(T):
+        max_B, sum_B = reference.vocabulary_blocks(logits_TV[t], float(temperature_T[t]), valid)
+        assert np.array_equal(found[0][t], max_B)
+        # Terms: a difference and a quotient of at most 87 are rounded; a lane adds 8 of them, the tree 4.
+        bound_B = sum_B * (2 * 87 + EXP_ULPS + 8 + 4) * U + 1e-35
+        assert (np.abs(found[1][t] - sum_B) <= bound_B).all()
+        alone = blocks(kernels, bench, bench.of(logits_TV[t : t + 1]), bench.of(temperature_T[t : t + 1]), valid)
+        same_bits(alone, (found[0][t : t + 1], found[1][t : t + 1]))
+
+
+def test_temperature_zero_is_read_as_one(portable, bench, same_bits):
+    logits_TV = bench.floats(2, 200)
+    logits_TV[1] = logits_TV[0]
+    max_TB, sum_TB = blocks(portable, bench, logits_TV, bench.of(np.array([0, 1], np.float32)), 200)
+    same_bits(sum_TB[0], sum_TB[1])
+    same_bits(max_TB[0], max_TB[1])
+
+
+@pytest.mark.parametrize(("V", "valid", "count"), [(1, 1, 1), (33, 33, 5), (130, 100, 64), (300, 7, 16), (50, 50, 50)])
+def test_top_logits(kernels, bench, V, valid, count):
+    logits_TV = bench.floats(3, V)
+    logits_TV[1] = np.rint(logits_TV[1])  # many ties, zeros of both signs
+    logits_TV[2] = np.sort(logits_TV[2])
+    logits_TV[:, valid:] = 1e9
+    ids_TN, best_TN = top(kernels, bench, logits_TV, valid, 1000, count)
+    for t in range(3):
+        expected = reference.ranked(logits_TV[t], valid)[:count]
+        present = len(expected)
+        assert np.array_equal(ids_TN[t, :present], expected + 1000)
+        assert np.array_equal(best_TN[t, :present], logits_TV[t, expected])
+        assert (ids_TN[t, present:] == -1).all()
+        assert (best_TN[t, present:] == -np.inf).all()
+
+
+def test_candidates_of_ranks_merge_to_those_of_the_whole(kernels, bench, same_bits):
+    logits_TV = bench.of(np.rint(bench.floats(1, 300, scale=3.0)))
+    logits_TV[0, 130:140] = -np.inf
+    parts = []
+    for first, last in ((256, 300), (0, 128), (128, 256)):
+        parts.append(top(kernels, bench, bench.of(logits_TV[:, first:last]), last - first, first, 60))
+    ids_N = bench.of(np.concatenate([ids[0] for ids, _ in parts]))
+    logits_N = bench.of(np.concatenate([best[0] for _, best in parts]))
+    kernels.merge_candidates(ids_N, logits_N)
+    ids_TN, best_TN = top(kernels, bench, logits_TV, 300, 0, 60)
+    same_bits((ids_N[:60], logits_N[:60]), (ids_TN[0], best_TN[0]))
+    assert (ids_N[44 + 120 :] == -1).all()
+
+
+class Draws:
+    """One distribution of 300 logits, of which 290 are tokens, and its candidates."""
+
+    def __init__(self, kernels, bench, temperature, scale=2.0):
+        self.kernels, self.bench, self.valid = kernels, bench, 290
+        self.logits_TV = bench.floats(1, 300, scale=scale)
+        self.max_TB, self.sum_TB = blocks(
+            kernels, bench, self.logits_TV, bench.of(np.array([temperature], np.float32)), self.valid
+        )
+        self.lists = {n: top(kernels, bench, self.logits_TV, self.valid, 0, n) for n in (4, 16, 64, 300)}
+
+    def draw(self, how, count=300):
+        ids_TN, best_TN = self.lists[count]
+        return self.kernels.sample(how, ids_TN[0], best_TN[0], self.max_TB[0], self.sum_TB[0], count == 300)
+
+
+FILTERS = [
+    {},
+    {"top_k": 5},
+    {"top_p": 0.6},
+    {"min_p": 0.1},
+    {"top_k": 12, "top_p": 0.8},
+    {"top_p": 0.95, "min_p": 0.05},
+    {"top_k": 40, "top_p": 0.9, "min_p": 0.02},
+    {"top_k": 1},
+    {"top_p": 1e-6},
+    {"min_p": 1.0},
+    {"top_k": 400},
+]
+
+
+@pytest.mark.parametrize("temperature", [0.8, 1.5])
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_draws_are_those_of_the_definition(kernels, bench, filters, temperature):
+    draws = Draws(kernels, bench, temperature)
+    full = {"top_k": 0, "top_p": 1.0, "min_p": 0.0} | filters
+    ids, p = reference.kept_tokens(draws.logits_TV[0], draws.valid, temperature, **full)
+    softmax = reference.kept_tokens(draws.logits_TV[0], draws.valid, temperature, 0, 1.0, 0.0)[1]
+    # No decision may hang on rounding: neither the kept set nor any of these draws.
+    for position in range(150):
+        how = SamplingParameters(temperature=temperature, seed=2**63 + 5, sample_index=3, position=position, **filters)
+        place, share = draws.draw(how)
+        target = reference.uniform(how.seed, 3, position)
+        expected = int(np.searchsorted(np.cumsum(p), target, side="right"))
+        assert np.abs(np.cumsum(p)[:-1] - target).min(initial=1) > 1e-6
+        assert place == expected
+        assert place < len(ids)
+        assert share == pytest.approx(softmax[place], rel=300 * U)
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_candidates_decide_the_same_or_not_at_all(portable, kernels, bench, filters):
+    draws = Draws(kernels, bench, 1.0, scale=4.0)
+    undecided = {4: 0, 16: 0, 64: 0}
+    for position in range(60):
+        how = SamplingParameters(temperature=1.0, seed=11, position=position, **filters)
+        whole = draws.draw(how)
+        for count in undecided:
+            found = draws.draw(how, count)
+            undecided[count] += found[0] == -1
+            assert found in (whole, (-1, 0.0))
+        draws.kernels = portable
+        assert draws.draw(how) == whole
+        draws.kernels = kernels
+    for count, times in undecided.items():
+        if filters.get("top_k", 400) <= count:
+            assert times == 0
+        if filters.get("top_k", 0) > count:
+            assert times == 60
+    if not filters:
+        assert 0 < undecided[4] < 60
+        assert undecided[4] >= undecided[16] >= undecided[64]
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 9, "top_p": 0.9}], ids=str)
+def test_frequencies(portable, bench, filters):
+    """Chi-squared of 4000 draws within five standard deviations of its mean."""
+    draws, counts = Draws(portable, bench, 0.9), np.zeros(300)
+    full = {"top_k": 0, "top_p": 1.0, "min_p": 0.0} | filters
+    p = reference.kept_tokens(draws.logits_TV[0], draws.valid, 0.9, **full)[1]
+    for position in range(4000):
+        how = SamplingParameters(temperature=0.9, seed=77, position=position, **filters)
+        counts[draws.draw(how)[0]] += 1
+    common = p * 4000 >= 5
+    observed = np.append(counts[: len(p)][common], counts.sum() - counts[: len(p)][common].sum())
+    expected = np.append(p[common], 1 - p[common].sum()) * 4000
+    observed, expected = observed[expected > 1e-6], expected[expected > 1e-6]
+    freedom = len(observed) - 1
+    assert counts[len(p) :].sum() == 0
+    assert ((observed - expected) ** 2 / expected).sum() < freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_greedy_takes_the_best(kernels, bench):
+    draws = Draws(kernels, bench, 1.0)
+    softmax = reference.kept_tokens(draws.logits_TV[0], draws.valid, 1.0, 0, 1.0, 0.0)[1]
+    for count in (4, 300):
+        place, share = draws.draw(SamplingParameters(temperature=0.0, top_p=0.1, seed=9), count)
+        assert place == 0
+        assert share == pytest.approx(softmax[0], rel=300 * U)
+
+
+def test_no_candidates_give_no_token(kernels, bench):
+    ids_N, logits_N = bench.of(np.full(3, -1, np.int32)), bench.of(np.full(3, -np.inf, np.float32))
+    masked, zero = bench.of(np.array([-np.inf], np.float32)), bench.of(np.zeros(1, np.float32))
+    for temperature in (0.0, 1.0):
+        how = SamplingParameters(temperature=temperature)
+        assert kernels.sample(how, ids_N, logits_N, masked, zero, True) == (-1, 0.0)
+
+
+# Random123's kat_vectors for philox4x32 with 10 rounds: counter, key, result.
+PHILOX = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "result"), PHILOX)
+def test_philox_known_answers(counter, key, result):
+    assert reference.philox4x32(counter, key) == result
+    sample_index, position, seed = (low | high << 32 for low, high in (counter[:2], counter[2:], key))
+    expected = ((result[1] << 32 | result[0]) >> 11) * 2.0**-53
+    assert Kernels.uniform(seed, sample_index, position) == expected
+    assert reference.uniform(seed, sample_index, position) == expected
+
+
+def test_uniform_numbers_depend_on_every_argument():
+    numbers = {
+        Kernels.uniform(seed, sample, position)
+        for seed in (0, 1, 2**32, 2**63)
+        for sample in (0, 1, 2**32)
+        for position in (0, 1, 2**40)
+    }
+    assert len(numbers) == 36
+    assert all(0 <= number < 1 for number in numbers)

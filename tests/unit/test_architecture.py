@@ -1,0 +1,79 @@
+"""Imports go one way, each dependency has one door, and files stay short."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "dist_moe"
+
+# A folder may import the folders named after it (and itself, and the top-level modules).
+ALLOWED = {
+    "cli": {"engine", "text", "store", "checkpoint", "parallel", "kernels", "demo", "model"},
+    "engine": {"model", "parallel", "kernels", "store"},
+    "model": {"kernels", "parallel", "store"},
+    "store": {"checkpoint", "kernels"},
+    "checkpoint": set(),
+    "kernels": set(),
+    "parallel": set(),
+    "text": set(),
+    "demo": set(),
+}
+DOORS = {
+    "mpi4py": {"parallel"},
+    "cffi": {"kernels/build.py"},
+    "_cffi_backend": {"kernels"},
+    "safetensors": {"checkpoint/safetensors_file.py"},
+    "tokenizers": {"text"},
+    "jinja2": {"text"},
+    "click": {"cli"},
+    "xxhash": {"store/checksum.py"},
+}
+MAX_LINES = {"dist_moe": 300, "csrc": 350, "tests": 400}
+
+
+def sources() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path: Path) -> None:
+    folder = path.relative_to(PACKAGE).parts[0]
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] != "dist_moe" or len(parts) < 2 or not (PACKAGE / parts[1]).is_dir():
+            continue
+        if folder in ALLOWED:
+            assert parts[1] == folder or parts[1] in ALLOWED[folder], f"{folder} may not import {name}"
+        else:
+            assert folder == "__main__.py", f"the top-level module {folder} may not import {name}"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_dependency_has_one_door(path: Path) -> None:
+    relative = str(path.relative_to(PACKAGE))
+    for name in imported(path):
+        doors = DOORS.get(name.split(".")[0])
+        assert doors is None or any(relative == door or relative.startswith(door + "/") for door in doors), name
+
+
+def test_files_can_be_read_in_one_sitting() -> None:
+    for folder, limit in MAX_LINES.items():
+        for path in (ROOT / folder).rglob("*.[pch]*"):
+            if path.suffix in (".py", ".c", ".h") and path.name != "_native.c":
+                lines = len(path.read_text().splitlines())
+                assert lines <= limit, f"{path.relative_to(ROOT)} has {lines} lines, more than {limit}"

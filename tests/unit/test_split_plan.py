@@ -1,0 +1,92 @@
+"""Every unit has exactly one owner, whatever the rank count; pure functions, no MPI."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+import pytest
+
+from dist_moe import split
+from dist_moe.errors import UsageError
+from dist_moe.kernels import VOCABULARY_BLOCK
+from dist_moe.parallel.plan import CHUNK_READ_COST_TOKENS, Plan, make_plan, shared_chunks
+from dist_moe.split import contiguous, head_range_kv_heads, sliced_chunks, whole_chunks
+
+
+def plans(ranks: int, *, heads: int = 32, group: int = 8, vocabulary: int = 1000, layout: str = "whole") -> list[Plan]:
+    return [
+        make_plan(heads=heads, heads_per_kv_head=group, vocabulary=vocabulary, rank=rank, ranks=ranks, layout=layout)
+        for rank in range(ranks)
+    ]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 7, 8, 31])
+@pytest.mark.parametrize("total", [0, 1, 7, 32, 128])
+def test_contiguous_tiles_the_range_in_order(total: int, parts: int) -> None:
+    runs = [contiguous(total, parts, index) for index in range(parts)]
+    assert list(chain(*runs)) == list(range(total))
+    assert max(map(len, runs)) - min(map(len, runs)) <= 1
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 5, 8, 200])
+@pytest.mark.parametrize(("experts", "chunks"), [(1, 5), (128, 6), (16, 1), (5, 3)])
+@pytest.mark.parametrize("split", [whole_chunks, sliced_chunks])
+def test_every_chunk_has_one_owner(split, experts: int, chunks: int, parts: int) -> None:
+    owned = list(chain(*(split(experts, chunks, parts, index) for index in range(parts))))
+    assert sorted(owned) == list(range(experts * chunks))
+
+
+def test_whole_keeps_experts_together_but_deals_out_a_dense_mlp() -> None:
+    assert whole_chunks(8, 6, 4, 1) == range(12, 24)
+    assert whole_chunks(1, 6, 4, 0) == range(2)
+
+
+def test_kv_heads_cover_the_head_range() -> None:
+    assert head_range_kv_heads(range(7, 14), 8) == range(0, 2)
+    assert head_range_kv_heads(range(8, 16), 8) == range(1, 2)
+    assert head_range_kv_heads(range(3, 3), 8) == range(0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6, 7, 8, 32])
+def test_heads_and_vocabulary_have_one_owner_each(ranks: int) -> None:
+    all_plans = plans(ranks)
+    assert list(chain(*(plan.heads for plan in all_plans))) == list(range(32))
+    assert list(chain(*(plan.vocabulary_rows for plan in all_plans))) == list(range(1000))
+    for plan in all_plans:
+        assert {head // 8 for head in plan.heads} == set(plan.kv_heads)
+        assert plan.vocabulary_rows.start % 128 == 0 or not plan.vocabulary_rows
+
+
+def test_a_rank_may_own_no_vocabulary() -> None:
+    assert [len(plan.vocabulary_rows) for plan in plans(4, vocabulary=130)] == [128, 2, 0, 0]
+
+
+def test_more_ranks_than_heads_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"33 ranks.*32 query heads.*mpirun -n 32"):
+        plans(33)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
+def test_shared_runs_tile_the_picked_chunks(ranks: int) -> None:
+    tokens_E = np.array([0, 3, 0, 1, 1, 40, 0, 2])
+    runs = [shared_chunks(tokens_E, 6, rank, ranks) for rank in range(ranks)]
+    picked = [e * 6 + c for e in (1, 3, 4, 5, 7) for c in range(6)]
+    assert list(np.concatenate(runs)) == picked
+
+
+def test_shared_runs_have_equal_work() -> None:
+    tokens_E = np.zeros(128, dtype=np.int64)
+    tokens_E[[3, 17, 40, 41, 77, 90, 101, 127]] = 1
+    runs = [shared_chunks(tokens_E, 6, rank, 4) for rank in range(4)]
+    assert [len(run) for run in runs] == [12, 12, 12, 12]
+    heavy_E = np.array([100, 1, 1])
+    work = [
+        int((heavy_E[run // 2] + CHUNK_READ_COST_TOKENS).sum())
+        for run in (shared_chunks(heavy_E, 2, r, 2) for r in (0, 1))
+    ]
+    assert work == [108, 144]
+
+
+def test_the_block_of_the_split_is_the_block_of_the_kernels() -> None:
+    assert split.VOCABULARY_BLOCK == VOCABULARY_BLOCK
