@@ -137,6 +137,18 @@ DM_INLINE float exp_one(float x) { return exp_f32(all_f32(x))[0]; }
 /* The nearest integer to x, ties to even, for |x| <= 2^22. */
 DM_INLINE i32v round_i32(f32v x) { return (i32v)(x + 0x1.8p23f) - all_i32(0x4b400000); }
 
+/* DM_LANES int8. In two steps: compilers make a scalar loop of one conversion by a factor of four. */
+DM_INLINE i32v load_i8(const int8_t *from) {
+    i8_lanes narrow;
+    __builtin_memcpy(&narrow, from, sizeof narrow);
+    return __builtin_convertvector(__builtin_convertvector(narrow, i16_lanes), i32v);
+}
+
+DM_INLINE void store_i8(int8_t *to, i32v x) {
+    i8_lanes narrow = __builtin_convertvector(__builtin_convertvector(x, i16_lanes), i8_lanes);
+    __builtin_memcpy(to, &narrow, sizeof narrow);
+}
+
 /* One step of a dot product in i16 lanes: pair = two int16 for every 32-bit lane. */
 DM_INLINE i16v all_pairs(uint32_t pair) { return (i16v)all_u32(pair); }
 

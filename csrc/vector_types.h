@@ -33,13 +33,10 @@ typedef int32_t i32v __attribute__((vector_size(4 * DM_LANES)));
 typedef uint32_t u32v __attribute__((vector_size(4 * DM_LANES)));
 typedef int16_t i16v __attribute__((vector_size(4 * DM_LANES)));
 typedef uint16_t u16v __attribute__((vector_size(4 * DM_LANES)));
-typedef double f64v __attribute__((vector_size(4 * DM_LANES)));
-typedef int64_t i64v __attribute__((vector_size(4 * DM_LANES)));
-typedef uint64_t u64v __attribute__((vector_size(4 * DM_LANES)));
 
-/* DM_LANES narrow elements, and the floats that fill one vector of doubles. */
+/* DM_LANES narrow elements. */
 typedef uint16_t u16_lanes __attribute__((vector_size(2 * DM_LANES)));
+typedef int16_t i16_lanes __attribute__((vector_size(2 * DM_LANES)));
 typedef int8_t i8_lanes __attribute__((vector_size(DM_LANES)));
-typedef float f32_half __attribute__((vector_size(2 * DM_LANES)));
 
 #endif

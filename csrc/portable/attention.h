@@ -76,10 +76,8 @@ DM_INLINE f32v value_q8(const uint8_t *values, size_t j, size_t p, size_t n, siz
     (void)n;
     size_t groups = dm_divide_up(P, DM_GROUP);
     const float *scale = (const float *)(values + DM_BLOCK_POSITIONS * groups * DM_GROUP);
-    i8_lanes q;
-    __builtin_memcpy(&q, values + j * groups * DM_GROUP + p, sizeof q);
-    i32v wide = __builtin_convertvector(q, i32v);
-    return all_f32(scale[j * groups + p / DM_GROUP]) * __builtin_convertvector(wide, f32v);
+    i32v q = load_i8((const int8_t *)values + j * groups * DM_GROUP + p);
+    return all_f32(scale[j * groups + p / DM_GROUP]) * __builtin_convertvector(q, f32v);
 }
 
 /* Scores of `count` written positions, scaled; the others are -infinity. Returns the largest. */

@@ -31,27 +31,45 @@ static size_t pack_tile_bf16(void *tile, const dm_pack_job *job) {
     return bad;
 }
 
-/* The f16 scale of n weights as bits. q8: amax / 127. q4: the value of largest magnitude becomes -8. */
-static uint16_t scale_bits(const float *weights, size_t n, int format) {
-    float extreme = 0.0f;
-    for (size_t i = 0; i < n; i++) {
-        if (is_finite(weights[i]) && __builtin_fabsf(weights[i]) > __builtin_fabsf(extreme)) extreme = weights[i];
+/* The largest magnitudes (as bits) among the finite weights above and below zero, and the number of the others. */
+typedef struct extremes {
+    int32_t above, below;
+    size_t bad;
+} extremes;
+
+static extremes find_extremes(const float *weights, size_t n) {
+    i32v above = {0}, below = {0}, bad = {0};
+    for (size_t i = 0; i < n; i += DM_LANES) {
+        i32v bits = (i32v)load_f32_part(weights + i, n - i);
+        i32v magnitude = bits & DM_ABS_MASK;
+        i32v finite = magnitude < DM_INFINITY_BITS;
+        i32v negative = bits >> 31;
+        above = max_i32(magnitude & finite & ~negative, above);
+        below = max_i32(magnitude & finite & negative, below);
+        bad -= ~finite;
     }
-    return narrow_f16(format == DM_Q4 ? extreme / -8.0f : __builtin_fabsf(extreme) / 127.0f);
+    extremes found = {highest_i32(above), highest_i32(below), 0};
+    for (size_t i = 0; i < DM_LANES; i++) found.bad += (size_t)bad[i];
+    return found;
+}
+
+/* q8: amax / 127. q4: the weight of largest magnitude, the first one on ties, becomes -8. */
+static uint16_t scale_bits(const float *weights, size_t n, int format, extremes found) {
+    int32_t amax_bits = found.above > found.below ? found.above : found.below;
+    float amax = f32_from_bits((uint32_t)amax_bits);
+    if (format == DM_Q8) return narrow_f16(amax / 127.0f);
+    int negative = found.below > found.above;
+    if (found.below == found.above) {
+        size_t first = 0;
+        while (first < n && __builtin_fabsf(weights[first]) != amax) first++;
+        negative = first < n && weights[first] < 0.0f;
+    }
+    return narrow_f16(negative ? amax / 8.0f : amax / -8.0f);
 }
 
 static float row_scale(const float *weights_C, size_t C, int format) {
-    uint16_t bits = scale_bits(weights_C, C, format);
+    uint16_t bits = scale_bits(weights_C, C, format, find_extremes(weights_C, C));
     return (bits & 0x7c00) == 0x7c00 ? f32_from_bits(DM_INFINITY_BITS) : widen_f16_one(bits);
-}
-
-/* rint(w / d) in [lowest, highest]; clamping first gives the same and keeps the rounding in range. */
-DM_INLINE int32_t quantize_weight(float w, float d, float lowest, float highest) {
-    if (d == 0.0f || !is_finite(w)) return 0;
-    float ratio = w / d;
-    ratio = ratio < lowest ? lowest : ratio;
-    ratio = ratio > highest ? highest : ratio;
-    return (int32_t)(f32_bits(ratio + 0x1.8p23f) - 0x4b400000);
 }
 
 /* Scale s of row r: given, or taken from the weights. Adds to *bad what cannot be represented. */
@@ -60,22 +78,31 @@ static uint16_t choose_scale(const dm_pack_job *job, size_t r, size_t s, int for
     const float *row = job->weights_RC + r * job->row_stride;
     size_t first = s * job->group;
     size_t n = job->group == 0 || first + job->group > job->C ? job->C - first : job->group;
-    for (size_t i = 0; i < n; i++) *bad += !is_finite(row[first + i]);
-    int given = job->group == 0 && job->scale_R != NULL;
+    extremes found = find_extremes(row + first, n);
+    *bad += found.bad;
     uint16_t bits = 0x7c00;
-    if (!given) bits = scale_bits(row + first, n, format);
+    if (job->group != 0 || job->scale_R == NULL) bits = scale_bits(row + first, n, format, found);
     else if (is_finite(job->scale_R[r])) bits = narrow_f16(job->scale_R[r]);
     if ((bits & 0x7c00) != 0x7c00) return bits;
     *bad += 1;
     return 0;
 }
 
-/* The quantized value of row r, column c, without its offset. */
-DM_INLINE int32_t tile_weight(const dm_pack_job *job, const uint16_t *scales, size_t r, size_t c, int format) {
-    if (r >= job->rows_present || c >= job->C) return 0;
-    float d = widen_f16_one(scales[dm_scale_index(c / DM_GROUP, job->group) * 16 + r]);
-    float w = job->weights_RC[r * job->row_stride + c];
-    return format == DM_Q4 ? quantize_weight(w, d, -8.0f, 7.0f) : quantize_weight(w, d, -127.0f, 127.0f);
+/* q = rint(w / d) in [lowest, highest] of row r, columns 32 g ...; 0 where there is no weight. Clamping before rounding
+ * gives the same and keeps the rounding in range. */
+static void quantize_weights(int8_t q[DM_GROUP], const dm_pack_job *job, const uint16_t *scales, size_t r, size_t g,
+                             float lowest, float highest) {
+    size_t first = g * DM_GROUP;
+    size_t n = r < job->rows_present ? job->C - first : 0;
+    float d = widen_f16_one(scales[dm_scale_index(g, job->group) * 16 + r]);
+    for (size_t i = 0; i < DM_GROUP; i += DM_LANES) {
+        f32v w = i < n ? load_f32_part(job->weights_RC + r * job->row_stride + first + i, n - i) : (f32v){0};
+        w = select_f32(abs_bits(w) < DM_INFINITY_BITS, w, (f32v){0});
+        f32v ratio = d == 0.0f ? (f32v){0} : w / d;
+        ratio = select_f32(ratio < lowest, all_f32(lowest), ratio);
+        ratio = select_f32(ratio > highest, all_f32(highest), ratio);
+        store_i8(q + i, round_i32(ratio));
+    }
 }
 
 static size_t pack_scales(uint16_t *scales, const dm_pack_job *job, int format) {
@@ -91,9 +118,13 @@ static size_t pack_scales(uint16_t *scales, const dm_pack_job *job, int format) 
 static size_t pack_tile_q8(void *tile, const dm_pack_job *job) {
     size_t bad = pack_scales(tile, job, DM_Q8);
     uint8_t *vectors = (uint8_t *)tile + dm_scale_bytes(job->C, job->group);
-    for (size_t c = 0; c < dm_round_up(job->C, DM_GROUP); c++) {
+    for (size_t g = 0; g < dm_divide_up(job->C, DM_GROUP); g++, vectors += 512) {
         for (size_t r = 0; r < 16; r++) {
-            vectors[c / 4 * 64 + 4 * r + c % 4] = (uint8_t)(tile_weight(job, tile, r, c, DM_Q8) + 128);
+            int8_t q[DM_GROUP];
+            uint8_t bytes[DM_GROUP];
+            quantize_weights(q, job, tile, r, g, -127.0f, 127.0f);
+            for (size_t i = 0; i < DM_GROUP; i++) bytes[i] = (uint8_t)(q[i] + 128);
+            for (size_t j = 0; j < 8; j++) __builtin_memcpy(vectors + 64 * j + 4 * r, bytes + 4 * j, 4);
         }
     }
     return bad;
@@ -102,13 +133,13 @@ static size_t pack_tile_q8(void *tile, const dm_pack_job *job) {
 static size_t pack_tile_q4(void *tile, const dm_pack_job *job) {
     size_t bad = pack_scales(tile, job, DM_Q4);
     uint8_t *vectors = (uint8_t *)tile + dm_scale_bytes(job->C, job->group);
-    for (size_t g = 0; g < dm_divide_up(job->C, DM_GROUP); g++) {
-        for (size_t c = 0; c < 16; c++) {
-            for (size_t r = 0; r < 16; r++) {
-                int32_t low = tile_weight(job, tile, r, g * DM_GROUP + c, DM_Q4) + 8;
-                int32_t high = tile_weight(job, tile, r, g * DM_GROUP + 16 + c, DM_Q4) + 8;
-                vectors[g * 256 + c / 4 * 64 + 4 * r + c % 4] = (uint8_t)(low | high << 4);
-            }
+    for (size_t g = 0; g < dm_divide_up(job->C, DM_GROUP); g++, vectors += 256) {
+        for (size_t r = 0; r < 16; r++) {
+            int8_t q[DM_GROUP];
+            uint8_t bytes[16];
+            quantize_weights(q, job, tile, r, g, -8.0f, 7.0f);
+            for (size_t i = 0; i < 16; i++) bytes[i] = (uint8_t)((q[i] + 8) | (q[16 + i] + 8) << 4);
+            for (size_t j = 0; j < 4; j++) __builtin_memcpy(vectors + 64 * j + 4 * r, bytes + 4 * j, 4);
         }
     }
     return bad;

@@ -2,31 +2,25 @@
 #ifndef DM_PORTABLE_PRIMITIVES_H
 #define DM_PORTABLE_PRIMITIVES_H
 
-/* Exact fma on doubles: the product of two floats is exact, the sum is rounded to odd (its error is known from Knuth's
- * two-sum), and rounding 53 odd-rounded bits to 24 is then correct. Source: Boldo and Melquiond 2008. */
-DM_INLINE f32_half fma_half(f32_half a, f32_half b, f32_half c) {
-    f64v product = __builtin_convertvector(a, f64v) * __builtin_convertvector(b, f64v);
-    f64v addend = __builtin_convertvector(c, f64v);
-    f64v sum = product + addend;
-    f64v shadow = sum - product;
-    f64v error = (product - (sum - shadow)) + (addend - shadow);
-    /* Two ordered comparisons: false for the NaN that an infinity leaves in `error`. */
-    u64v inexact = (u64v)(error > 0.0) | (u64v)(error < 0.0);
-    u64v even = ((u64v)sum & 1) - 1;
-    u64v step = 1 - (((u64v)sum ^ (u64v)error) >> 63) * 2;
-    sum = (f64v)((u64v)sum + (step & inexact & even));
-    return __builtin_convertvector(sum, f32_half);
-}
+/* DM_LANES doubles: two registers, which the compiler splits. */
+typedef double f64_wide __attribute__((vector_size(8 * DM_LANES)));
+typedef uint64_t u64_wide __attribute__((vector_size(8 * DM_LANES)));
 
-/* a * b + c, rounded once. */
+/* a * b + c, rounded once. The product of two floats is exact in double; the sum is rounded to odd (its error is known
+ * from Knuth's two-sum); rounding 53 odd-rounded bits to 24 is then correct. Source: Boldo and Melquiond 2008. */
 DM_INLINE f32v fma_lanes(f32v a, f32v b, f32v c) {
-    union {
-        f32v whole;
-        f32_half half[2];
-    } x = {a}, y = {b}, z = {c};
-    z.half[0] = fma_half(x.half[0], y.half[0], z.half[0]);
-    z.half[1] = fma_half(x.half[1], y.half[1], z.half[1]);
-    return z.whole;
+    f64_wide product = __builtin_convertvector(a, f64_wide) * __builtin_convertvector(b, f64_wide);
+    f64_wide addend = __builtin_convertvector(c, f64_wide);
+    f64_wide sum = product + addend;
+    f64_wide shadow = sum - product;
+    f64_wide error = (product - (sum - shadow)) + (addend - shadow);
+    /* step = 1 if the error is neither 0 nor NaN (which infinities leave in it) and the sum is even. Integer form,
+     * because baseline compilers make scalar loops of comparisons this wide. */
+    u64_wide size = (u64_wide)error & 0x7fffffffffffffff;
+    u64_wide step = (((0 - size) & (size - 0x7ff0000000000000)) >> 63) & ~(u64_wide)sum;
+    u64_wide away = ((u64_wide)sum ^ (u64_wide)error) >> 63;
+    sum = (f64_wide)((u64_wide)sum + step - ((step & away) << 1));
+    return __builtin_convertvector(sum, f32v);
 }
 
 /* float16 to float32, for finite values (nothing else is ever stored). */

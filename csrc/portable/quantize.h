@@ -10,17 +10,12 @@ DM_INLINE float quantize_group(int8_t *q, int32_t *sum, const float *x, size_t n
     *bad |= bits >= DM_INFINITY_BITS;
     float amax = usable ? f32_from_bits((uint32_t)bits) : 0.0f;
     float inverse = usable ? 127.0f / amax : 0.0f;
-    int32_t rounded[DM_GROUP];
     *sum = 0;
     for (size_t i = 0; i < DM_GROUP; i += DM_LANES) {
         f32v part = usable && i < n ? load_f32_part(x + i, n - i) : (f32v){0};
-        i32v value = round_i32(part * inverse);
-        __builtin_memcpy(rounded + i, &value, sizeof value);
+        store_i8(q + i, round_i32(part * inverse));
     }
-    for (size_t i = 0; i < DM_GROUP; i++) {
-        q[i] = (int8_t)rounded[i];
-        *sum += rounded[i];
-    }
+    for (size_t i = 0; i < DM_GROUP; i++) *sum += q[i];
     return amax / 127.0f;
 }
 

@@ -54,6 +54,8 @@ def _verify(report: Inspection) -> list[str]:
     names = {file.name for file in report.files}
     entries = [entry for entry in report.manifest.files if entry.name in names]
     directory = report.path if report.path.is_dir() else report.path.parent
+    if not sys.stderr.isatty():
+        return verify_store(directory, report.manifest, entries, lambda _: None)
     total_bytes = sum(entry.file_bytes for entry in entries)
     with click.progressbar(length=total_bytes, label="verifying", file=sys.stderr) as bar:
         return verify_store(directory, report.manifest, entries, bar.update)

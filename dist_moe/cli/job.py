@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from dist_moe.parallel.world import World
 from dist_moe.store.reader import Store
 
 Options = TypeVar("Options", bound=ModelOptions)
+Made = TypeVar("Made")
 logger = logging.getLogger(__name__)
 
 # What a host may decide for its own ranks; in all else rank 0's options hold everywhere.
@@ -67,19 +69,17 @@ def run_job(options: Options, make_task: Callable[[Options, Setting], Task]) -> 
     options = _options_of_leader(world, options)
     with world.together("starting the log"):
         start_logging(options.verbose, options.log_file, world.rank, world.hostname)
-    task: Task | None = None
     with world.together("reading the model"):
         source = find_model(options)
         config = source.read_config()
         require_heads(config, world.size)
-        if world.is_leader:
-            task = make_task(options, Setting(source.directory, config, launcher))
+    setting = Setting(source.directory, config, launcher)
+    task = _on_leader(world, lambda: make_task(options, setting))
+    # Only rank 0, which makes the batches, looks at the context.
     engine = _start_engine(world, source, options, task.context if task else config.max_positions)
-    with world.together("running"):
-        if task is None:
-            engine.serve()
-        else:
-            _lead(engine, task)
+    if task is None:
+        engine.serve()
+    _on_leader(world, lambda: _lead(engine, task))
 
 
 def threads_per_rank(options: ModelOptions, ranks_on_host: int) -> int:
@@ -105,6 +105,7 @@ def require_heads(config: ModelConfig, ranks: int) -> None:
 
 def _start_engine(world: World, source: ModelSource, options: ModelOptions, context: int) -> Engine:
     directory = local_store(world, source)
+    opening_since_s = time.perf_counter()
     with world.together("opening the store"):
         store = Store.open(directory, options.check)
     threads = threads_per_rank(options, world.local_size)
@@ -116,10 +117,11 @@ def _start_engine(world: World, source: ModelSource, options: ModelOptions, cont
         prefill_chunk=options.prefill_chunk,
     )
     logger.info("model %s, %d ranks, %d threads here, MPI %s", directory, world.size, threads, world.library)
-    return Engine(store, world, engine_options)
+    return Engine(store, world, engine_options, opening_since_s)
 
 
-def _lead(engine: Engine, task: Task) -> None:
+def _lead(engine: Engine, task: Task | None) -> None:
+    assert task is not None
     try:
         task.lead(engine)
     except Interrupted:
@@ -128,6 +130,22 @@ def _lead(engine: Engine, task: Task) -> None:
         engine.stop()
         raise
     engine.stop()
+
+
+def _on_leader(world: World, action: Callable[[], Made]) -> Made | None:
+    """Do something on rank 0 alone; its planned error is every rank's, without a word of rank and host (collective)."""
+    made, error = None, None
+    if world.is_leader:
+        try:
+            made = action()
+        except DistMoeError as own:
+            error = own
+    code, text = json.loads(world.gather_texts(json.dumps([error.exit_code, str(error)] if error else [0, ""]))[0])
+    if code and error is None:
+        error = DistMoeError(text)
+        error.exit_code = code
+    world.agree(error, "on rank 0")
+    return made
 
 
 def _options_of_leader(world: World, options: Options) -> Options:

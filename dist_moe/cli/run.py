@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +45,22 @@ class RunTask:
             StoreError: The model's numbers overflowed.
         """
         self.output.begin(self.prompt)
-        (completion,) = engine.generate([self.request], self.output.token, self.valid_vocabulary)
+        completion = self._generate(engine)
         self.output.end(self.prompt, completion, engine.statistics())
-        if self.logits is not None:
-            self._write_logits(self.logits, completion, engine.config.vocabulary)
         if completion.finish_reason == "error":
             raise StoreError(
                 f"the text ended after {len(completion.ids)} tokens: {completion.error}: "
                 "the weights are damaged (see dist-moe inspect --verify) or this text overflows the model"
             )
 
-    def _write_logits(self, path: Path, completion: Completion, vocabulary: int) -> None:
-        with NpyRows(path, vocabulary) as rows:
-            for logits_V in completion.logits:
-                rows.append(logits_V[np.newaxis])
+    def _generate(self, engine: Engine) -> Completion:
+        with ExitStack() as stack:
+            request = self.request
+            if self.logits is not None:
+                rows = stack.enter_context(NpyRows(self.logits, engine.config.vocabulary))
+                request = replace(request, on_logits=lambda logits_V: rows.append(logits_V[np.newaxis]))
+            (completion,) = engine.generate([request], self.output.token, self.valid_vocabulary)
+        return completion
 
 
 def make_task(options: RunOptions, setting: Setting) -> RunTask:
@@ -81,7 +84,6 @@ def make_task(options: RunOptions, setting: Setting) -> RunTask:
         max_tokens=options.max_tokens,
         sampling=chosen_sampling(options, advised),
         stop_ids=frozenset() if options.ignore_eos else stop_ids,
-        keep_logits=options.logits is not None,
     )
     return RunTask(
         request=request,

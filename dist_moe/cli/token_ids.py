@@ -45,6 +45,8 @@ def read_ids(value: str, option: str) -> list[int]:
         if path.suffix != ".npy":
             return parse_ids(path.read_text(encoding="utf-8"), str(path))
         ids_T = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise UsageError(f"{option}: {value!r} is neither a list of token ids like 1,2,3 nor a file") from error
     except OSError as error:
         raise UsageError(f"{option}: {path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:

@@ -40,6 +40,7 @@ class Crew:
         self._header = np.zeros(HEADER_WORDS, dtype=np.int64)
         self._words = np.empty(8 * step_tokens + 64, dtype=np.int64)
         self._step_s = 0.0
+        self._collective_s = 0.0
 
     # ---- rank 0 ----
 
@@ -101,12 +102,12 @@ class Crew:
         return words
 
     def _run(self, step: Step, sink: RowSink | None) -> StepResult | None:
-        started_s = time.perf_counter()
+        started_s, collective_s = time.perf_counter(), self._exchange.ledger.seconds
         result = self._worker.run(step, sink)
         self._step_s += time.perf_counter() - started_s
+        self._collective_s += self._exchange.ledger.seconds - collective_s
         return result
 
     def _report(self) -> npt.NDArray[np.float64] | None:
-        ledger = self._exchange.ledger
-        own = np.array([self._step_s, ledger.seconds, ledger.sent_bytes], dtype=np.float64)
+        own = np.array([self._step_s, self._collective_s, self._exchange.ledger.sent_bytes], dtype=np.float64)
         return self._exchange.gather_equal(own)

@@ -43,13 +43,21 @@ class EngineOptions:
 class Engine:
     """A model that is ready to run on all ranks of a world."""
 
-    def __init__(self, store: Store, world: World, options: EngineOptions) -> None:
+    def __init__(
+        self, store: Store, world: World, options: EngineOptions, loading_since_s: float | None = None
+    ) -> None:
         """Map the weights and agree with the other ranks; collective.
+
+        Args:
+            store: An open store.
+            world: All ranks.
+            options: How to run.
+            loading_since_s: When loading began, on the perf_counter clock, for the statistics; None is now.
 
         Raises:
             AgreedError: Some rank cannot take part; raised on all ranks alike.
         """
-        started_s = time.perf_counter()
+        started_s = time.perf_counter() if loading_since_s is None else loading_since_s
         self.config = store.config
         self.is_leader = world.is_leader
         self.kernels = agreed(world, "start", lambda: Kernels(options.threads, options.isa))
@@ -202,8 +210,8 @@ class Engine:
         )
         completion = active.completion
         completion.ids.append(token)
-        if request.keep_logits:
-            completion.logits.append(result.full_logits[row])
+        if request.on_logits is not None:
+            request.on_logits(result.full_logits[row])
         if on_token is not None:
             on_token(active.index, token)
         if token in request.stop_ids:

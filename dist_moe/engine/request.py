@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 FinishReason = Literal["stop", "length", "error"]
+LogitsCallback = Callable[[npt.NDArray[np.float32]], None]
 
 # What the fault kinds of csrc/dist_moe.h mean, in their order.
 _FAULTS = {
@@ -51,14 +53,14 @@ class Request:
         max_tokens: Tokens to generate at most.
         sampling: How they are drawn.
         stop_ids: Tokens that end the sequence (they are part of the completion).
-        keep_logits: Return each generated token's logits.
+        on_logits: Told each generated token's logits, f32 [V], valid only during the call.
     """
 
     prompt_ids: tuple[int, ...]
     max_tokens: int
     sampling: SamplingOptions = SamplingOptions()
     stop_ids: frozenset[int] = frozenset()
-    keep_logits: bool = False
+    on_logits: LogitsCallback | None = None
 
 
 @dataclass
@@ -66,10 +68,9 @@ class Completion:
     """A finished (or growing) sequence.
 
     `finish_reason` is `stop` (a stop id was drawn), `length` (max_tokens or the context's end) or `error` (then
-    `error` says what went wrong and where). `logits` holds one f32 [V] row per generated token if they were kept.
+    `error` says what went wrong and where).
     """
 
     ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str | None = None
-    logits: list[npt.NDArray[np.float32]] = field(default_factory=list)

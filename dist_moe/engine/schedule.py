@@ -98,7 +98,7 @@ class Schedule:
             slices=tuple(part.active.slice(part.count) for part in parts),
             logit_rows=tuple(part.first + part.count - 1 for part in wanted),
             temperatures=tuple(part.active.request.sampling.temperature for part in wanted),
-            full_logits=any(part.active.request.keep_logits for part in wanted),
+            full_logits=any(part.active.request.on_logits is not None for part in wanted),
             valid_vocabulary=valid_vocabulary,
             released=released,
         )

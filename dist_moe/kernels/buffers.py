@@ -80,6 +80,7 @@ class MatrixList:
         self._rows = [rows for _, rows, _ in matrices]
         self.count = len(matrices)
         self.out_columns = max((column + rows for _, rows, column in matrices), default=0)
+        self.row_counts = frozenset(self._rows)
         self.struct: Pointer = ffi.new("dm_matrix[]", self.count)
         for entry, (packed, rows, out_column) in zip(self.struct, matrices, strict=True):
             entry.packed = ffi.cast("void *", address_of(packed))
@@ -95,10 +96,6 @@ class MatrixList:
                 require_packed(packed, packed_bytes(fmt, rows, columns, group))
             self._checked = key
         return self.struct
-
-    def all_rows_are(self, rows: int) -> bool:
-        """Whether every matrix has `rows` rows, as the units of one sum must."""
-        return all(own == rows for own in self._rows)
 
 
 class ChunkList:

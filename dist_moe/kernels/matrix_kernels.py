@@ -140,7 +140,7 @@ class MatrixKernels(Context):
         Unit u is a packed [D, P] and reads columns [u * P, (u + 1) * P); `group` is at most P, 0 stands for P.
         """
         columns = sums_TD.shape[1]
-        if operand.columns != units.count * head_dim or not units.all_rows_are(columns):
+        if operand.columns != units.count * head_dim or not units.row_counts <= {columns}:
             raise TypeError(f"{units.count} units [{columns}, {head_dim}] cannot read {operand.columns} columns")
         sums, fault = I64.write(sums_TD, tokens, columns), I32.write(fault_T, tokens)
         weights, x = units.for_columns(head_dim, fmt, group), operand.for_format(fmt, tokens)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -16,10 +17,11 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NoReturn
 
 from dist_moe.errors import DistMoeError
 from dist_moe.parallel.launcher import Launcher, detect_launcher
-from dist_moe.parallel.mpi import running_mpi
+from dist_moe.parallel.mpi import FORWARD_S, abort, running_mpi
 from dist_moe.parallel.world import AgreedError
 
 _BUG = 1
@@ -131,6 +133,7 @@ def _leave_before_mpi(ending: _Ending, launcher: Launcher, environ: Mapping[str,
     if launcher.is_first or ends_job or ending.code == _BUG:
         _print(ending.lines)
     if ending.code != 0 and launcher.size > 1 and pmi_fd.isdecimal():
+        time.sleep(FORWARD_S)
         try:
             os.write(int(pmi_fd), f"cmd=abort exitcode={ending.code}\n".encode())
         except OSError:
@@ -140,14 +143,14 @@ def _leave_before_mpi(ending: _Ending, launcher: Launcher, environ: Mapping[str,
     return ending.code
 
 
-def _abort(ending: _Ending, mpi: ModuleType) -> None:
+def _abort(ending: _Ending, mpi: ModuleType) -> NoReturn:
     """Print and end all ranks now; later ranks give lower ones that met the same error the time to do it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     rank = mpi.COMM_WORLD.rank
     if rank > 0:
         time.sleep(_GRACE_S + _stagger_s(rank))
     _print(ending.lines)
-    mpi.COMM_WORLD.Abort(ending.code)
+    abort(mpi, ending.code)
 
 
 def _finalize_together(mpi: ModuleType) -> None:
@@ -166,10 +169,24 @@ def _stdout_is_open() -> bool:
     """Whether stdout can still be written; when not, it becomes /dev/null, so that the last flush is quiet."""
     try:
         sys.stdout.flush()
+        if not _reader_is_gone():
+            return True
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pass
+    except (OSError, ValueError):
+        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return False
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe without a reader; a failed write may leave nothing behind that a flush would notice."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):
         return False
-    return True
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _print(lines: tuple[str, ...]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import MutableMapping
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from dist_moe.errors import EnvironmentMismatch
 from dist_moe.parallel.launcher import Launcher
@@ -22,6 +23,9 @@ _GENTLE = {
     "MPIR_CVAR_CH4_PROGRESS_THROTTLE_NO_PROGRESS_COUNT": "1",
     "OMPI_MCA_mpi_yield_when_idle": "1",
 }
+# Hydra drops what its proxies have not passed on when a job is aborted: without a pause 1 message in 25 was lost.
+FORWARD_S = 0.5
+_KILLED_WITHIN_S = 5.0
 _LIBRARY_FAMILIES = {"Open MPI": "openmpi", "MPICH": "mpich", "Intel(R) MPI": "mpich"}
 _LAUNCHER_TITLES = {"mpich": "MPICH's mpirun (Hydra)", "openmpi": "Open MPI's mpirun (prterun)", "slurm": "srun"}
 
@@ -87,7 +91,8 @@ def mpi_library() -> str:
 def short_version(library: str) -> str:
     """'MPICH 5.0.2' from what MPI_Get_library_version says."""
     words = library.replace("Version:", " ").replace(",", " ").split()
-    return " ".join(words[:3] if words[:1] == ["Open"] or words[1:2] == ["MPI"] else words[:2])
+    numbered = next((place for place, word in enumerate(words) if any(map(str.isdigit, word))), 0)
+    return " ".join(words[: numbered + 1])
 
 
 def start_mpi(launcher: Launcher, threads: int = 1) -> ModuleType:
@@ -129,6 +134,17 @@ def running_mpi() -> ModuleType | None:
     if MPI is None or not MPI.Is_initialized() or MPI.Is_finalized():
         return None
     return MPI
+
+
+def abort(MPI: ModuleType, code: int) -> NoReturn:
+    """End all ranks now with this exit code."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(FORWARD_S)
+    MPI.COMM_WORLD.Abort(code)
+    # MPICH's MPI_Abort returns and leaves the killing to Hydra.
+    time.sleep(_KILLED_WITHIN_S)
+    os._exit(code)
 
 
 def world_communicator(MPI: ModuleType) -> Intracomm:

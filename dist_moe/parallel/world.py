@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
 from dist_moe.errors import DistMoeError
 from dist_moe.parallel.launcher import Launcher
-from dist_moe.parallel.mpi import short_version, start_mpi, world_communicator
+from dist_moe.parallel.mpi import abort, short_version, start_mpi, world_communicator
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -175,13 +174,11 @@ class World:
             while not request.Test():
                 time.sleep(_NAP_S)
 
-    def abort(self, code: int) -> None:
-        """End all ranks now with this exit code; does not return."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+    def abort(self, code: int) -> NoReturn:
+        """End all ranks now with this exit code."""
         if self.mpi is None:
             raise SystemExit(code)
-        self.mpi.COMM_WORLD.Abort(code)
+        abort(self.mpi, code)
 
     def finalize(self) -> None:
         """End MPI in good order (collective); the world is not used afterwards."""

@@ -31,7 +31,11 @@ def runs_of(indices: Iterable[int]) -> Runs:
 
 def indices_of(runs: Runs) -> Indices:
     """Runs as an ascending array of indices."""
-    return np.concatenate([np.empty(0, np.int64), *(np.arange(first, stop) for first, stop in runs)])
+    first_n, stop_n = np.array(runs, np.int64).reshape(-1, 2).T
+    length_n = stop_n - first_n
+    # Where each run begins, less the count of indices before it; adding 0, 1, 2, ... walks through all runs.
+    base_n = first_n - (np.cumsum(length_n) - length_n)
+    return np.repeat(base_n, length_n) + np.arange(int(length_n.sum()))
 
 
 @dataclass(frozen=True)

@@ -129,8 +129,9 @@ class Store:
 
     def missing_units(self, kind: UnitKind, layer: int, indices: Iterable[int]) -> list[int]:
         """Those of `indices` that are in no file on this machine."""
-        addresses = self.unit_addresses(kind, layer)
-        return [index for index in indices if not addresses[index]]
+        wanted = np.fromiter(indices, np.int64)
+        missing: list[int] = wanted[self.unit_addresses(kind, layer)[wanted] == 0].tolist()
+        return missing
 
     def require(self, kind: UnitKind, layer: int, indices: Iterable[int]) -> None:
         """Make sure that units are on this machine.

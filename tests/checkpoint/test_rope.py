@@ -10,7 +10,7 @@ import pytest
 
 from dist_moe.checkpoint.fields import Fields
 from dist_moe.checkpoint.hf_rope import rope_settings
-from dist_moe.checkpoint.rope import RopeSettings, rope_frequencies, rounded_powers
+from dist_moe.checkpoint.rope import RopeSettings, Yarn, rope_frequencies, rounded_powers
 
 # 1 / theta ** (2 i / 128) as torch 2.13.0 computes it with AVX2 and with AVX-512, where that differs from its plain
 # build: python -c "import torch; print((1 / 1e6 ** (torch.arange(0, 128, 2).float() / 128))[37].view(torch.int32))"
@@ -64,3 +64,18 @@ def test_powers_are_correctly_rounded() -> None:
     error = np.abs(powers - exact)
     assert (error <= np.abs(below - exact)).all()
     assert (error <= np.abs(above - exact)).all()
+
+
+# head_dim 16, theta 1e4, factor 4, from Qwen3MoeRotaryEmbedding under ATEN_CPU_CAPABILITY=default. The first ramp has
+# no width (0 to 0), the second one ends beyond the last dimension and is cut there.
+EDGE_BITS = {
+    (6, 32.0): "3F800000 3DA1E89B 3CCCCCCD 3C0186E3 3B23D70A 3A4F3E38 3983126F 38A5CB60",
+    (2**30, 1e6): "3F800000 3EA1E89B 3DCCCCCD 3D0186E3 3C23D70A 3B411CE2 3A6265A8 3983E1C7",
+}
+
+
+@pytest.mark.parametrize(("original", "beta_fast"), EDGE_BITS)
+def test_ramps_at_the_edges(original: int, beta_fast: float) -> None:
+    yarn = Yarn(factor=4.0, original_max_position_embeddings=original, beta_fast=beta_fast)
+    inv_freq, _ = rope_frequencies(RopeSettings(16, 1e4, yarn))
+    assert [f"{bits:08X}" for bits in inv_freq.view(np.uint32)] == EDGE_BITS[original, beta_fast].split()

@@ -65,7 +65,7 @@ def test_ids_come_from_text_and_npy_files(tmp_path: Path) -> None:
 
 
 def test_bad_files_of_ids_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"none\.npy cannot be read: No such file"):
+    with pytest.raises(UsageError, match=r"none\.npy' is neither a list of token ids like 1,2,3 nor a file"):
         read_ids(str(tmp_path / "none.npy"), "--ids")
     (tmp_path / "text.npy").write_text("1 2 3")
     with pytest.raises(UsageError, match=r"text\.npy: not a file of token ids"):
@@ -238,9 +238,9 @@ def test_a_log_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def printed(capsys: pytest.CaptureFixture[str], options: RunOptions, tokenizer: Tokenizer | None) -> tuple[str, str]:
-    """Stdout and stderr of a run that continues "Hé" with "llo" and an end token."""
+    """Stdout and stderr of a run that continues "Hé" with "llo €" and an ordinary token that happens to end a text."""
     prompt = Prompt((1, 2), "Hé" if tokenizer else "")
-    ids = [*tokenizer.encode("llo €"), tokenizer.eos_id or 0] if tokenizer else [7, 8, 9]
+    ids = [*tokenizer.encode("llo €"), *tokenizer.encode("!")] if tokenizer else [7, 8, 9]
     output = Output(options, tokenizer, frozenset(ids[-1:]))
     output.begin(prompt)
     for token in ids:
@@ -274,7 +274,7 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str], tokenizer: Token
     found = json.loads(out)
     assert (err, out.count("\n")) == ("", 1)
     assert found["text"] == "llo €"
-    assert found["ids"][-1] == tokenizer.eos_id
+    assert found["ids"][-1:] == tokenizer.encode("!")
     assert found["finish_reason"] == "stop"
     assert found["usage"]["prompt_tokens"] == 2
     assert found["usage"]["completion_tokens"] == len(found["ids"])

@@ -35,9 +35,7 @@ def make_store(tmp_path_factory: pytest.TempPathFactory) -> MakeStore:
         key = (source, weights, nodes, allow_nonfinite)
         if key not in made:
             directory = tmp_path_factory.mktemp("store") / "store"
-            options = StoreOptions(
-                format=WeightFormat.parse(weights), nodes=nodes, allow_nonfinite=allow_nonfinite
-            )
+            options = StoreOptions(format=WeightFormat.parse(weights), nodes=nodes, allow_nonfinite=allow_nonfinite)
             convert(Checkpoint.open(source), directory, options, ignore_progress)
             made[key] = Store.open(directory)
         return made[key]

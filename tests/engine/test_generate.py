@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dist_moe.engine.request import Request, SamplingOptions
+from dist_moe.engine.request import Completion, Request, SamplingOptions
 from dist_moe.errors import DistMoeError, UsageError
 from dist_moe.kernels import KvFormat
 from helpers.tiny_model import random_ids
 
 VOCABULARY = 300
+
+
+def with_logits(request: Request) -> tuple[Request, list[np.ndarray]]:
+    """The request, and a list that gets its rows of logits."""
+    rows: list[np.ndarray] = []
+    return replace(request, on_logits=lambda logits_V: rows.append(logits_V.copy())), rows
+
+
+def run(engine, requests: list[Request]) -> tuple[list[Completion], list[np.ndarray]]:
+    """Completions, and each one's logits [generated, V]."""
+    pairs = [with_logits(request) for request in requests]
+    completions = engine.generate([request for request, _ in pairs])
+    return completions, [np.array(rows) for _, rows in pairs]
 
 
 def prompts(count: int) -> list[tuple[int, ...]]:
@@ -27,23 +41,22 @@ def store(request: pytest.FixtureRequest, make_store, tiny_directory: Path):
 
 def test_a_batch_gives_what_each_request_gives_alone(store, make_engine) -> None:
     requests = [
-        Request(ids, 9, SamplingOptions(temperature=0.8, top_p=0.9, seed=i), keep_logits=True)
-        for i, ids in enumerate(prompts(5))
+        Request(ids, 9, SamplingOptions(temperature=0.8, top_p=0.9, seed=i)) for i, ids in enumerate(prompts(5))
     ]
-    alone = [make_engine(store).generate([request])[0] for request in requests]
-    together = make_engine(store, prefill_chunk=11).generate(requests)
-    for one, other in zip(alone, together, strict=True):
-        assert one.ids == other.ids
-        assert np.array_equal(np.stack(one.logits), np.stack(other.logits))
+    together, rows_together = run(make_engine(store, prefill_chunk=11), requests)
+    for request, completion, rows in zip(requests, together, rows_together, strict=True):
+        [alone], [rows_alone] = run(make_engine(store), [request])
+        assert alone.ids == completion.ids
+        assert np.array_equal(rows_alone, rows)
 
 
 def test_generated_logits_are_those_of_the_whole_text(store, make_engine) -> None:
     engine = make_engine(store, kv=KvFormat.Q8)
-    [completion] = engine.generate([Request(prompts(1)[0], 70, keep_logits=True)])
+    [completion], [generated] = run(engine, [Request(prompts(1)[0], 70)])
     rows: list[np.ndarray] = []
     engine.logits([*prompts(1)[0], *completion.ids], lambda rows_NV: rows.extend(rows_NV.copy()))
-    assert np.array_equal(np.stack(rows)[2:-1], np.stack(completion.logits))
-    assert completion.ids == [int(row.argmax()) for row in completion.logits]
+    assert np.array_equal(np.stack(rows)[2:-1], generated)
+    assert completion.ids == generated.argmax(axis=1).tolist()
 
 
 def test_candidates_decide_as_the_whole_row_does(make_store, tiny_directory: Path, make_engine, monkeypatch) -> None:
@@ -122,21 +135,23 @@ def poisoned_directory(tiny_directory: Path, tmp_path_factory: pytest.TempPathFa
     return directory
 
 
-def test_a_poisoned_sequence_ends_alone(make_store, make_engine, tiny_directory: Path, poisoned_directory: Path) -> None:
+def test_a_poisoned_sequence_ends_alone(
+    make_store, make_engine, tiny_directory: Path, poisoned_directory: Path
+) -> None:
     clean = make_engine(make_store(tiny_directory))
     poisoned = make_engine(make_store(poisoned_directory, allow_nonfinite=True))
-    requests = [Request((token, token + 1), 3, keep_logits=True) for token in range(0, 60, 4)]
-    expected = clean.generate(requests)
-    found = poisoned.generate(requests)
+    requests = [Request((token, token + 1), 3) for token in range(0, 60, 4)]
+    expected, expected_rows = run(clean, requests)
+    found, found_rows = run(poisoned, requests)
     ended = [completion for completion in found if completion.finish_reason == "error"]
     assert 0 < len(ended) < len(found)
-    for completion, reference in zip(found, expected, strict=True):
+    for completion, reference, rows, reference_rows in zip(found, expected, found_rows, expected_rows, strict=True):
         if completion.finish_reason == "error":
             assert completion.error is not None
             assert "layer 0" in completion.error
         else:
             assert completion.ids == reference.ids
-            assert np.array_equal(np.stack(completion.logits), np.stack(reference.logits))
+            assert np.array_equal(rows, reference_rows)
 
 
 def test_logits_of_a_poisoned_text_name_position_and_layer(make_store, make_engine, poisoned_directory: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import time
 import zlib
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -141,7 +142,7 @@ class MpiSession:
     def _same_everywhere(self, number: int) -> bool:
         return set(self.world.gather_texts(str(number))) == {str(number)}
 
-    def _abort(self, text: str, code: int) -> None:
+    def _abort(self, text: str, code: int) -> NoReturn:
         """Print to the real stderr and end all ranks."""
         capture = self.config.pluginmanager.get_plugin("capturemanager")
         if capture is not None:

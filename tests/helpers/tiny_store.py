@@ -8,7 +8,6 @@ from pathlib import Path
 from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.store.convert import Conversion, convert
 from dist_moe.store.plan import StoreOptions
-
 from helpers.tiny_model import TinyModel
 
 # Awkward on purpose: no dimension is a multiple of another's tile, the last chunk and vocabulary block are padded.
@@ -21,7 +20,7 @@ ODD = TinyModel(
     experts=5,
     experts_per_token=2,
     expert_hidden=180,
-    dense_hidden=90,
+    dense_hidden=150,
     dense_layers=(1,),
     vocabulary=300,
     bias=True,

@@ -9,8 +9,7 @@ import pytest
 from dist_moe.kernels import NO_FAULT, ChunkList, WeightFormat, address_of, chunk_bytes, packed_bytes, reference
 
 U = 2.0**-24  # half an ulp of f32 at 1
-# Half ulps of our exp: the polynomial is good to 2^-24 (Cephes), Horner's last steps add 1 + 1/2, the reduction 1.
-EXP_ULPS = 4
+EXP_ULPS = 2  # half ulps of our exp; test_sampling.py checks it
 SILU_ULPS = EXP_ULPS + 3  # and an addition, a division, a product
 
 
@@ -23,7 +22,7 @@ def route(kernels, bench, logits_TE, K, norm):
 
 
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize(("T", "E", "K"), [(1, 1, 1), (3, 5, 2), (2, 16, 16), (5, 17, 4), (4, 128, 8), (2, 130, 3)])
+@pytest.mark.parametrize(("T", "E", "K"), [(1, 1, 1), (3, 5, 2), (2, 16, 16), (5, 17, 4), (40, 128, 8), (2, 130, 3)])
 def test_routing(portable, kernels, bench, same_bits, T, E, K, norm):
     logits_TE = bench.floats(T, E, scale=3.0)
     logits_TE[0] = np.rint(logits_TE[0])  # ties
@@ -37,7 +36,7 @@ def test_routing(portable, kernels, bench, same_bits, T, E, K, norm):
     bound_TK = weights_TK * (steps + 2 * np.minimum(spread_T1, 87)) * U + 2.0**-125
     assert (np.abs(found[1] - weights_TK) <= bound_TK).all()
     same_bits(route(kernels, bench, logits_TE, K, norm), found)
-    for t in range(T):
+    for t in {0, T // 2, T - 1}:
         alone = route(kernels, bench, bench.of(logits_TE[t : t + 1]), K, norm)
         same_bits(alone, (found[0][t : t + 1], found[1][t : t + 1]))
 
@@ -171,9 +170,10 @@ def test_expert_values(portable, bench, fmt, group, T, D, width):
         size_TD = np.abs(hidden_TF) @ np.abs(down_DF).T
         bound_TD[tokens] += weight_T * (error_TF @ np.abs(down_DF).T + (down_chain + 1) * U * size_TD) * 1.02
         bound_TD[tokens] += 2.0**-33
-    assert (np.abs(case.sums(portable) * 2.0**-32 - expected_TD) <= bound_TD).all()
-    # The bound itself must stay far below the values, or it would show nothing.
-    assert np.median(bound_TD) < (0.03 if fmt.quantized else 1e-4) * np.median(np.abs(expected_TD))
+    error_TD = np.abs(case.sums(portable) * 2.0**-32 - expected_TD)
+    assert (error_TD <= bound_TD).all()
+    # Roundings mostly cancel: the worst case must be near for one step of int8, and far for 300 roundings of 2^-24.
+    assert error_TD.max() < (0.02 if fmt.quantized else 4e-6) * np.abs(expected_TD).max()
 
 
 @pytest.mark.parametrize(("fmt", "group", "T", "D", "width"), CASES)

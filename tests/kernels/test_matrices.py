@@ -81,10 +81,10 @@ def test_matrices_fill_their_columns_and_no_others(portable, kernels, bench, sam
 
 
 def test_bias_is_added_to_its_columns(kernels, bench, same_bits):
-    out_TR, bias_R = bench.floats(3, 40), bench.floats(17)
+    out_TR, bias_R = bench.floats(2001, 40), bench.floats(17)
     expected_TR = out_TR.copy()
-    expected_TR[:2, 5:22] += bias_R
-    kernels.add_bias(out_TR, 5, bias_R, tokens=2)
+    expected_TR[:2000, 5:22] += bias_R
+    kernels.add_bias(out_TR, 5, bias_R, tokens=2000)
     same_bits(out_TR, expected_TR)
 
 

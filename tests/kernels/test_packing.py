@@ -64,8 +64,11 @@ def test_f32_and_bf16_keep_every_bit(portable, bench, same_bits, shape):
 @pytest.mark.parametrize("shape", SIZES)
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("fmt", QUANTIZED)
-def test_quantized_values_are_the_definition(portable, bench, fmt, group, shape):
+@pytest.mark.parametrize("ties", [False, True])
+def test_quantized_values_are_the_definition(portable, bench, ties, fmt, group, shape):
     weights = bench.floats(*shape, scale=0.02)
+    if ties:  # q4: the first of the largest magnitudes decides the scale's sign
+        weights[...] = np.rint(weights * 50) / 16
     packed = bench.packed(portable, weights, fmt, group)
     scales = reference.weight_scales(weights, fmt, group)
     _, expected = reference.quantize_weights(weights, scales, fmt, group)
@@ -142,7 +145,7 @@ def test_bad_weights_are_counted(portable, bench, fmt):
 
 @pytest.mark.parametrize("fmt", list(WeightFormat))
 def test_same_bits_everywhere(portable, kernels, bench, same_bits, fmt):
-    for shape in [(1, 1), (33, 130), (130, 97)]:
+    for shape in [(1, 1), (33, 130), (130, 97), (300, 256)]:
         weights = bench.wild(*shape) if not fmt.quantized else bench.floats(*shape, scale=1e-5)
         for group in GROUPS:
             packed = bench.packed(portable, weights, fmt, group)

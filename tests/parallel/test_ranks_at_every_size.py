@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from helpers.launching import Finished, flavour
 MpiRun = Callable[..., Finished]
 TESTS = Path(__file__).resolve().parents[1]
 MUST_END_WITHIN_S = 30
+# A file outside the tests: the plugin by name, no settings, and no summary line that says an error's text again.
+ALONE = ("-p", "helpers.mpi_session", "-c", os.devnull, "-rN", "--color=no")
 
 
 def with_mpi(mpirun: MpiRun, ranks: int, *arguments: str, wait_s: int = 120) -> Finished:
@@ -37,7 +40,7 @@ def fail_on_purpose(mpirun: MpiRun, folder: Path, body: str, wait_s: int = 120) 
         f"@pytest.mark.mpi\ndef test_on_purpose(world):\n    {body}\n\n"
         "@pytest.mark.mpi\ndef test_after(world): print('NEVER REACHED', file=sys.__stderr__, flush=True)\n"
     )
-    done = with_mpi(mpirun, 4, "-p", "helpers.mpi_session", "-c", "/dev/null", str(path), wait_s=wait_s)
+    done = with_mpi(mpirun, 4, *ALONE, str(path), wait_s=wait_s)
     assert done.code != 0, done.output
     assert done.seconds < MUST_END_WITHIN_S, done.output
     assert "NEVER REACHED" not in done.output
@@ -82,7 +85,7 @@ def test_a_file_that_one_rank_cannot_import_ends_all(mpirun: MpiRun, tmp_path: P
         "assert rank != '3', 'on' + ' purpose'\n"
         "@pytest.mark.mpi\ndef test_one(world): pass\n"
     )
-    done = with_mpi(mpirun, 4, "-p", "helpers.mpi_session", "-c", "/dev/null", str(path))
+    done = with_mpi(mpirun, 4, *ALONE, str(path))
     assert done.code != 0
     assert done.seconds < MUST_END_WITHIN_S
     assert done.output.count("AssertionError: on purpose") == 1, done.output

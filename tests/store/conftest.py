@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers.tiny_store import ODD, run_convert
 
 from dist_moe.checkpoint.reader import Checkpoint
+from helpers.tiny_store import ODD, run_convert
 
 
 @pytest.fixture

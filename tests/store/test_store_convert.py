@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from helpers.tiny_model import TinyModel
-from helpers.tiny_store import ODD, contents, run_convert
 
 from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.errors import StoreError, UsageError
@@ -19,6 +17,8 @@ from dist_moe.store.manifest import NUMERICS_VERSION
 from dist_moe.store.plan import source_name
 from dist_moe.store.reader import Store
 from dist_moe.store.units import UNIT_KINDS, UnitKind, output_group, unit_count
+from helpers.tiny_model import TinyModel
+from helpers.tiny_store import ODD, contents, run_convert
 
 GOLDEN_MODELS = Path(__file__).parents[1] / "golden" / "models"
 MakeStore = Callable[..., Path]

@@ -3,7 +3,7 @@
 Loss does not show this: a model can write fluent sentences and still change a name in mid-story. Also reported is the
 longest run of tokens that a sampled story has in common with the training text. Exit code 0 if both are good.
 
-    python tools/demo/check_consistency.py dist_moe/demo/model --stories 100 --documents 60000
+    python tools/demo/check_consistency.py dist_moe/demo/model --stories 100 --documents 46080
 """
 
 from __future__ import annotations

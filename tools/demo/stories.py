@@ -63,7 +63,7 @@ def cast(rng: random.Random) -> dict[str, str]:
     for name, kind_slot, prefix, kind in ((hero, "K", "", kinds[0]), (friend, "L", "f", kinds[1])):
         is_girl = name in words.GIRLS
         slots[kind_slot] = kind if rng.random() < 0.6 else ("girl" if is_girl else "boy")
-        for role, pronoun in zip(("he", "him", "his"), PRONOUNS[is_girl]):
+        for role, pronoun in zip(("he", "him", "his"), PRONOUNS[is_girl], strict=True):
             slots[prefix + role] = pronoun
             slots[(prefix + role).capitalize()] = pronoun.capitalize()
     return slots

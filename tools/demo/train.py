@@ -113,6 +113,8 @@ def export(model: Qwen3MoeForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
         pad_token_id=ends[1],
     )
     stored.to(torch.bfloat16).save_pretrained(out)
+    for path in out.iterdir():
+        path.chmod(0o644)
 
 
 def train_pool(

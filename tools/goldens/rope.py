@@ -75,7 +75,8 @@ def frequencies(case: dict[str, Any]) -> tuple[np.ndarray, np.float64]:
     module = Qwen3MoeRotaryEmbedding(config)
     if module.rope_type != "default":
         inv_freq, factor = ROPE_INIT_FUNCTIONS[module.rope_type](config)
-        assert torch.equal(inv_freq, module.inv_freq) and factor == module.attention_scaling
+        assert torch.equal(inv_freq, module.inv_freq)
+        assert factor == module.attention_scaling
     return module.inv_freq.numpy(), np.float64(module.attention_scaling)
 
 

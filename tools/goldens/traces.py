@@ -108,7 +108,7 @@ def golden_arrays(
         "margins": margins.numpy(),
         "min_margin": np.float32(margins.min()),
         "ids_router_gap": np.float32(smallest(ids_gaps, 1)[0]),
-        "min_router_gap": np.float32(smallest(ids_gaps + greedy_gaps, 1)[0]),
+        "greedy_router_gap": np.float32(smallest(greedy_gaps, 1)[0]),
     }
 
 
