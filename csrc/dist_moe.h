@@ -130,15 +130,14 @@ void dm_add_exact(dm_context *context, float *x_TD, int32_t *fault_T, const int6
 /* ---- matrices ---- */
 
 /* out[t][m.out_column + r] = m row r . x_t for every matrix m; rows of out_TR lie out_stride floats apart. */
-void dm_matmul(dm_context *context, float *out_TR, const dm_matrix *matrices, const dm_operand *x,
-               size_t matrix_count, size_t T, size_t out_stride, int format, size_t group);
+void dm_matmul(dm_context *context, float *out_TR, const dm_matrix *matrices, const dm_operand *x, size_t matrix_count,
+               size_t T, size_t out_stride, int format, size_t group);
 /* out[t][column + r] += bias[r] for r < R. */
 void dm_add_bias(dm_context *context, float *out_TR, const float *bias_R, size_t T, size_t R, size_t out_stride);
 /* o_proj: unit u multiplies columns [u * P, (u + 1) * P) of x; contributions are summed in fixed point (rule 7).
  * sums_TD is overwritten, with zeros if there is no unit. */
-void dm_unit_sums(dm_context *context, int64_t *sums_TD, int32_t *fault_T, const dm_matrix *units,
-                  const dm_operand *x, size_t unit_count, size_t T, size_t D, size_t P, int format, size_t group,
-                  int32_t layer);
+void dm_unit_sums(dm_context *context, int64_t *sums_TD, int32_t *fault_T, const dm_matrix *units, const dm_operand *x,
+                  size_t unit_count, size_t T, size_t D, size_t P, int format, size_t group, int32_t layer);
 
 /* ---- attention ---- */
 
@@ -147,18 +146,18 @@ void dm_rope_angles(dm_context *context, float *cos_TP, float *sin_TP, const int
                     const float *inv_freq_P, float attention_factor, size_t T, size_t half_P);
 /* Per-head RMSNorm, then rotation of pairs (i, i + P/2), in place. Heads of one token are adjacent; tokens lie
  * row_stride floats apart. Source: Qwen3MoeAttention, apply_rotary_pos_emb. */
-void dm_norm_rope(dm_context *context, float *heads_ThP, const float *gain_P, const float *cos_TP,
-                  const float *sin_TP, float eps, size_t T, size_t h, size_t P, size_t row_stride);
+void dm_norm_rope(dm_context *context, float *heads_ThP, const float *gain_P, const float *cos_TP, const float *sin_TP,
+                  float eps, size_t T, size_t h, size_t P, size_t row_stride);
 /* Bytes of 64 positions of one KV head of one layer: K and V. A multiple of 64. */
 size_t dm_kv_block_bytes(int format, size_t P);
 /* Narrow K and V of the step's tokens into the cache (rule 9). Tokens lie row_stride floats apart. */
-void dm_kv_store(dm_context *context, const dm_kv_view *cache, int32_t *fault_T, const float *k_TgP,
-                 const float *v_TgP, size_t T, size_t g, size_t P, size_t row_stride, int32_t layer);
+void dm_kv_store(dm_context *context, const dm_kv_view *cache, int32_t *fault_T, const float *k_TgP, const float *v_TgP,
+                 size_t T, size_t g, size_t P, size_t row_stride, int32_t layer);
 /* Causal attention over fixed blocks of 64 positions (rule 10). kv_of_h: the local KV head of each local query head;
  * score_scale = f32(P^-1/2). q rows lie row_stride floats apart; out_ThP has no gaps. */
 void dm_attention(dm_context *context, float *out_ThP, int32_t *fault_T, const float *q_ThP, const dm_kv_view *cache,
-                  const int32_t *kv_of_h, float score_scale, size_t T, size_t h, size_t g, size_t P,
-                  size_t row_stride, int32_t layer);
+                  const int32_t *kv_of_h, float score_scale, size_t T, size_t h, size_t g, size_t P, size_t row_stride,
+                  int32_t layer);
 
 /* ---- experts ---- */
 
@@ -171,9 +170,9 @@ void dm_group_by_expert(dm_context *context, int32_t *offset_E1, int32_t *token_
 /* Bytes of one expert chunk of `width` hidden units. */
 size_t dm_chunk_bytes(int format, size_t D, size_t width, size_t group);
 /* sums_TD = fixed-point sum over chunks of weight * down(silu(gate x) * up x) (rules 6, 7); overwritten. */
-void dm_experts(dm_context *context, int64_t *sums_TD, int32_t *fault_T, const dm_chunk *chunks,
-                const int32_t *token_N, const float *weight_N, const dm_operand *x, size_t chunk_count, size_t T,
-                size_t D, size_t width, int format, size_t group, int32_t layer);
+void dm_experts(dm_context *context, int64_t *sums_TD, int32_t *fault_T, const dm_chunk *chunks, const int32_t *token_N,
+                const float *weight_N, const dm_operand *x, size_t chunk_count, size_t T, size_t D, size_t width,
+                int format, size_t group, int32_t layer);
 
 /* ---- logits and sampling (rules 13, 14) ---- */
 
@@ -187,11 +186,32 @@ void dm_top_logits(dm_context *context, int32_t *ids_TN, float *logits_TN, const
                    size_t valid, int32_t first_id, size_t count);
 /* Merge candidate lists (each sorted) of several ranks, N in all, into the best `count`; T = 1. */
 void dm_merge_candidates(dm_context *context, int32_t *ids_N, float *logits_N, size_t N);
-/* Draw from the `count` best candidates. B block sums give Z; complete = 1 if no other token exists. Returns the token's
- * place in the list, or -1 if the candidates cannot decide. *probability gets its share of Z. */
+/* Draw from the `count` best candidates. B block sums give Z; complete = 1 if no other token exists. Returns the
+ * token's place in the list, or -1 if the candidates cannot decide. *probability gets its share of Z. */
 int64_t dm_sample(dm_context *context, float *probability, const dm_sampling *how, const int32_t *ids_N,
                   const float *logits_N, const float *max_B, const float *sum_B, size_t count, size_t B, int complete);
 /* Uniform in [0, 1) with 53 bits: Philox4x32-10 keyed by seed, counter (sample_index, position). */
 double dm_uniform(uint64_t seed, uint64_t sample_index, uint64_t position);
+
+/* ---- the ranks of one host: exact sums through shared memory ---- */
+
+/* Bytes of each rank's two slots: longer messages travel in pieces. */
+#define DM_NODE_SLOT_BYTES 262144
+
+typedef struct dm_node dm_node;
+
+/* Create (owner = 1) or open the shared memory `name` ("/..."), reserve all of its pages and map it. The owner unlinks
+ * the name once every rank has opened it. spins: pauses before a waiting rank sleeps, 0 where ranks share cores.
+ * Returns NULL with errno set. */
+dm_node *dm_node_open(const char *name, int owner, size_t rank, size_t ranks, size_t spins);
+int dm_node_unlink(const char *name);
+void dm_node_close(dm_node *node);
+/* Collectives: every rank calls the same one with the same count. The two reductions work in place. */
+void dm_node_sum(dm_node *node, int64_t *values, size_t count);
+void dm_node_min(dm_node *node, int32_t *values, size_t count);
+/* The first rank's bytes reach all ranks. */
+void dm_node_broadcast(dm_node *node, void *data, size_t bytes);
+/* out (first rank only) gets the ranks' bytes one after another. */
+void dm_node_gather(dm_node *node, void *out, const void *own, size_t bytes);
 
 #endif

@@ -1,9 +1,9 @@
 /* draw.c: one token out of the best candidates (rules 13 and 14).
  *
- * Filters in order: temperature, top_k, top_p (the smallest prefix that holds top_p of what top_k kept), min_p (at least
- * min_p of the best one's probability). A uniform number then picks a share of the mass that is left. Masses are
- * float64 sums of the float32 terms in (logit descending, id ascending) order. Without top_k the mass of all tokens is Z,
- * from the block sums, with candidates as with the full list: both give the same token or the candidates give none.
+ * Filters in order: temperature, top_k, top_p (the smallest prefix that holds top_p of what top_k kept), min_p (at
+ * least min_p of the best one's probability). A uniform number then picks a share of the mass that is left. Masses are
+ * float64 sums of the float32 terms in (logit descending, id ascending) order. Without top_k the mass of all tokens is
+ * Z, from the block sums, with candidates as with the full list: both give the same token or the candidates give none.
  */
 #include "context.h"
 #include "float_state.h"

@@ -88,8 +88,7 @@ static void chunk_tokens(const expert_job *job, const uint8_t *chunk, size_t fir
     dm_rows x = gather(job, tokens, n, worker);
     dm_rows h = hidden(job, chunk, &x, tokens, n, worker);
     float *out = dm_scratch(worker, DM_SCRATCH_OUT, n * job->D * sizeof(float));
-    void *scratch =
-        dm_scratch(worker, DM_SCRATCH_MATMUL, DM_MATMUL_SCRATCH(job->D > job->width ? job->D : job->width));
+    void *scratch = dm_scratch(worker, DM_SCRATCH_MATMUL, DM_MATMUL_SCRATCH(job->D > job->width ? job->D : job->width));
     job->kernels->matmul[job->format](out, down, &h, n, job->D, job->D, job->group, scratch);
     for (size_t i = 0; i < n; i++) {
         size_t t = (size_t)tokens[i];
@@ -128,9 +127,9 @@ static void add_threads_item(void *argument, size_t item, dm_worker *worker) {
     }
 }
 
-void dm_experts(dm_context *context, int64_t *sums_TD, int32_t *fault_T, const dm_chunk *chunks,
-                const int32_t *token_N, const float *weight_N, const dm_operand *x, size_t chunk_count, size_t T,
-                size_t D, size_t width, int format, size_t group, int32_t layer) {
+void dm_experts(dm_context *context, int64_t *sums_TD, int32_t *fault_T, const dm_chunk *chunks, const int32_t *token_N,
+                const float *weight_N, const dm_operand *x, size_t chunk_count, size_t T, size_t D, size_t width,
+                int format, size_t group, int32_t layer) {
     uint64_t saved = dm_enter();
     expert_job job = {.kernels = context->kernels,
                       .pool = context->pool,

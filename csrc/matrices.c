@@ -39,8 +39,8 @@ static void matmul_item(void *argument, size_t item, dm_worker *worker) {
     }
 }
 
-void dm_matmul(dm_context *context, float *out_TR, const dm_matrix *matrices, const dm_operand *x,
-               size_t matrix_count, size_t T, size_t out_stride, int format, size_t group) {
+void dm_matmul(dm_context *context, float *out_TR, const dm_matrix *matrices, const dm_operand *x, size_t matrix_count,
+               size_t T, size_t out_stride, int format, size_t group) {
     uint64_t saved = dm_enter();
     matrix_job job = {.kernels = context->kernels,
                       .out_TR = out_TR,
@@ -77,17 +77,16 @@ static void unit_sums_item(void *argument, size_t item, dm_worker *worker) {
             job->kernels->matmul[job->format](out, packed, &rows, tokens, last - first, last - first, job->group,
                                               scratch);
             for (size_t t = 0; t < tokens; t++) {
-                int kind = job->kernels->add_fixed(job->sums_TD + (t0 + t) * job->D + first,
-                                                   out + t * (last - first), 1.0f, last - first);
+                int kind = job->kernels->add_fixed(job->sums_TD + (t0 + t) * job->D + first, out + t * (last - first),
+                                                   1.0f, last - first);
                 dm_report_fault(job->fault_T, t0 + t, kind, job->layer);
             }
         }
     }
 }
 
-void dm_unit_sums(dm_context *context, int64_t *sums_TD, int32_t *fault_T, const dm_matrix *units,
-                  const dm_operand *x, size_t unit_count, size_t T, size_t D, size_t P, int format, size_t group,
-                  int32_t layer) {
+void dm_unit_sums(dm_context *context, int64_t *sums_TD, int32_t *fault_T, const dm_matrix *units, const dm_operand *x,
+                  size_t unit_count, size_t T, size_t D, size_t P, int format, size_t group, int32_t layer) {
     uint64_t saved = dm_enter();
     matrix_job job = {.kernels = context->kernels,
                       .sums_TD = sums_TD,

@@ -65,9 +65,7 @@ static candidate make_candidate(float logit, int32_t id) {
     return (candidate){(uint64_t)order << 32 | (UINT32_MAX - (uint32_t)id), logit};
 }
 
-static int32_t candidate_id(candidate one) {
-    return one.key == 0 ? -1 : (int32_t)(UINT32_MAX - (uint32_t)one.key);
-}
+static int32_t candidate_id(candidate one) { return one.key == 0 ? -1 : (int32_t)(UINT32_MAX - (uint32_t)one.key); }
 
 /* Moves heap[i] down until both children are better: the root is the worst of the heap. */
 static void sift_down(candidate *heap, size_t i, size_t count) {

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "context.h"
+#include "float_state.h"
 
 enum { T = 3, D = 80, R = 33, WIDTH = 32, H = 2, P = 32, E = 20, K = 4, V = 300, POSITIONS = 70 };
 
@@ -119,6 +120,7 @@ static void test_choices(test_state *state) {
 }
 
 uint64_t dm_self_test(dm_context *context) {
+    uint64_t saved = dm_enter();
     test_state *state = aligned_alloc(64, dm_round_up(sizeof *state, 64));
     if (state == NULL) {
         fprintf(stderr, "dist-moe: out of memory: the self-test's %zu bytes could not be allocated\n", sizeof *state);
@@ -140,5 +142,6 @@ uint64_t dm_self_test(dm_context *context) {
     hash_bytes(state, state->fault_T, sizeof state->fault_T);
     uint64_t hash = state->hash;
     free(state);
+    dm_set_float_state(saved);
     return hash;
 }

@@ -41,13 +41,8 @@ static void embed_one(const token_job *job, size_t t) {
 
 void dm_embed(dm_context *context, float *x_TD, const void *table_VD, const int32_t *ids_T, size_t T, size_t D,
               int bf16_table) {
-    token_job job = {.out = x_TD,
-                     .in = table_VD,
-                     .ids_T = ids_T,
-                     .T = T,
-                     .D = D,
-                     .bf16_table = bf16_table,
-                     .one = embed_one};
+    token_job job = {
+        .out = x_TD, .in = table_VD, .ids_T = ids_T, .T = T, .D = D, .bf16_table = bf16_table, .one = embed_one};
     run(context, &job);
 }
 

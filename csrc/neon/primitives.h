@@ -8,8 +8,6 @@ DM_INLINE f32v fma_lanes(f32v a, f32v b, f32v c) {
 }
 
 /* float16 to float32. */
-DM_INLINE f32v widen_f16(const uint16_t *half) {
-    return (f32v)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(half)));
-}
+DM_INLINE f32v widen_f16(const uint16_t *half) { return (f32v)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(half))); }
 
 #endif

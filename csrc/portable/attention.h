@@ -1,7 +1,7 @@
 /* attention.h: one query head of one token over its KV head's blocks (rule 10).
  *
- * Scores have positions as lanes, values have dims as lanes. A block's triple (m, l, o) starts from nothing; triples are
- * merged in ascending order. Positions behind the token's own are not read, except that a register of 16 positions
+ * Scores have positions as lanes, values have dims as lanes. A block's triple (m, l, o) starts from nothing; triples
+ * are merged in ascending order. Positions behind the token's own are not read, except that a register of 16 positions
  * is loaded whole; those lanes are masked.
  */
 #ifndef DM_ATTENTION_H

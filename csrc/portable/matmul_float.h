@@ -23,9 +23,8 @@ DM_INLINE void float_chains(float *out[4], const uint8_t *const tile[4], const f
 }
 
 /* Tiles `first`, first + 1, ... against tokens t, t + 1, ...: one of the two counts is 1, the other at most 4. */
-DM_INLINE void float_block(float *out_TR, const uint8_t *packed, const dm_rows *x, size_t first, size_t tiles,
-                           size_t t, size_t tokens, size_t rows, size_t out_stride, size_t tile_bytes,
-                           weight_loader load) {
+DM_INLINE void float_block(float *out_TR, const uint8_t *packed, const dm_rows *x, size_t first, size_t tiles, size_t t,
+                           size_t tokens, size_t rows, size_t out_stride, size_t tile_bytes, weight_loader load) {
     float result[4][16];
     float *out[4];
     const uint8_t *tile[4];
@@ -35,9 +34,12 @@ DM_INLINE void float_block(float *out_TR, const uint8_t *packed, const dm_rows *
         tile[i] = packed + (first + (i < tiles ? i : 0)) * tile_bytes;
         values[i] = x->x + (t + (i < tokens ? i : 0)) * x->x_stride;
     }
-    if (tokens == 4) float_chains(out, tile, values, x->columns, 4, 0, 1, load);
-    else if (tiles == 4) float_chains(out, tile, values, x->columns, 4, 1, 0, load);
-    else float_chains(out, tile, values, x->columns, 1, 0, 0, load);
+    if (tokens == 4)
+        float_chains(out, tile, values, x->columns, 4, 0, 1, load);
+    else if (tiles == 4)
+        float_chains(out, tile, values, x->columns, 4, 1, 0, load);
+    else
+        float_chains(out, tile, values, x->columns, 1, 0, 0, load);
     for (size_t i = 0; i < tiles * tokens; i++) {
         size_t row = (first + (tiles > 1 ? i : 0)) * 16;
         size_t n = rows - row < 16 ? rows - row : 16;

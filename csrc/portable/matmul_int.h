@@ -29,8 +29,8 @@ typedef void (*group_dot)(i32v *dot, const uint8_t *vectors, const uint32_t *pai
                           size_t pair_stride, size_t sum_stride, size_t tokens);
 
 /* dot[t] = sum over 32 columns of (q - 8) * x_t, for the rows of one register. */
-DM_INLINE void dot_q4(i32v *dot, const uint8_t *vectors, const uint32_t *pairs, const int32_t *sum,
-                      size_t pair_stride, size_t sum_stride, size_t tokens) {
+DM_INLINE void dot_q4(i32v *dot, const uint8_t *vectors, const uint32_t *pairs, const int32_t *sum, size_t pair_stride,
+                      size_t sum_stride, size_t tokens) {
     i16v total[4] = {{0}, {0}, {0}, {0}};
     for (size_t j = 0; j < 4; j++) {
         u16v bytes = load_bytes(vectors + 64 * j);
@@ -59,8 +59,8 @@ DM_INLINE void dot_bytes(i32v *dot, const uint8_t *vectors, const uint32_t *pair
     }
 }
 
-DM_INLINE void dot_q8(i32v *dot, const uint8_t *vectors, const uint32_t *pairs, const int32_t *sum,
-                      size_t pair_stride, size_t sum_stride, size_t tokens) {
+DM_INLINE void dot_q8(i32v *dot, const uint8_t *vectors, const uint32_t *pairs, const int32_t *sum, size_t pair_stride,
+                      size_t sum_stride, size_t tokens) {
     (void)sum;
     (void)sum_stride;
     dot_bytes(dot, vectors, pairs, pair_stride, tokens, 0x8080);

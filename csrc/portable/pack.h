@@ -81,8 +81,10 @@ static uint16_t choose_scale(const dm_pack_job *job, size_t r, size_t s, int for
     extremes found = find_extremes(row + first, n);
     *bad += found.bad;
     uint16_t bits = 0x7c00;
-    if (job->group != 0 || job->scale_R == NULL) bits = scale_bits(row + first, n, format, found);
-    else if (is_finite(job->scale_R[r])) bits = narrow_f16(job->scale_R[r]);
+    if (job->group != 0 || job->scale_R == NULL)
+        bits = scale_bits(row + first, n, format, found);
+    else if (is_finite(job->scale_R[r]))
+        bits = narrow_f16(job->scale_R[r]);
     if ((bits & 0x7c00) != 0x7c00) return bits;
     *bad += 1;
     return 0;

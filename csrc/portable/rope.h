@@ -25,8 +25,8 @@ DM_INLINE double cosine_kernel(double r) {
     return 1.0 - 0.5 * z + z * z * p;
 }
 
-/* The angle is exact in float64 (24-bit inv_freq, positions below 2^29). pi/2 in parts of 33, 33 and 53 bits: n times each
- * of the first two is exact for |n| < 2^20, far beyond the longest context. Source: fdlibm e_rem_pio2.c. */
+/* The angle is exact in float64 (24-bit inv_freq, positions below 2^29). pi/2 in parts of 33, 33 and 53 bits: n times
+ * each of the first two is exact for |n| < 2^20, far beyond the longest context. Source: fdlibm e_rem_pio2.c. */
 static void rope_angles(float *cos_P, float *sin_P, int64_t position, const float *inv_freq_P, float attention_factor,
                         size_t half_P) {
     for (size_t i = 0; i < half_P; i++) {

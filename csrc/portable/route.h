@@ -42,8 +42,10 @@ static int route(int32_t *ids_K, float *weights_K, const float *logits_E, size_t
         chosen_total += weights_K[k];
     }
     for (size_t k = 0; k < K; k++) {
-        if (bad) weights_K[k] = 0.0f;
-        else if (norm_topk_prob) weights_K[k] /= chosen_total;
+        if (bad)
+            weights_K[k] = 0.0f;
+        else if (norm_topk_prob)
+            weights_K[k] /= chosen_total;
     }
     return bad ? DM_FAULT_ROUTER : 0;
 }

@@ -90,8 +90,8 @@ static void *packed(test_run *run, void *to, size_t rows, size_t columns, size_t
     float *back = buffer(run, rows * columns * sizeof(float));
     if (to == NULL) to = buffer(run, bytes);
     dm_row_scales(run->context, scale_R, weights, rows, columns, columns, one->format);
-    size_t bad = dm_pack(run->context, to, weights, row_scales ? scale_R : NULL, rows, columns, columns, one->format,
-                         group);
+    size_t bad =
+        dm_pack(run->context, to, weights, row_scales ? scale_R : NULL, rows, columns, columns, one->format, group);
     dm_unpack(run->context, back, to, rows, columns, one->format, group);
     hash_bytes(run, &bad, sizeof bad);
     hash_floats(run, scale_R, rows);
@@ -253,9 +253,12 @@ static void run_sampling(test_run *run) {
     hash_floats(run, best, T * N);
 }
 
-const case_kind CASE_KINDS[] = {{"vectors", run_vectors, 1},   {"matrices", run_matrices, DM_FORMAT_COUNT},
-                                {"units", run_units, DM_FORMAT_COUNT}, {"experts", run_experts, DM_FORMAT_COUNT},
-                                {"attention", run_attention, DM_KV_FORMAT_COUNT}, {"sampling", run_sampling, 1},
+const case_kind CASE_KINDS[] = {{"vectors", run_vectors, 1},
+                                {"matrices", run_matrices, DM_FORMAT_COUNT},
+                                {"units", run_units, DM_FORMAT_COUNT},
+                                {"experts", run_experts, DM_FORMAT_COUNT},
+                                {"attention", run_attention, DM_KV_FORMAT_COUNT},
+                                {"sampling", run_sampling, 1},
                                 {NULL, NULL, 0}};
 
 uint64_t run_case(dm_context *context, const test_case *one) {

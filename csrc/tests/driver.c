@@ -1,10 +1,10 @@
-/* driver.c: calls every entry point at every ISA level of this machine and with 1, 2 and 3 threads, on awkward sizes and
- * awkward numbers, in heap buffers of exactly the promised size, and compares all bits with portable C on one thread.
- * It prints one hash per case: the output of two machines must be the same text. Built from the repository's root:
+/* driver.c: calls every entry point at every ISA level of this machine and with 1, 2 and 3 threads, on awkward sizes
+ * and awkward numbers, in heap buffers of exactly the promised size, and compares all bits with portable C on one
+ * thread. It prints one hash per case: the output of two machines must be the same text. Built from the repository's
+ * root:
  *
- *   gcc -std=c11 -O1 -g -Wall -Wextra -Werror -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -pthread \
- *       -ffp-contract=off -Icsrc csrc/tests/driver.c csrc/tests/cases.c csrc/[a-z]*.c csrc/[a-z]*[a-z0-9]/level.c \
- *       -lm -o /tmp/dm_driver && /tmp/dm_driver
+ *   gcc -std=c11 -O1 -g -Wall -Wextra -Werror -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all \
+ *       -pthread -ffp-contract=off -Icsrc $(find csrc -name '*.c') -lm -o /tmp/dm_driver && /tmp/dm_driver
  *
  * Sanitizers off and -O3 instead make it a quick check of a new ISA level.
  */
@@ -17,8 +17,8 @@ static int check_case(const test_case *one) {
     dm_context *portable = dm_context_create("portable", 1);
     uint64_t expected = run_case(portable, one);
     dm_context_destroy(portable);
-    printf("%-10s T %2zu rows %3zu columns %3zu group %3zu format %d numbers %d: %016llx\n", one->name, one->T, one->rows,
-           one->columns, one->group, one->format, one->numbers, (unsigned long long)expected);
+    printf("%-10s T %2zu rows %3zu columns %3zu group %3zu format %d numbers %d: %016llx\n", one->name, one->T,
+           one->rows, one->columns, one->group, one->format, one->numbers, (unsigned long long)expected);
     int failures = 0;
     for (const char *const *isa = dm_isa_levels(); *isa != NULL; isa++) {
         if (!dm_isa_available(*isa)) continue;

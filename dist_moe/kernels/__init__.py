@@ -18,6 +18,7 @@ from dist_moe.kernels.formats import (
     packed_bytes,
 )
 from dist_moe.kernels.native import Kernels
+from dist_moe.kernels.node import NodeMemory
 from dist_moe.kernels.sampling_kernels import SamplingParameters
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "KvFormat",
     "KvView",
     "MatrixList",
+    "NodeMemory",
     "Operand",
     "SamplingParameters",
     "WeightFormat",

@@ -63,25 +63,29 @@ def register():
 
 
 class Work:
-    """Inputs whose results flush-to-zero or another rounding mode would change."""
+    """Inputs whose results flush-to-zero or another rounding mode would change; enough to keep several threads busy."""
+
+    T, R, C, V = 300, 200, 96, 200
 
     def __init__(self, kernels, bench):
-        self.bench, self.x_TC, self.gain_C = bench, bench.floats(40, 96), bench.of(np.ones(96, np.float32))
+        self.bench, self.x_TC = bench, bench.floats(self.T, self.C)
+        self.gain_C = bench.of(np.ones(self.C, np.float32))
         self.x_TC[::2] *= np.float32(1e-38)
         self.operand = bench.operand(kernels, self.x_TC, quantized=False)
-        packed = bench.packed(kernels, bench.floats(50, 96), WeightFormat.F32, 0)
-        self.matrices = MatrixList([(packed, 50, 0)])
-        self.logits_TV, self.temperature_T = bench.floats(40, 200, scale=30), bench.of(np.ones(40, np.float32))
+        packed = bench.packed(kernels, bench.floats(self.R, self.C), WeightFormat.F32, 0)
+        self.matrices = MatrixList([(packed, self.R, 0)])
+        self.logits_TV, self.temperature_T = bench.floats(40, self.V, scale=30), bench.of(np.ones(40, np.float32))
         self.how = SamplingParameters(temperature=1.0, seed=1)
 
     def results(self, kernels):
         empty, fault_T = self.bench.empty, self.bench.faults(40)
-        out_TR, normed_TC, sum_TB = empty((40, 50), np.float32), empty((40, 96), np.float32), empty((40, 2), np.float32)
-        max_TB, ids_TN, best_TN = empty((40, 2), np.float32), empty((40, 200), np.int32), empty((40, 200), np.float32)
-        kernels.matmul(out_TR, self.matrices, self.operand, 40, WeightFormat.F32, 0)
+        out_TR, normed_TC = empty((self.T, self.R), np.float32), empty((self.T, self.C), np.float32)
+        max_TB, sum_TB = empty((40, 2), np.float32), empty((40, 2), np.float32)
+        ids_TN, best_TN = empty((40, self.V), np.int32), empty((40, self.V), np.float32)
+        kernels.matmul(out_TR, self.matrices, self.operand, self.T, WeightFormat.F32, 0)
         kernels.rmsnorm(normed_TC, self.x_TC, self.gain_C, np.float32(1e-6))
-        kernels.vocabulary_blocks(max_TB, sum_TB, fault_T, self.logits_TV, self.temperature_T, 200, 0)
-        kernels.top_logits(ids_TN, best_TN, self.logits_TV, 200, 0)
+        kernels.vocabulary_blocks(max_TB, sum_TB, fault_T, self.logits_TV, self.temperature_T, self.V, 0)
+        kernels.top_logits(ids_TN, best_TN, self.logits_TV, self.V, 0)
         drawn = [kernels.sample(self.how, ids_TN[t], best_TN[t], max_TB[t], sum_TB[t], True) for t in range(40)]
         return out_TR, normed_TC, sum_TB, np.array(drawn)
 

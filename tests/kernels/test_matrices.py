@@ -139,6 +139,7 @@ def test_wrong_shapes_are_refused(portable, bench):
     for wrong in (
         lambda: portable.matmul(out_TR[:, :20].copy(), matrices, operand, 2, fmt, 0),  # columns do not fit
         lambda: portable.matmul(out_TR, matrices, operand, 3, fmt, 0),  # more tokens than rows
+        lambda: portable.matmul(np.zeros((3, 24), np.float32), matrices, operand, 3, fmt, 0),  # than vectors
         lambda: portable.matmul(out_TR, matrices, operand, 2, WeightFormat.Q4, 32),  # other bytes, no int8
         lambda: portable.matmul(out_TR.astype(np.float64), matrices, operand, 2, fmt, 0),
         lambda: portable.unit_sums(np.zeros((2, 17), np.int64), bench.faults(2), matrices, operand, 2, 64, fmt, 0, 0),

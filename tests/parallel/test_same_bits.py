@@ -1,4 +1,4 @@
-"""The promise: one hash of all logits, whatever the ranks, layout, threads, chunks, batch, shards and instruction set."""
+"""The promise: one hash of all logits, whatever ranks, layout, threads, chunks, batch, shards and ISA."""
 
 from __future__ import annotations
 

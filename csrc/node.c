@@ -1,0 +1,199 @@
+/* node.c: collectives of the ranks of one host through shared memory, without MPI.
+ *
+ * Every rank has two slots. A message goes into one of them, all ranks meet, and each reads what it needs: one meeting
+ * per message. The other slot takes the next message: whoever writes a slot again has met all ranks since they read
+ * it. Sums of many elements are cut into one slice per rank, which costs a second meeting but reads each slot once.
+ * A waiting rank spins for `spins` pauses, then sleeps on a futex until the last one arrives.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/futex.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "dist_moe.h"
+
+#define LINE 64
+/* From this many bytes on a sum is cut into slices, if three or more ranks share it. */
+#define SLICED_BYTES 65536
+
+/* The beginning of the shared memory. */
+typedef struct meeting {
+    _Alignas(LINE) _Atomic uint32_t arrived;
+    _Alignas(LINE) _Atomic uint32_t round; /* the futex */
+    _Atomic uint32_t sleepers;
+} meeting;
+
+struct dm_node {
+    meeting *shared;
+    uint8_t *slots;
+    size_t mapped_bytes;
+    size_t rank, ranks, spins;
+    uint32_t parity;
+};
+
+static void pause_briefly(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    __asm__ volatile("yield");
+#endif
+}
+
+static size_t shared_bytes(size_t ranks) { return sizeof(meeting) + ranks * 2 * DM_NODE_SLOT_BYTES; }
+
+/* posix_fallocate finds a full /dev/shm now, where a later page fault would be a SIGBUS. */
+static void *map_shared(const char *name, int owner, size_t bytes) {
+    int file = shm_open(name, owner ? O_RDWR | O_CREAT | O_EXCL : O_RDWR, 0600);
+    if (file < 0) return NULL;
+    int error = owner ? posix_fallocate(file, 0, (off_t)bytes) : 0;
+    void *memory = MAP_FAILED;
+    if (error == 0) {
+        memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+        error = memory == MAP_FAILED ? errno : 0;
+    }
+    close(file);
+    if (error != 0 && owner) shm_unlink(name);
+    errno = error;
+    return error == 0 ? memory : NULL;
+}
+
+dm_node *dm_node_open(const char *name, int owner, size_t rank, size_t ranks, size_t spins) {
+    dm_node *node = calloc(1, sizeof *node);
+    if (node == NULL) return NULL;
+    size_t bytes = shared_bytes(ranks);
+    void *memory = map_shared(name, owner, bytes);
+    if (memory == NULL) {
+        free(node);
+        return NULL;
+    }
+    *node = (dm_node){.shared = memory,
+                      .slots = (uint8_t *)memory + sizeof(meeting),
+                      .mapped_bytes = bytes,
+                      .rank = rank,
+                      .ranks = ranks,
+                      .spins = spins};
+    return node;
+}
+
+int dm_node_unlink(const char *name) { return shm_unlink(name); }
+
+void dm_node_close(dm_node *node) {
+    if (node == NULL) return;
+    munmap(node->shared, node->mapped_bytes);
+    free(node);
+}
+
+static void sleep_while(_Atomic uint32_t *word, uint32_t value) {
+    syscall(SYS_futex, word, FUTEX_WAIT, value, NULL, NULL, 0);
+}
+
+static void wake_all(_Atomic uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE, INT32_MAX, NULL, NULL, 0); }
+
+/* Returns when every rank has called it. */
+static void meet(dm_node *node) {
+    meeting *shared = node->shared;
+    uint32_t round = atomic_load(&shared->round);
+    if (atomic_fetch_add(&shared->arrived, 1) + 1 == node->ranks) {
+        atomic_store(&shared->arrived, 0);
+        atomic_store(&shared->round, round + 1);
+        if (atomic_load(&shared->sleepers) > 0) wake_all(&shared->round);
+        return;
+    }
+    for (size_t i = 0; i < node->spins; i++) {
+        if (atomic_load_explicit(&shared->round, memory_order_acquire) != round) return;
+        pause_briefly();
+    }
+    atomic_fetch_add(&shared->sleepers, 1);
+    while (atomic_load(&shared->round) == round) sleep_while(&shared->round, round);
+    atomic_fetch_sub(&shared->sleepers, 1);
+}
+
+static uint8_t *slot(const dm_node *node, size_t rank) {
+    return node->slots + (rank * 2 + node->parity) * DM_NODE_SLOT_BYTES;
+}
+
+/* Signed overflow wraps: such a sum is out of range and is reported when it is used. */
+static void add(int64_t *to, const int64_t *from, size_t count) {
+    for (size_t i = 0; i < count; i++) to[i] = (int64_t)((uint64_t)to[i] + (uint64_t)from[i]);
+}
+
+static size_t slice_first(const dm_node *node, size_t rank, size_t count) { return rank * count / node->ranks; }
+
+/* Each rank sums its slice of all slots into its own slot; all then read the slices. */
+static void sum_in_slices(dm_node *node, int64_t *values, size_t count) {
+    size_t first = slice_first(node, node->rank, count), last = slice_first(node, node->rank + 1, count);
+    int64_t *own = (int64_t *)slot(node, node->rank);
+    for (size_t rank = 0; rank < node->ranks; rank++) {
+        if (rank != node->rank) add(own + first, (const int64_t *)slot(node, rank) + first, last - first);
+    }
+    meet(node);
+    for (size_t rank = 0; rank < node->ranks; rank++) {
+        first = slice_first(node, rank, count);
+        last = slice_first(node, rank + 1, count);
+        memcpy(values + first, (const int64_t *)slot(node, rank) + first, (last - first) * sizeof *values);
+    }
+}
+
+static void sum_piece(dm_node *node, int64_t *values, size_t count) {
+    memcpy(slot(node, node->rank), values, count * sizeof *values);
+    meet(node);
+    if (node->ranks > 2 && count * sizeof *values >= SLICED_BYTES) {
+        sum_in_slices(node, values, count);
+    } else {
+        for (size_t rank = 0; rank < node->ranks; rank++) {
+            if (rank != node->rank) add(values, (const int64_t *)slot(node, rank), count);
+        }
+    }
+    node->parity ^= 1;
+}
+
+void dm_node_sum(dm_node *node, int64_t *values, size_t count) {
+    const size_t most = DM_NODE_SLOT_BYTES / sizeof *values;
+    for (size_t first = 0; first < count; first += most) {
+        sum_piece(node, values + first, count - first < most ? count - first : most);
+    }
+}
+
+void dm_node_min(dm_node *node, int32_t *values, size_t count) {
+    const size_t most = DM_NODE_SLOT_BYTES / sizeof *values;
+    for (size_t first = 0; first < count; first += most) {
+        size_t piece = count - first < most ? count - first : most;
+        memcpy(slot(node, node->rank), values + first, piece * sizeof *values);
+        meet(node);
+        for (size_t rank = 0; rank < node->ranks; rank++) {
+            const int32_t *other = (const int32_t *)slot(node, rank);
+            for (size_t i = 0; i < piece; i++) {
+                if (other[i] < values[first + i]) values[first + i] = other[i];
+            }
+        }
+        node->parity ^= 1;
+    }
+}
+
+void dm_node_broadcast(dm_node *node, void *data, size_t bytes) {
+    for (size_t first = 0; first < bytes; first += DM_NODE_SLOT_BYTES) {
+        size_t piece = bytes - first < DM_NODE_SLOT_BYTES ? bytes - first : DM_NODE_SLOT_BYTES;
+        if (node->rank == 0) memcpy(slot(node, 0), (uint8_t *)data + first, piece);
+        meet(node);
+        if (node->rank != 0) memcpy((uint8_t *)data + first, slot(node, 0), piece);
+        node->parity ^= 1;
+    }
+}
+
+void dm_node_gather(dm_node *node, void *out, const void *own, size_t bytes) {
+    for (size_t first = 0; first < bytes; first += DM_NODE_SLOT_BYTES) {
+        size_t piece = bytes - first < DM_NODE_SLOT_BYTES ? bytes - first : DM_NODE_SLOT_BYTES;
+        memcpy(slot(node, node->rank), (const uint8_t *)own + first, piece);
+        meet(node);
+        for (size_t rank = 0; node->rank == 0 && rank < node->ranks; rank++) {
+            memcpy((uint8_t *)out + rank * bytes + first, slot(node, rank), piece);
+        }
+        node->parity ^= 1;
+    }
+}

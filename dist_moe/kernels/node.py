@@ -1,0 +1,72 @@
+"""The ranks of one host exchange through shared memory: exact sums, lowest faults, broadcasts, gathers."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_moe.errors import EnvironmentMismatch
+from dist_moe.kernels._native import ffi, lib
+from dist_moe.kernels.arrays import I32, I64, Pointer
+
+
+class NodeMemory:
+    """One host's shared memory, from one rank's side. Every method is collective over the host's ranks.
+
+    Nothing is left behind by a killed job: the name is unlinked as soon as all ranks have opened it.
+    """
+
+    def __init__(self, name: str, rank: int, ranks: int, spins: int) -> None:
+        """Create the memory on the host's first rank, open it on the others (after the first).
+
+        Args:
+            name: Of the memory, beginning with a slash; unique to the job.
+            rank: This rank's place among the host's.
+            ranks: How many there are.
+            spins: Pauses before a waiting rank sleeps; 0 where ranks share cores.
+
+        Raises:
+            EnvironmentMismatch: The memory cannot be made or mapped.
+        """
+        self._name = name.encode()
+        self._rank = rank
+        self._ranks = ranks
+        self._node: Pointer = lib.dm_node_open(self._name, rank == 0, rank, ranks, spins)
+        if self._node == ffi.NULL:
+            reason = os.strerror(ffi.errno)
+            raise EnvironmentMismatch(
+                f"/dev/shm{name}: {ranks} ranks' shared memory cannot be {'opened' if rank else 'made'}: {reason}; "
+                "give the container more /dev/shm (docker: --shm-size=1g)"
+            )
+
+    def unlink(self) -> None:
+        """Take the name away; to be called on the first rank once all ranks have opened the memory."""
+        lib.dm_node_unlink(self._name)
+
+    def close(self) -> None:
+        """Unmap the memory; every later call is refused."""
+        if self._node is not None:
+            lib.dm_node_close(self._node)
+            self._node = None
+
+    def sum(self, values: npt.NDArray[np.int64]) -> None:
+        """Add the ranks' int64 values in place."""
+        lib.dm_node_sum(self._node, I64.write(values, *values.shape), values.size)
+
+    def minimum(self, values: npt.NDArray[np.int32]) -> None:
+        """Take the lowest of the ranks' int32 values in place."""
+        lib.dm_node_min(self._node, I32.write(values, *values.shape), values.size)
+
+    def broadcast(self, values: npt.NDArray[Any]) -> None:
+        """Give the first rank's array, of any type and C-contiguous, to all ranks in place."""
+        lib.dm_node_broadcast(self._node, ffi.from_buffer(values, require_writable=True), values.nbytes)
+
+    def gather(self, own: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+        """Stack the ranks' equal arrays [...] on the first rank as [ranks, ...]; None on the others."""
+        out = np.empty((self._ranks, *own.shape), own.dtype) if self._rank == 0 else None
+        to = ffi.NULL if out is None else ffi.from_buffer(out, require_writable=True)
+        lib.dm_node_gather(self._node, to, ffi.from_buffer(own), own.nbytes)
+        return out

@@ -1,0 +1,98 @@
+"""Collectives through shared memory, among forked processes."""
+
+from __future__ import annotations
+
+import os
+import traceback
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_moe.errors import EnvironmentMismatch
+from dist_moe.kernels import NodeMemory
+
+SIZES = (1, 7, 2048, 8191, 32768, 32769, 100_003)
+
+
+def on_ranks(ranks: int, spins: int, body: Callable[[NodeMemory, int], None]) -> None:
+    """Run body(node, rank) in one process per rank; fails if it raises in any."""
+    name = f"/dist-moe-test-{uuid.uuid4().hex}"
+    first = NodeMemory(name, 0, ranks, spins)
+    children = []
+    for rank in range(1, ranks):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                body(NodeMemory(name, rank, ranks, spins), rank)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            os._exit(code)
+        children.append(child)
+    try:
+        body(first, 0)
+    finally:
+        first.unlink()
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    first.close()
+    assert codes == [0] * (ranks - 1)
+
+
+def data(rank: int, size: int, kind: type) -> np.ndarray:
+    return np.random.default_rng([rank, size]).integers(-(2**31), 2**31 - 1, size).astype(kind)
+
+
+@pytest.mark.parametrize("spins", [0, 2000])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_collectives_of_every_size(ranks: int, spins: int) -> None:
+    def body(node: NodeMemory, rank: int) -> None:
+        for size in SIZES:
+            sums, lowest = data(rank, size, np.int64), data(rank, size, np.int32)
+            node.sum(sums)
+            node.minimum(lowest)
+            assert np.array_equal(sums, np.sum([data(r, size, np.int64) for r in range(ranks)], axis=0))
+            assert np.array_equal(lowest, np.min([data(r, size, np.int32) for r in range(ranks)], axis=0))
+            sent = data(9, size, np.int64) if rank == 0 else np.zeros(size, np.int64)
+            node.broadcast(sent)
+            assert np.array_equal(sent, data(9, size, np.int64))
+            gathered = node.gather(data(rank, size, np.int32))
+            if rank == 0:
+                assert np.array_equal(gathered, [data(r, size, np.int32) for r in range(ranks)])
+            else:
+                assert gathered is None
+
+    on_ranks(ranks, spins, body)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_thousand_sums_in_a_row_with_ranks_that_lag(ranks: int) -> None:
+    def body(node: NodeMemory, rank: int) -> None:
+        for turn in range(1000):
+            if turn % (7 + rank) == 0:
+                os.sched_yield()
+            sums = np.full(2048, turn * (rank + 1), np.int64)
+            node.sum(sums)
+            assert (sums == turn * ranks * (ranks + 1) // 2).all()
+
+    on_ranks(ranks, 2000, body)
+
+
+def test_sums_wrap_instead_of_trapping() -> None:
+    def body(node: NodeMemory, rank: int) -> None:
+        sums = np.array([2**63 - 1, -(2**63)], np.int64)
+        node.sum(sums)
+        assert sums.tolist() == [-2, 0]
+
+    on_ranks(2, 0, body)
+
+
+def test_no_name_is_left_and_a_missing_one_is_explained() -> None:
+    before = set(Path("/dev/shm").iterdir())
+    on_ranks(2, 0, lambda node, rank: None)
+    assert set(Path("/dev/shm").iterdir()) <= before
+    with pytest.raises(EnvironmentMismatch, match="cannot be opened: No such file"):
+        NodeMemory("/dist-moe-test-absent", 1, 2, 0)
