@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dist_moe.engine.crew import Crew
 from dist_moe.engine.request import Completion, Request, describe_fault
 from dist_moe.engine.sampling import draw_token
 from dist_moe.engine.schedule import Part, Schedule
-from dist_moe.engine.startup import agree_on_numerics, agreed, choose_layout
+from dist_moe.engine.startup import agree_on_numerics, agreed, choose_layout, open_exchange
 from dist_moe.engine.statistics import Clock, EngineStatistics, summarize
 from dist_moe.engine.worker import RowSink, StepResult, Worker
 from dist_moe.errors import DistMoeError, UsageError
@@ -63,7 +64,7 @@ class Engine:
         self.kernels = agreed(world, "start", lambda: Kernels(options.threads, options.isa))
         self._options = options
         self._step_tokens = max(options.prefill_chunk, MAX_LOGIT_ROWS)
-        exchange = Exchange(world)
+        exchange = open_exchange(world, options.threads, os.environ)
         self.layout = agreed(world, "start", lambda: choose_layout(store, exchange, options.experts))
         self.model = agreed(world, "load", lambda: self._load(store, world, exchange))
         agree_on_numerics(world, exchange, self.kernels)

@@ -31,7 +31,7 @@ _PIPE_CLOSED = 141
 # An error that all ranks meet is printed by the lowest one, which ends the others while they wait this long.
 _START_GRACE_S = 10.0
 _GRACE_S = 2.0
-_GRACE_PER_RANK_S = 0.5
+_GRACE_PER_RANK_S = 1.0
 _LONGEST_STAGGER_S = 5.0
 
 

@@ -65,12 +65,17 @@ class Exchange:
             self._allreduce(fault_T, np.int32, "MIN", self.ledger.faults)
 
     def _allreduce(self, array: NDArray[Any], dtype: type[np.generic], operation: str, totals: ExchangeTotals) -> None:
-        comm, mpi = self._mpi()
+        _, mpi = self._mpi()
+        comm = self._reducing_comm()
         started_s = time.perf_counter()
         kind = mpi.INT64_T if dtype is np.int64 else mpi.INT32_T
         for piece in _pieces(array, dtype):
             comm.Allreduce(mpi.IN_PLACE, [piece, kind], getattr(mpi, operation))
-        totals.add(started_s, 2 * array.nbytes * (self.world.size - 1) // self.world.size)
+        totals.add(started_s, 2 * array.nbytes * (comm.size - 1) // comm.size)
+
+    def _reducing_comm(self) -> Any:
+        """The ranks that reduce and broadcast by MPI."""
+        return self._mpi()[0]
 
     def post_step(self, header: NDArray[np.int64]) -> None:
         """Leader: wake the followers with the next step's header.
@@ -81,12 +86,17 @@ class Exchange:
         if self._alone:
             return
         assert self.world.is_leader
+        self._send_header(header, range(1, self.world.size))
+
+    def _send_header(self, header: NDArray[np.int64], ranks: Sequence[int]) -> None:
+        if not ranks:
+            return
         comm, mpi = self._mpi()
         started_s = time.perf_counter()
         message = [_whole(header, np.int64, HEADER_WORDS), mpi.INT64_T]
         # 128 bytes go eagerly: the request ends when the message is copied, whatever the follower is doing.
-        mpi.Request.Waitall([comm.Isend(message, rank, _HEADER_TAG) for rank in range(1, self.world.size)])
-        self.ledger.broadcasts.add(started_s, header.nbytes * (self.world.size - 1))
+        mpi.Request.Waitall([comm.Isend(message, rank, _HEADER_TAG) for rank in ranks])
+        self.ledger.broadcasts.add(started_s, header.nbytes * len(ranks))
 
     def wait_step(self, header: NDArray[np.int64]) -> None:
         """Follower: wait for the leader's next header: spin briefly, then nap for a quarter of the wait, at most 2 ms.
@@ -114,11 +124,12 @@ class Exchange:
         """
         if self._alone:
             return
-        comm, mpi = self._mpi()
+        _, mpi = self._mpi()
+        comm = self._reducing_comm()
         started_s = time.perf_counter()
         for piece in _pieces(_bytes(array), np.uint8):
             comm.Bcast([piece, mpi.BYTE], root=0)
-        self.ledger.broadcasts.add(started_s, array.nbytes * (self.world.size - 1) if self.world.is_leader else 0)
+        self.ledger.broadcasts.add(started_s, array.nbytes * (comm.size - 1) if self.world.is_leader else 0)
 
     def gather_columns(
         self,

@@ -20,9 +20,10 @@ from _pytest.runner import runtestprotocol
 from dist_moe.parallel.launcher import detect_launcher
 from dist_moe.parallel.world import World
 
-# A rank that failed gives the others this long to finish the test; later ranks longer, so that one of them prints.
+# A rank that failed gives the others this long to finish the test; later ranks longer than it takes to end the job,
+# so that one of them prints.
 _FAILED_GRACE_S = 5.0
-_GRACE_PER_RANK_S = 0.5
+_GRACE_PER_RANK_S = 1.0
 # A rank that passed waits this long for the others, which may be stuck in a collective that it left out.
 _PASSED_WAIT_S = float(os.environ.get("DIST_MOE_TEST_WAIT_S", "120"))
 _WORLD = pytest.StashKey[World]()

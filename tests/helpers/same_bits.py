@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dist_moe.engine.startup import open_exchange
 from dist_moe.engine.worker import Worker
 from dist_moe.kernels import NO_FAULT, Kernels, KvFormat, isa_levels
 from dist_moe.model.step import Slice, Step
@@ -76,7 +77,7 @@ def run_store(world: World, exchange: Exchange, store: Store, kernels: Kernels, 
 def main() -> None:
     """Print {format/kv: {combination: hash}} as JSON on rank 0."""
     world = World.start(detect_launcher(os.environ))
-    exchange = Exchange(world)
+    exchange = open_exchange(world, 2, os.environ)
     hashes: dict[str, dict[str, str]] = {}
     levels = isa_levels()
     stores = Path(sys.argv[1])

@@ -21,20 +21,25 @@ def on_ranks(ranks: int, spins: int, body: Callable[[NodeMemory, int], None]) ->
     """Run body(node, rank) in one process per rank; fails if it raises in any."""
     name = f"/dist-moe-test-{uuid.uuid4().hex}"
     first = NodeMemory(name, 0, ranks, spins)
+
+    def meet_and_run(node: NodeMemory, rank: int) -> None:
+        node.broadcast(np.zeros(1))  # all have opened it
+        body(node, rank)
+
     children = []
     for rank in range(1, ranks):
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                body(NodeMemory(name, rank, ranks, spins), rank)
+                meet_and_run(NodeMemory(name, rank, ranks, spins), rank)
                 code = 0
             except BaseException:
                 traceback.print_exc()
             os._exit(code)
         children.append(child)
     try:
-        body(first, 0)
+        meet_and_run(first, 0)
     finally:
         first.unlink()
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

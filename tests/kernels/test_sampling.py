@@ -198,6 +198,18 @@ def test_exponential(kernels, bench):
     assert kernels.sample(SamplingParameters(), ids_N, np.array([-87.00001], np.float32), zero, one, True) == (0, 0.0)
 
 
+def test_a_target_beyond_the_last_sum(kernels, bench):
+    """Block sums are f32, terms are added in f64: what Z has too much goes to the last token that has any mass."""
+    logits_N, ids_N = bench.of(np.array([2, 1, 0, -200], np.float32)), bench.of(np.arange(4, dtype=np.int32))
+    max_B, sum_B = bench.of(np.array([2], np.float32)), bench.of(np.array([3.2], np.float32))  # twice the true sum
+    beyond = [p for p in range(40) if Kernels.uniform(0, 0, p) > 0.55]
+    assert beyond
+    for position in beyond:
+        how = SamplingParameters(temperature=1.0, position=position)
+        assert kernels.sample(how, ids_N, logits_N, max_B, sum_B, True)[0] == 2
+        assert kernels.sample(how, ids_N, logits_N, max_B, sum_B, False) == (-1, 0.0)
+
+
 def test_no_candidates_give_no_token(kernels, bench):
     ids_N, logits_N = bench.of(np.full(3, -1, np.int32)), bench.of(np.full(3, -np.inf, np.float32))
     masked, zero = bench.of(np.array([-np.inf], np.float32)), bench.of(np.zeros(1, np.float32))

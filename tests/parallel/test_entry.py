@@ -132,8 +132,11 @@ def test_one_rank_that_leaves_ends_all(mpirun: MpiRun, program: Program, name: s
     assert ("Traceback" in done.stderr) == (name == "a bug")
 
 
-def test_a_bug_on_all_ranks_is_printed_once(mpirun: MpiRun, program: Program) -> None:
-    done = mpirun(4, *program("world = start()\nraise ValueError('broken')"))
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_bug_on_several_ranks_is_printed_once(mpirun: MpiRun, program: Program, first: int) -> None:
+    done = mpirun(
+        4, *program(f"world = start()\nif world.rank >= {first}: raise ValueError('broken')\nworld.barrier()")
+    )
     assert done.code == 1, done.output
     assert len(own_lines(done)) == 1, done.output
     assert done.stderr.count("Traceback") == 1

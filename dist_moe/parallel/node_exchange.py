@@ -1,0 +1,133 @@
+"""The exchanges of a step where the ranks of a host share memory: through it inside a host, by MPI between hosts.
+
+T tokens · N columns of all ranks · n columns of one rank · W ranks
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_moe.parallel.exchange import HEADER_WORDS, Exchange
+from dist_moe.parallel.ledger import ExchangeTotals
+from dist_moe.parallel.world import World
+
+
+class NodeChannel(Protocol):
+    """Collectives of one host's ranks; its first rank is the root."""
+
+    def sum(self, values: NDArray[np.int64]) -> None:
+        """Add in place."""
+
+    def minimum(self, values: NDArray[np.int32]) -> None:
+        """Take the lowest in place."""
+
+    def broadcast(self, values: NDArray[Any]) -> None:
+        """Give the first rank's array to all in place."""
+
+    def gather(self, own: NDArray[Any]) -> NDArray[Any] | None:
+        """Stack the ranks' equal arrays on the first one."""
+
+
+class NodeExchange(Exchange):
+    """Exchanges over all ranks, of which those of one host meet in shared memory; no MPI call inside a host."""
+
+    def __init__(self, world: World, node: NodeChannel) -> None:
+        """Exchange over this world's ranks; collective.
+
+        Args:
+            world: All ranks; rank 0 is the first of its host.
+            node: This host's shared memory.
+        """
+        super().__init__(world)
+        self._node = node
+        self._first = world.local_rank == 0
+        comm, mpi = self._mpi()
+        self._firsts = comm.Split(0 if self._first else mpi.UNDEFINED, world.rank) if world.nodes > 1 else None
+
+    def _allreduce(self, array: NDArray[Any], dtype: type[np.generic], operation: str, totals: ExchangeTotals) -> None:
+        started_s = time.perf_counter()
+        if operation == "SUM":
+            self._node.sum(array)
+        else:
+            self._node.minimum(array)
+        totals.add(started_s, array.nbytes)
+        if self._firsts is not None:
+            if self._first:
+                super()._allreduce(array, dtype, operation, totals)
+            self._node.broadcast(array)
+
+    def _reducing_comm(self) -> Any:
+        return self._firsts
+
+    def post_step(self, header: NDArray[np.int64]) -> None:
+        """Leader: wake the other hosts' first ranks by one message each, and the own host's ranks from their futex.
+
+        Args:
+            header: int64 [HEADER_WORDS].
+        """
+        assert len(header) == HEADER_WORDS
+        self._send_header(header, [rank for rank, node in self._first_ranks() if node != 0])
+        self._node.broadcast(header)
+
+    def wait_step(self, header: NDArray[np.int64]) -> None:
+        """Follower: sleep until the leader's next header; only a remote host's first rank polls for it.
+
+        Args:
+            header: int64 [HEADER_WORDS], overwritten.
+        """
+        assert not self.world.is_leader
+        if self._first:
+            super().wait_step(header)
+        started_s = time.perf_counter()
+        self._node.broadcast(header)
+        self.ledger.waiting.add(started_s, 0)
+
+    def broadcast(self, array: NDArray[Any]) -> None:
+        """Give the leader's array to all ranks in place.
+
+        Args:
+            array: Any dtype and shape, C-contiguous; the same on all ranks.
+        """
+        if self._firsts is not None and self._first:
+            super().broadcast(array)
+        started_s = time.perf_counter()
+        self._node.broadcast(array)
+        self.ledger.broadcasts.add(started_s, array.nbytes if self._first else 0)
+
+    def gather_columns(
+        self, local_Tn: NDArray[np.float32], counts_W: Sequence[int], out_TN: NDArray[np.float32] | None
+    ) -> NDArray[np.float32] | None:
+        """Put the ranks' columns side by side on the leader; see Exchange."""
+        if self._firsts is not None:
+            return super().gather_columns(local_Tn, counts_W, out_TN)
+        rows, widest = len(local_Tn), max(counts_W)
+        padded_Tn = np.zeros((rows, widest), np.float32)
+        padded_Tn[:, : local_Tn.shape[1]] = local_Tn
+        gathered_WTn = self.gather_equal(padded_Tn)
+        if gathered_WTn is None or out_TN is None:
+            return None
+        for rank, stop in enumerate(accumulate(counts_W)):
+            out_TN[:, stop - counts_W[rank] : stop] = gathered_WTn[rank, :, : counts_W[rank]]
+        return out_TN
+
+    def gather_equal(self, local: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any] | None:
+        """Stack the ranks' equal arrays on the leader; see Exchange."""
+        if self._firsts is not None:
+            return super().gather_equal(local, out)
+        started_s = time.perf_counter()
+        gathered = self._node.gather(local)
+        self.ledger.gathers.add(started_s, 0 if self._first else local.nbytes)
+        if gathered is not None and out is not None:
+            np.copyto(out, gathered)
+        return gathered
+
+    def _first_ranks(self) -> list[tuple[int, int]]:
+        """(rank, node) of every host's first rank."""
+        nodes = self.world.node_of_rank
+        return [(nodes.index(node), node) for node in range(self.world.nodes)]
