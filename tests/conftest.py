@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from dist_moe.engine.startup import open_exchange
 from dist_moe.parallel.exchange import Exchange
 from dist_moe.parallel.world import World
 from helpers import launching
@@ -14,10 +15,10 @@ from helpers.mpi_session import pytest_configure, world
 __all__ = ["exchange", "mpirun", "pytest_configure", "world"]
 
 
-@pytest.fixture
-def exchange(world: World) -> Exchange:
-    """Fresh exchanges over all ranks."""
-    return Exchange(world)
+@pytest.fixture(params=["MPI", "shared memory"])
+def exchange(world: World, request: pytest.FixtureRequest) -> Exchange:
+    """Fresh exchanges over all ranks, by MPI alone and through shared memory."""
+    return open_exchange(world, 1, {"DIST_MOE_SHARED_MEMORY": "0" if request.param == "MPI" else "1"})
 
 
 @pytest.fixture

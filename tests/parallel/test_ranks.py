@@ -13,6 +13,7 @@ import pytest
 import dist_moe.parallel.exchange as exchange_module
 from dist_moe.errors import StoreError, UsageError
 from dist_moe.parallel.exchange import HEADER_WORDS, Exchange
+from dist_moe.parallel.node_exchange import NodeExchange
 from dist_moe.parallel.world import AgreedError, World
 
 pytestmark = pytest.mark.mpi
@@ -77,22 +78,6 @@ def test_followers_wait_for_the_header_and_sleep(world: World, exchange: Exchang
         assert header.tolist() == [step, *range(1, HEADER_WORDS)]
 
 
-def test_the_leader_does_not_wait_for_a_slow_follower(world: World, exchange: Exchange) -> None:
-    header = np.zeros(HEADER_WORDS, np.int64)
-    world.barrier()
-    if world.is_leader:
-        started_s = time.perf_counter()
-        for step in range(3):
-            header[0] = step
-            exchange.post_step(header)
-        assert time.perf_counter() - started_s < 0.4
-    else:
-        time.sleep(0.5)
-        for step in range(3):
-            exchange.wait_step(header)
-            assert header[0] == step
-
-
 @pytest.mark.parametrize("dtype", [np.int32, np.float32, np.uint8, np.float64])
 def test_broadcast_gives_the_leaders_array(world: World, exchange: Exchange, dtype: type[np.generic]) -> None:
     array = (np.arange(33) + 100 * world.rank).astype(dtype).reshape(3, 11)
@@ -126,7 +111,9 @@ def test_the_ledger_counts_what_was_sent(world: World, exchange: Exchange) -> No
     exchange.sum_exact(np.zeros(100, np.int64))
     ledger = exchange.reset_ledger()
     assert ledger.sums.calls == (world.size > 1)
-    assert ledger.sent_bytes == 2 * (world.size - 1) * 800 // world.size
+    # Through shared memory each rank writes its array once; by MPI the model is reduce-scatter and allgather.
+    expected = 800 if isinstance(exchange, NodeExchange) else 2 * (world.size - 1) * 800 // world.size
+    assert ledger.sent_bytes == expected
     assert (ledger.seconds > 0) == (world.size > 1)
     assert exchange.ledger.sums.calls == 0
 
