@@ -5,12 +5,12 @@
 
 #include "dispatch.h"
 
-dm_context *dm_context_create(const char *isa, size_t threads) {
+dm_context *dm_context_create(const char *isa, size_t threads, int spin) {
     const dm_kernels *kernels = dm_find_kernels(isa);
     if (kernels == NULL || threads == 0) return NULL;
     dm_context *context = malloc(sizeof *context);
     if (context == NULL) return NULL;
-    *context = (dm_context){.kernels = kernels, .pool = dm_pool_create(threads), .threads = threads};
+    *context = (dm_context){.kernels = kernels, .pool = dm_pool_create(threads, spin), .threads = threads};
     if (context->pool != NULL) return context;
     free(context);
     return NULL;

@@ -34,8 +34,8 @@ struct dm_context {
 /* One item of a job. Items may run in any order on any thread: none may change another's bits. */
 typedef void (*dm_task)(void *job, size_t item, dm_worker *worker);
 
-/* NULL if memory or threads are lacking. */
-dm_pool *dm_pool_create(size_t threads);
+/* spin: whether waiting threads spin before they sleep. NULL if memory or threads are lacking. */
+dm_pool *dm_pool_create(size_t threads, int spin);
 void dm_pool_destroy(dm_pool *pool);
 /* Runs task(job, i, worker) for all i < count and returns when all are done. Not reentrant. */
 void dm_pool_run(dm_pool *pool, dm_task task, void *job, size_t count);

@@ -90,8 +90,9 @@ typedef struct dm_context dm_context;
 const char *const *dm_isa_levels(void);
 /* 1 if CPU and operating system can run the level. */
 int dm_isa_available(const char *isa);
-/* isa = NULL takes the best available level. NULL if it is not available or memory or threads are lacking. */
-dm_context *dm_context_create(const char *isa, size_t threads);
+/* isa = NULL takes the best available level. spin = 0 where threads share cores with others: waiting ones then sleep at
+ * once. NULL if the level is not available or memory or threads are lacking. */
+dm_context *dm_context_create(const char *isa, size_t threads, int spin);
 void dm_context_destroy(dm_context *context);
 const char *dm_context_isa(const dm_context *context);
 size_t dm_context_threads(const dm_context *context);
@@ -213,5 +214,39 @@ void dm_node_min(dm_node *node, int32_t *values, size_t count);
 void dm_node_broadcast(dm_node *node, void *data, size_t bytes);
 /* out (first rank only) gets the ranks' bytes one after another. */
 void dm_node_gather(dm_node *node, void *out, const void *own, size_t bytes);
+
+/* ---- integrity ---- */
+
+/* XXH64 of the floats' bytes, with every NaN as 0x7fc00000. */
+uint64_t dm_hash_floats(const float *values, size_t count, uint64_t seed);
+
+/* A tensor of a mapped file, and how to name what is in it. */
+typedef struct dm_mapped_tensor {
+    const void *first;
+    size_t bytes;
+    size_t row_bytes;
+    const int64_t *unit_R; /* the unit in each row; NULL: the tensor is named as a whole */
+    uint64_t units_per_expert;
+    const char *label; /* each % is a number: unit / units_per_expert, then the remainder */
+} dm_mapped_tensor;
+
+typedef struct dm_mapped_file {
+    struct dm_mapped_file *next; /* the list's own */
+    const char *path;
+    const void *first;
+    size_t bytes;
+    const dm_mapped_tensor *tensors;
+    size_t tensor_count;
+} dm_mapped_file;
+
+/* Remember a mapped file and all that it points at, which must live until it is removed. */
+void dm_mapped_file_add(dm_mapped_file *file);
+void dm_mapped_file_remove(dm_mapped_file *file);
+/* Which file and unit an address belongs to, as text that ends with 0; returns 0 if it is in none. */
+int dm_describe_address(char *out, size_t out_bytes, const void *address);
+/* From now on a SIGBUS in a remembered file waits for delay_ms, prints `before` and a sentence that names file and
+ * unit, writes PMI-1's abort command to the file abort_fd (-1: none), and ends the process. Any other SIGBUS goes where
+ * it went before. Returns 0 with errno set on failure. */
+int dm_catch_bus_errors(const char *before, int delay_ms, int exit_code, int abort_fd);
 
 #endif

@@ -3,7 +3,7 @@
  * `ticket` holds the job's number (high 32 bits) and its next item. A thread takes an item by a compare-and-swap on
  * both, so a thread that wakes late finds nothing to take, and nobody ever waits for it: the caller waits for items.
  * While a job is written its ticket is closed. Waiting threads spin for some microseconds, then sleep; they do not spin
- * if there are more threads than cores in the affinity mask.
+ * if the caller says that others need the cores, or if there are more threads than cores in the affinity mask.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -138,10 +138,12 @@ static size_t cores_available(void) {
     return sched_getaffinity(0, sizeof mask, &mask) == 0 ? (size_t)CPU_COUNT(&mask) : 1;
 }
 
-/* Starts the threads with all signals blocked: signals belong to the caller's threads. */
+/* Starts the threads with all signals blocked, for they belong to the caller's threads; but not SIGBUS, which comes
+ * from a read of a mapped file and goes to the reader (bus_error.c). */
 static int start_threads(dm_pool *pool) {
     sigset_t all, before;
     sigfillset(&all);
+    sigdelset(&all, SIGBUS);
     if (pthread_sigmask(SIG_SETMASK, &all, &before) != 0) return 0;
     for (size_t i = 1; i < pool->threads; i++) {
         if (pthread_create(&pool->handles[i], NULL, worker_main, &pool->workers[i]) != 0) break;
@@ -151,11 +153,11 @@ static int start_threads(dm_pool *pool) {
     return pool->started + 1 == pool->threads;
 }
 
-dm_pool *dm_pool_create(size_t threads) {
+dm_pool *dm_pool_create(size_t threads, int spin) {
     dm_pool *pool = calloc(1, sizeof *pool);
     if (pool == NULL) return NULL;
     pool->threads = threads;
-    pool->spins = threads <= cores_available() ? SPINS : 0;
+    pool->spins = spin && threads <= cores_available() ? SPINS : 0;
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->wake, NULL);
     pthread_cond_init(&pool->finished, NULL);

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +123,15 @@ class SafetensorsFile:
         """Up to `count` bytes of the file from `first_byte` (or its start, if that is negative)."""
         first_byte = max(first_byte, 0)
         return self._map[first_byte : first_byte + count]
+
+    @property
+    def address(self) -> int:
+        """Where the file's first byte is mapped."""
+        return int(np.frombuffer(self._map, np.uint8, 1).ctypes.data)
+
+    def when_unmapped(self, action: Callable[[], object]) -> None:
+        """Call `action` when neither this object nor any view needs the mapping any more, just before it goes."""
+        weakref.finalize(self._map, action).atexit = False
 
     @property
     def file_bytes(self) -> int:

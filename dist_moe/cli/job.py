@@ -12,17 +12,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from dist_moe.cli.interrupts import Interrupts
 from dist_moe.cli.logs import start_logging
 from dist_moe.cli.models import ModelSource, find_model, local_store
 from dist_moe.cli.options import ModelOptions
+from dist_moe.cli.threads_file import read_threads_file, threads_of_host
+from dist_moe.engine.agreement import agree_on_versions
 from dist_moe.engine.engine import Engine, EngineOptions
-from dist_moe.errors import DistMoeError, Interrupted
+from dist_moe.engine.startup import name_bus_errors
+from dist_moe.errors import DistMoeError
 from dist_moe.kernels import KvFormat
 from dist_moe.model_config import ModelConfig
+from dist_moe.parallel.cores import CoreShare, describe_cores, share_cores
+from dist_moe.parallel.cpu_limits import expected_threads
 from dist_moe.parallel.launcher import Launcher, detect_launcher
-from dist_moe.parallel.mpi import allowed_cores
+from dist_moe.parallel.lifeline import start_deadline
+from dist_moe.parallel.mpi import abort_channel
 from dist_moe.parallel.plan import make_plan
-from dist_moe.parallel.world import World
+from dist_moe.parallel.watchdog import Watchdog
+from dist_moe.parallel.world import AgreedError, World
 from dist_moe.store.reader import Store
 
 Options = TypeVar("Options", bound=ModelOptions)
@@ -46,11 +54,12 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a task is made from: the model's directory (not yet loaded), its sizes, and the launcher."""
+    """What a task is made from: the model's directory (not yet loaded), its sizes, the launcher, and Ctrl-C."""
 
     directory: Path
     config: ModelConfig
     launcher: Launcher
+    interrupted: Callable[[], bool]
 
 
 def run_job(options: Options, make_task: Callable[[Options, Setting], Task]) -> None:
@@ -65,26 +74,41 @@ def run_job(options: Options, make_task: Callable[[Options, Setting], Task]) -> 
         EnvironmentMismatch: MPI is missing or does not fit the launcher.
     """
     launcher = detect_launcher(os.environ)
-    world = World.start(launcher, threads_per_rank(options, launcher.local_size))
-    options = _options_of_leader(world, options)
-    with world.together("starting the log"):
-        start_logging(options.verbose, options.log_file, world.rank, world.hostname)
+    with start_deadline(launcher, options.start_timeout, os.environ):
+        world = World.start(launcher, options.threads or expected_threads(launcher))
+        agree_on_versions(world)
+        options = _options_of_leader(world, options)
+        with world.together("starting the log"):
+            start_logging(options.verbose, options.log_file, world.rank, world.hostname)
+            name_bus_errors(world, abort_channel(launcher, os.environ))
+        watchdog = Watchdog(world, options.stall_timeout)
+    interrupts = Interrupts(leads=world.is_leader)
+    try:
+        _run(world, launcher, options, make_task, interrupts)
+    finally:
+        watchdog.leave()
+
+
+def _run(
+    world: World,
+    launcher: Launcher,
+    options: Options,
+    make_task: Callable[[Options, Setting], Task],
+    interrupts: Interrupts,
+) -> None:
     with world.together("reading the model"):
         source = find_model(options)
         config = source.read_config()
         require_heads(config, world.size)
-    setting = Setting(source.directory, config, launcher)
+    cores = _share_cores(world, launcher, options)
+    setting = Setting(source.directory, config, launcher, interrupts.requested)
     task = _on_leader(world, lambda: make_task(options, setting))
-    # Only rank 0, which makes the batches, looks at the context.
-    engine = _start_engine(world, source, options, task.context if task else config.max_positions)
+    context = int(world.gather_texts(str(task.context if task else ""))[0])
+    engine = _start_engine(world, source, options, cores, context)
     if task is None:
         engine.serve()
-    _on_leader(world, lambda: _lead(engine, task))
-
-
-def threads_per_rank(options: ModelOptions, ranks_on_host: int) -> int:
-    """The threads of each rank: as asked, else an equal share of the cores that this process may use."""
-    return options.threads or max(1, allowed_cores() // max(1, ranks_on_host))
+    with interrupts.orderly():
+        _on_leader(world, lambda: _lead(engine, task))
 
 
 def require_heads(config: ModelConfig, ranks: int) -> None:
@@ -103,20 +127,29 @@ def require_heads(config: ModelConfig, ranks: int) -> None:
     )
 
 
-def _start_engine(world: World, source: ModelSource, options: ModelOptions, context: int) -> Engine:
+def _share_cores(world: World, launcher: Launcher, options: ModelOptions) -> CoreShare:
+    """This rank's cores and threads: as rank 0's --threads-file says for this host, else as asked, else its share."""
+    table = _on_leader(world, lambda: read_threads_file(options.threads_file)) or {}
+    table = json.loads(world.gather_texts(json.dumps(table))[0])
+    return share_cores(world, launcher, options.bind, threads_of_host(table, world.hostname) or options.threads)
+
+
+def _start_engine(world: World, source: ModelSource, options: ModelOptions, cores: CoreShare, context: int) -> Engine:
     directory = local_store(world, source)
     opening_since_s = time.perf_counter()
     with world.together("opening the store"):
-        store = Store.open(directory, options.check)
-    threads = threads_per_rank(options, world.local_size)
+        store = Store.open(directory)
     engine_options = EngineOptions(
         context=context,
-        threads=threads,
+        threads=cores.threads,
         experts=options.experts,
         kv=KvFormat.parse(options.kv),
         prefill_chunk=options.prefill_chunk,
+        check=options.check,
+        scrub=options.scrub,
     )
-    logger.info("model %s, %d ranks, %d threads here, MPI %s", directory, world.size, threads, world.library)
+    here = f"{cores.threads} threads on {describe_cores(cores.mask)}"
+    logger.info("model %s, %d ranks, %s, MPI %s", directory, world.size, here, world.library)
     return Engine(store, world, engine_options, opening_since_s)
 
 
@@ -124,8 +157,9 @@ def _lead(engine: Engine, task: Task | None) -> None:
     assert task is not None
     try:
         task.lead(engine)
-    except Interrupted:
-        raise  # may come in the middle of a collective, where no message can be sent
+        engine.finish_scrub()
+    except AgreedError:
+        raise  # the followers have left with it
     except DistMoeError:
         engine.stop()
         raise
@@ -138,6 +172,8 @@ def _on_leader(world: World, action: Callable[[], Made]) -> Made | None:
     if world.is_leader:
         try:
             made = action()
+        except AgreedError:
+            raise
         except DistMoeError as own:
             error = own
     code, text = json.loads(world.gather_texts(json.dumps([error.exit_code, str(error)] if error else [0, ""]))[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ class LogitsTask:
 
     ids: list[int]
     output: Path
+    interrupted: Callable[[], bool]
 
     @property
     def context(self) -> int:
@@ -33,7 +35,7 @@ class LogitsTask:
     def lead(self, engine: Engine) -> None:
         """Stream the rows to the file."""
         with NpyRows(self.output, engine.config.vocabulary) as rows:
-            engine.logits(self.ids, rows.append)
+            engine.logits(self.ids, rows.append, self.interrupted)
 
 
 def make_task(options: LogitsOptions, setting: Setting) -> LogitsTask:
@@ -47,7 +49,7 @@ def make_task(options: LogitsOptions, setting: Setting) -> LogitsTask:
     require_room(len(ids), setting.config.max_positions, "the model's maximum")
     output = Path(options.output)
     require_writable(output)
-    return LogitsTask(ids, output)
+    return LogitsTask(ids, output, setting.interrupted)
 
 
 @click.command()

@@ -23,6 +23,7 @@ COMMANDS = {
     "logits": "Write the logits at every position of a list of tokens.",
     "shard": "Make a store, in shards for one or more nodes, from a Hugging Face directory.",
     "inspect": "List what a store or a shard holds, and verify it.",
+    "doctor": "Examine this machine, or all hosts of a job: what is wrong, and the fix.",
 }
 
 

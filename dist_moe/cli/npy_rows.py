@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -41,22 +43,22 @@ class NpyRows:
         self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         if path.is_dir():
             raise UsageError(f"{path} is a directory: give the name of a .npy file")
-        try:
+        with self._errors():
             self._file = self._temporary.open("xb")
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be written ({error.strerror}): choose another place") from error
-        self._write_header()
+            self._write_header()
 
     def append(self, rows_TV: npt.NDArray[np.float32]) -> None:
-        """Write rows [n, columns] behind those written so far."""
+        """Write rows [n, columns] behind those written so far; raises UsageError if they cannot be."""
         rows_TV = np.ascontiguousarray(rows_TV, dtype="<f4")
         assert rows_TV.shape[1:] == (self._columns,), rows_TV.shape
-        self._file.write(rows_TV.tobytes())
+        with self._errors():
+            self._file.write(rows_TV.tobytes())
         self._rows += len(rows_TV)
 
     def discard(self) -> None:
         """Remove the temporary file."""
-        self._file.close()
+        with suppress(OSError):  # what is still to be written may not fit
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> NpyRows:
@@ -70,12 +72,23 @@ class NpyRows:
         if kind is not None:
             self.discard()
             return
-        with self._file:
-            self._file.seek(0)
-            self._write_header()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._temporary.replace(self._path)
+        try:
+            with self._errors(), self._file:
+                self._file.seek(0)
+                self._write_header()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            self._temporary.replace(self._path)
+        finally:
+            self.discard()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn the system's errors while writing into one sentence."""
+        try:
+            yield
+        except OSError as error:
+            raise UsageError(f"{self._path}: cannot be written ({error.strerror}): choose another place") from error
 
     def _write_header(self) -> None:
         # NumPy pads the header so that the first dimension can grow without moving the data.

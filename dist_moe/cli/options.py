@@ -37,9 +37,14 @@ class ModelOptions:
     quant: str | None
     kv: str
     threads: int | None
+    threads_file: str | None
+    bind: Literal["auto", "keep"]
     experts: str
     prefill_chunk: int
     check: Literal["fast", "full"]
+    stall_timeout: float
+    start_timeout: float
+    scrub: bool
     verbose: int
     log_file: str | None
 
@@ -97,6 +102,20 @@ def model_options(command: Decorated) -> Decorated:
             help="Threads of each rank.",
         ),
         option(
+            "--threads-file",
+            metavar="FILE.toml",
+            show_default=False,
+            help="Threads of each rank by host, for unequal hosts: lines like node1 = 16. Hosts that are not in it "
+            "take --threads. Read by rank 0.",
+        ),
+        option(
+            "--bind",
+            type=click.Choice(["auto", "keep"]),
+            default="auto",
+            help="auto: use all cores of the job where the launcher bound a rank to fewer than its fair share (Open "
+            "MPI binds a lone rank to one core); keep: stay on the launcher's cores.",
+        ),
+        option(
             "--experts",
             type=click.Choice(["auto", "whole", "sliced", "shared"]),
             default="auto",
@@ -112,7 +131,26 @@ def model_options(command: Decorated) -> Decorated:
             "--check",
             type=click.Choice(["fast", "full"]),
             default="fast",
-            help="What is verified of a store: sizes and headers, or every checksum.",
+            help="What is verified of a store: sizes and headers, or all checksums (a host's ranks share the work).",
+        ),
+        flag(
+            "--scrub",
+            "Recompute the checksums of the mapped weights in idle time (of a chat, say), and at the end those that no "
+            "idle time was found for; names a flipped byte's file and unit.",
+        ),
+        option(
+            "--stall-timeout",
+            metavar="SECONDS",
+            type=Number(min=2, max=86400),
+            default=60.0,
+            help="End the job when inside a step no rank moves, or a rank is not heard of, for so long.",
+        ),
+        option(
+            "--start-timeout",
+            metavar="SECONDS",
+            type=Number(min=1, max=86400),
+            default=60.0,
+            help="End the job when MPI has not started on all ranks after so long.",
         ),
         option("-v", "--verbose", count=True, show_default=False, help="Log what happens; -vv logs details."),
         option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from dist_moe.cli.sampling import advised_values
 from dist_moe.cli.sampling import sampling_options as chosen_sampling
 from dist_moe.engine.engine import Engine
 from dist_moe.engine.request import Completion, Request
-from dist_moe.errors import StoreError, UsageError
+from dist_moe.errors import Interrupted, StoreError, UsageError
 from dist_moe.text.generation_config import read_generation_config
 
 PROMPTS = ("prompt", "prompt_file", "prompt_ids")
@@ -37,16 +38,20 @@ class RunTask:
     valid_vocabulary: int
     output: Output
     logits: Path | None
+    interrupted: Callable[[], bool]
 
     def lead(self, engine: Engine) -> None:
         """Generate, print, and write the logits.
 
         Raises:
             StoreError: The model's numbers overflowed.
+            Interrupted: By Ctrl-C; what was made is printed.
         """
         self.output.begin(self.prompt)
         completion = self._generate(engine)
         self.output.end(self.prompt, completion, engine.statistics())
+        if completion.finish_reason == "interrupted":
+            raise Interrupted(f"interrupted after {len(completion.ids)} tokens")
         if completion.finish_reason == "error":
             raise StoreError(
                 f"the text ended after {len(completion.ids)} tokens: {completion.error}: "
@@ -59,7 +64,7 @@ class RunTask:
             if self.logits is not None:
                 rows = stack.enter_context(NpyRows(self.logits, engine.config.vocabulary))
                 request = replace(request, on_logits=lambda logits_V: rows.append(logits_V[np.newaxis]))
-            (completion,) = engine.generate([request], self.output.token, self.valid_vocabulary)
+            (completion,) = engine.generate([request], self.output.token, self.valid_vocabulary, self.interrupted)
         return completion
 
 
@@ -92,6 +97,7 @@ def make_task(options: RunOptions, setting: Setting) -> RunTask:
         valid_vocabulary=min(config.vocabulary, tokenizer.size if tokenizer else config.vocabulary),
         output=Output(options, tokenizer, stop_ids),
         logits=Path(options.logits) if options.logits is not None else None,
+        interrupted=setting.interrupted,
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 import numpy as np
@@ -11,6 +13,7 @@ import numpy.typing as npt
 from dist_moe.engine.worker import RowSink, StepResult, Worker
 from dist_moe.model.step import Step
 from dist_moe.parallel.exchange import HEADER_WORDS, Exchange
+from dist_moe.parallel.progress import Phase
 
 Floats = npt.NDArray[np.float32]
 
@@ -22,6 +25,12 @@ class Order(IntEnum):
     FETCH = 2  # gather the whole logits of a row of the last step; argument: the row
     REPORT = 3  # gather the ranks' ledgers
     STOP = 4  # return from follow()
+    COMPARE = 5  # compare the hashes of what all ranks hold alike
+    SCRUB = 6  # finish the first pass over the mapped weights, then compare
+
+
+# Where an order begins, for the watchdog; a scrub takes as long as the weights are large.
+_PHASES = {Order.STEP: Phase.EMBEDDING, Order.FETCH: Phase.LOGITS, Order.SCRUB: Phase.SCRUBBING}
 
 
 class Crew:
@@ -37,6 +46,7 @@ class Crew:
         """
         self._worker = worker
         self._exchange = exchange
+        self._progress = exchange.world.progress
         self._header = np.zeros(HEADER_WORDS, dtype=np.int64)
         self._words = np.empty(8 * step_tokens + 64, dtype=np.int64)
         self._step_s = 0.0
@@ -47,30 +57,46 @@ class Crew:
     def run(self, step: Step, sink: RowSink | None = None) -> StepResult:
         """Run a step on all ranks; see Worker.run."""
         words = step.pack()
-        self._post(Order.STEP, len(words))
-        self._exchange.broadcast(words)
-        result = self._run(step, sink)
+        with self._working(Order.STEP):
+            self._post(Order.STEP, len(words))
+            self._exchange.broadcast(words)
+            result = self._run(step, sink)
         assert result is not None
         return result
 
     def fetch_row(self, row: int) -> Floats:
         """The whole logits of a row of the last step."""
-        self._post(Order.FETCH, row)
-        logits_NV = self._worker.fetch_row(row)
+        with self._working(Order.FETCH):
+            self._post(Order.FETCH, row)
+            logits_NV = self._worker.fetch_row(row)
         assert logits_NV is not None
         logits_V: Floats = logits_NV[0]
         return logits_V
 
     def report(self) -> npt.NDArray[np.float64]:
         """Per rank: seconds in steps, seconds in collectives inside them, bytes sent."""
-        self._post(Order.REPORT)
-        ranks_R3 = self._report()
+        with self._working(Order.REPORT):
+            self._post(Order.REPORT)
+            ranks_R3 = self._report()
         assert ranks_R3 is not None
         return ranks_R3
 
+    def compare(self) -> None:
+        """Compare the ranks; see Health.compare."""
+        with self._working(Order.COMPARE):
+            self._post(Order.COMPARE)
+            self._worker.health.compare()
+
+    def finish_scrub(self) -> None:
+        """Check every mapped unit at least once; see Health.finish_scrub."""
+        with self._working(Order.SCRUB):
+            self._post(Order.SCRUB)
+            self._worker.health.finish_scrub()
+
     def stop(self) -> None:
         """Let the followers return."""
-        self._post(Order.STOP)
+        with self._working(Order.STOP):
+            self._post(Order.STOP)
 
     # ---- the other ranks ----
 
@@ -78,17 +104,32 @@ class Crew:
         """Do what rank 0 orders until it stops."""
         while True:
             self._exchange.wait_step(self._header)
-            order, argument = int(self._header[0]), int(self._header[1])
-            if order == Order.STEP:
-                self._run(Step.unpack(self._receive(argument)), None)
-            elif order == Order.FETCH:
-                self._worker.fetch_row(argument)
-            elif order == Order.REPORT:
-                self._report()
-            else:
+            order, argument = Order(int(self._header[0])), int(self._header[1])
+            if order is Order.STOP:
                 return
+            with self._working(order):
+                self._obey(order, argument)
+
+    def _obey(self, order: Order, argument: int) -> None:
+        if order is Order.STEP:
+            self._run(Step.unpack(self._receive(argument)), None)
+        elif order is Order.FETCH:
+            self._worker.fetch_row(argument)
+        elif order is Order.REPORT:
+            self._report()
+        elif order is Order.COMPARE:
+            self._worker.health.compare()
+        elif order is Order.SCRUB:
+            self._worker.health.finish_scrub()
 
     # ---- all ranks ----
+
+    @contextmanager
+    def _working(self, order: Order) -> Iterator[None]:
+        """Let the watchdog count while an order is carried out."""
+        self._progress.begin(_PHASES.get(order, Phase.REPORTING))
+        yield
+        self._progress.end()
 
     def _post(self, order: Order, argument: int = 0) -> None:
         self._header[:2] = (order, argument)

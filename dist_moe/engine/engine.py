@@ -5,40 +5,31 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
+from dist_moe.engine.agreement import agree_on, log_records, own_record
 from dist_moe.engine.crew import Crew
+from dist_moe.engine.memory import Demand, check_memory
+from dist_moe.engine.options import EngineOptions
 from dist_moe.engine.request import Completion, Request, describe_fault
 from dist_moe.engine.sampling import draw_token
 from dist_moe.engine.schedule import Part, Schedule
-from dist_moe.engine.startup import agree_on_numerics, agreed, choose_layout, open_exchange
+from dist_moe.engine.scrub import start_scrub
+from dist_moe.engine.startup import agreed, choose_layout, open_exchange
 from dist_moe.engine.statistics import Clock, EngineStatistics, summarize
+from dist_moe.engine.verification import verify_together
 from dist_moe.engine.worker import RowSink, StepResult, Worker
-from dist_moe.errors import DistMoeError, UsageError
-from dist_moe.kernels import NO_FAULT, Kernels, KvFormat
+from dist_moe.errors import DistMoeError, Interrupted, UsageError
+from dist_moe.kernels import NO_FAULT, Kernels
 from dist_moe.model.step import MAX_LOGIT_ROWS, Slice, Step
 from dist_moe.model.transformer import Transformer
-from dist_moe.parallel.exchange import Exchange
-from dist_moe.parallel.plan import make_plan
+from dist_moe.parallel.cores import may_spin
+from dist_moe.parallel.plan import Plan, make_plan
 from dist_moe.parallel.world import World
 from dist_moe.store.reader import Store
 
+__all__ = ["Engine", "EngineOptions"]
+
 TokenCallback = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How the engine runs; every rank needs the same ones, but for `threads` and `isa`.
-
-    `context`: positions of a sequence at most. `experts`: auto, whole, sliced or shared. `isa` None: the best level.
-    """
-
-    context: int
-    threads: int = 1
-    experts: str = "auto"
-    kv: KvFormat = KvFormat.F16
-    prefill_chunk: int = 256
-    isa: str | None = None
 
 
 class Engine:
@@ -61,26 +52,55 @@ class Engine:
         started_s = time.perf_counter() if loading_since_s is None else loading_since_s
         self.config = store.config
         self.is_leader = world.is_leader
-        self.kernels = agreed(world, "start", lambda: Kernels(options.threads, options.isa))
+        spin = may_spin(world, options.threads, os.environ)
+        self.kernels = agreed(world, "start", lambda: Kernels(options.threads, options.isa, spin))
         self._options = options
         self._step_tokens = max(options.prefill_chunk, MAX_LOGIT_ROWS)
-        exchange = open_exchange(world, options.threads, os.environ)
+        records = agree_on(world, own_record(store, self.kernels, world.library, options))
+        if world.is_leader:
+            log_records(records, world.hosts)
+        exchange = open_exchange(world, spin, os.environ)
         self.layout = agreed(world, "start", lambda: choose_layout(store, exchange, options.experts))
-        self.model = agreed(world, "load", lambda: self._load(store, world, exchange))
-        agree_on_numerics(world, exchange, self.kernels)
-        self._crew = Crew(Worker(self.model, exchange, world.size), exchange, self._step_tokens)
+        plans = agreed(world, "start", lambda: [self._plan(rank, world.size) for rank in range(world.size)])
+        demand = Demand(options.kv, options.context, self._step_tokens)
+        check_memory(world, store.manifest, plans, demand, records)
+        if options.check == "full":
+            verify_together(world, store)
+        self.model = agreed(
+            world,
+            "load",
+            lambda: Transformer(store, plans[world.rank], exchange, self.kernels, options.kv, self._step_tokens),
+        )
+        self._scrubber = start_scrub(world, store, plans[world.rank]) if options.scrub else None
+        worker = Worker(self.model, exchange, world.size, self._scrubber)
+        self._crew = Crew(worker, exchange, self._step_tokens)
         self._next_sequence = 0
         self._released: tuple[int, ...] = ()
         self._clock = Clock()
         self._load_s = time.perf_counter() - started_s
 
     def serve(self) -> None:
-        """Follow rank 0 until it stops; on the other ranks."""
+        """Follow rank 0 until it stops; on the other ranks.
+
+        Raises:
+            AgreedError: As `generate`.
+        """
         self._crew.follow()
+        self._close()
 
     def stop(self) -> None:
         """Let the followers return from serve(); on rank 0 alone."""
         self._crew.stop()
+        self._close()
+
+    def finish_scrub(self) -> None:
+        """Where weights are scrubbed, check those that no idle time was found for; on rank 0 alone.
+
+        Raises:
+            AgreedError: Some rank found damaged weights; raised on all ranks alike.
+        """
+        if self._scrubber is not None:
+            self._crew.finish_scrub()
 
     def statistics(self) -> EngineStatistics:
         """The run so far over all ranks; on rank 0 alone."""
@@ -91,6 +111,7 @@ class Engine:
         requests: Sequence[Request],
         on_token: TokenCallback | None = None,
         valid_vocabulary: int | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> list[Completion]:
         """Continue sequences, all of them together in shared steps; on rank 0 alone.
 
@@ -98,12 +119,14 @@ class Engine:
             requests: What to continue.
             on_token: Told each token as it is drawn: (index of the request, token id).
             valid_vocabulary: Ids from here on are never drawn (a model's table may be longer than its tokenizer's).
+            interrupted: Asked after each step whether to end all of them now.
 
         Returns:
             One completion per request.
 
         Raises:
             UsageError: An empty prompt, an id beyond the vocabulary, or a prompt longer than the context.
+            AgreedError: A rank holds other numbers than the others, or found damaged weights; raised on all ranks.
         """
         for request in requests:
             self._check_prompt(request.prompt_ids)
@@ -116,49 +139,59 @@ class Engine:
             prefill_chunk=self._options.prefill_chunk,
         )
         self._next_sequence += len(requests)
+        self._compare_after_idling()
         while parts := schedule.next_parts():
             with self._clock.step(*_count_tokens(parts)):
                 result = self._crew.run(schedule.step(parts, valid, self._take_released()))
                 for part in parts:
                     self._take(schedule, part, result, valid, on_token)
+            if interrupted():
+                schedule.interrupt()
             self._released += schedule.take_released()
+        self._crew.compare()
         return schedule.completions
 
-    def logits(self, ids: Sequence[int], sink: RowSink) -> None:
+    def logits(self, ids: Sequence[int], sink: RowSink, interrupted: Callable[[], bool] = lambda: False) -> None:
         """Compute the logits at every position of a text; on rank 0 alone.
 
         Args:
             ids: The text.
             sink: Gets f32 [n, V] for the next n positions, valid only during the call.
+            interrupted: Asked after each step whether to give up.
 
         Raises:
+            Interrupted: `interrupted` said so.
             UsageError: As in `generate`.
             DistMoeError: A NaN or overflow in the model.
+            AgreedError: As `generate`.
         """
         self._check_prompt(ids)
+        self._compare_after_idling()
         sequence, self._next_sequence = self._next_sequence, self._next_sequence + 1
         for first in range(0, len(ids), self._options.prefill_chunk):
             chunk = Slice(sequence, first, tuple(ids[first : first + self._options.prefill_chunk]))
             with self._clock.step(len(chunk.ids), 0):
                 result = self._crew.run(self._logits_step(chunk), sink)
+            if interrupted():
+                raise Interrupted(f"interrupted after {first + len(chunk.ids)} of {len(ids)} tokens")
             fault = int(result.fault_T.min())
             if fault != NO_FAULT:
                 position = first + int(result.fault_T.argmin())
                 raise DistMoeError(f"position {position}: {describe_fault(fault, self.config.layers)}")
         self._released += (sequence,)
+        self._crew.compare()
 
     # ---- start ----
 
-    def _load(self, store: Store, world: World, exchange: Exchange) -> Transformer:
-        plan = make_plan(
+    def _plan(self, rank: int, ranks: int) -> Plan:
+        return make_plan(
             heads=self.config.heads,
             heads_per_kv_head=self.config.heads_per_kv_head,
             vocabulary=self.config.vocabulary,
-            rank=world.rank,
-            ranks=world.size,
+            rank=rank,
+            ranks=ranks,
             layout=self.layout,
         )
-        return Transformer(store, plan, exchange, self.kernels, self._options.kv, self._step_tokens)
 
     def _check_prompt(self, ids: Sequence[int]) -> None:
         if not ids:
@@ -173,6 +206,15 @@ class Engine:
             raise UsageError(f"token id {beyond} is outside the model's vocabulary: 0 to {self.config.vocabulary - 1}")
 
     # ---- steps ----
+
+    def _compare_after_idling(self) -> None:
+        """What was found in idle time ends the job before it spoils an answer."""
+        if self._scrubber is not None:
+            self._crew.compare()
+
+    def _close(self) -> None:
+        if self._scrubber is not None:
+            self._scrubber.close()
 
     def _take_released(self) -> tuple[int, ...]:
         released, self._released = self._released, ()

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "error", "interrupted"]
 LogitsCallback = Callable[[npt.NDArray[np.float32]], None]
 
 # What the fault kinds of csrc/dist_moe.h mean, in their order.
@@ -67,8 +67,8 @@ class Request:
 class Completion:
     """A finished (or growing) sequence.
 
-    `finish_reason` is `stop` (a stop id was drawn), `length` (max_tokens or the context's end) or `error` (then
-    `error` says what went wrong and where).
+    `finish_reason` is `stop` (a stop id was drawn), `length` (max_tokens or the context's end), `interrupted` (by the
+    user) or `error` (then `error` says what went wrong and where).
     """
 
     ids: list[int] = field(default_factory=list)

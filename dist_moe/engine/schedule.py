@@ -110,6 +110,11 @@ class Schedule:
         self._running.remove(active)
         self._released.append(active.sequence)
 
+    def interrupt(self) -> None:
+        """End all requests that are still in progress."""
+        for active in list(self._running):
+            self.finish(active, "interrupted")
+
     def take_released(self) -> tuple[int, ...]:
         """The sequences that finished since the last call."""
         released, self._released = tuple(self._released), []

@@ -9,10 +9,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from dist_moe.errors import EnvironmentMismatch, UsageError
-from dist_moe.kernels import Kernels, NodeMemory
+from dist_moe.errors import EnvironmentMismatch, StoreError, UsageError
+from dist_moe.kernels import NodeMemory, catch_bus_errors
 from dist_moe.parallel.exchange import Exchange
-from dist_moe.parallel.mpi import allowed_cores
 from dist_moe.parallel.node_exchange import NodeExchange
 from dist_moe.parallel.plan import EXPERT_LAYOUTS
 from dist_moe.parallel.world import World
@@ -23,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 # Pauses before a rank that waits for its host's others sleeps: 15 to 100 us, by CPU; waking takes about 10 us.
 WAITING_SPINS = 2000
+
+_BUS_DELAY_PER_RANK_S = 1.0
+_LONGEST_BUS_DELAY_S = 5.0
 
 
 def agreed(world: World, phase: str, make: Callable[[], Made]) -> Made:
@@ -37,24 +39,23 @@ def agreed(world: World, phase: str, make: Callable[[], Made]) -> Made:
     return made[0]
 
 
-def open_exchange(world: World, threads: int, environ: Mapping[str, str]) -> Exchange:
+def open_exchange(world: World, spin: bool, environ: Mapping[str, str]) -> Exchange:
     """Through shared memory inside each host where all hosts allow it, else by MPI alone; collective.
 
     Args:
         world: All ranks.
-        threads: Compute threads of this rank; where they and the ranks exceed the cores, waiting ranks do not spin.
-        environ: DIST_MOE_SHARED_MEMORY=0 asks for MPI alone, DIST_MOE_YIELD=1 for no spinning.
+        spin: Whether waiting ranks of this host may spin (`parallel.cores.may_spin`).
+        environ: DIST_MOE_SHARED_MEMORY=0 asks for MPI alone.
     """
     if world.nodes == world.size:
         return Exchange(world)
     first = world.node_of_rank.index(world.node)
     name = f"/dist-moe-{world.gather_texts(secrets.token_hex(8))[first]}"
-    gentle = environ.get("DIST_MOE_YIELD") == "1" or world.local_size * threads > allowed_cores()
     node, failure = None, "off" if environ.get("DIST_MOE_SHARED_MEMORY") == "0" else ""
     for turn in ("create", "open"):
         if not failure and (world.local_rank == 0) == (turn == "create"):
             try:
-                node = NodeMemory(name, world.local_rank, world.local_size, 0 if gentle else WAITING_SPINS)
+                node = NodeMemory(name, world.local_rank, world.local_size, WAITING_SPINS if spin else 0)
             except EnvironmentMismatch as error:
                 failure = str(error)
         failures = [text for text in world.gather_texts(failure) if text]
@@ -66,6 +67,19 @@ def open_exchange(world: World, threads: int, environ: Mapping[str, str]) -> Exc
     return NodeExchange(world, node)
 
 
+def name_bus_errors(world: World, channel: int | None) -> None:
+    """When a mapped weight file shrinks or cannot be read, end the job with a line that names rank, file and unit.
+
+    Args:
+        world: All ranks.
+        channel: Where the launcher takes an abort command, or None (`parallel.mpi.abort_channel`).
+    """
+    place = "" if world.size == 1 else f"rank {world.rank} on {world.hostname}: "
+    # Ranks of a host meet the same fault: the first prints and ends the others.
+    delay_s = min(_BUS_DELAY_PER_RANK_S * world.rank, _LONGEST_BUS_DELAY_S)
+    catch_bus_errors(f"dist-moe: error: {place}", delay_s, StoreError.exit_code, channel)
+
+
 def choose_layout(store: Store, exchange: Exchange, wanted: str) -> str:
     """Turn `auto` into a layout: shared if every rank can read every chunk, else whole; collective."""
     if wanted != "auto":
@@ -75,21 +89,3 @@ def choose_layout(store: Store, exchange: Exchange, wanted: str) -> str:
     complete = np.array([not store.missing_files], dtype=np.int32)
     exchange.min_faults(complete)
     return "shared" if complete[0] else "whole"
-
-
-def agree_on_numerics(world: World, exchange: Exchange, kernels: Kernels) -> None:
-    """Compare the ranks' known-answer hashes (NUMERICS rule 16); collective.
-
-    Raises:
-        AgreedError: A rank computes other bits; the message names it.
-    """
-    hashes = exchange.gather_equal(np.array([kernels.self_test()], dtype=np.uint64).view(np.int64))
-    error = None
-    if hashes is not None:
-        odd = [rank for rank, own in enumerate(hashes[:, 0]) if own != hashes[0, 0]]
-        if odd:
-            error = EnvironmentMismatch(
-                f"rank(s) {', '.join(map(str, odd))} compute other bits than rank 0 in the kernels' self-test: install "
-                "the same version of dist-moe everywhere, and check that host's memory and CPU"
-            )
-    world.agree(error, "self-test")

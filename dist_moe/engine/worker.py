@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_moe.engine.candidates import CandidateExchange, Candidates
+from dist_moe.engine.health import Health
+from dist_moe.engine.scrub import Scrubber
 from dist_moe.kernels import NO_FAULT
 from dist_moe.model.step import MAX_LOGIT_ROWS, Step
 from dist_moe.model.transformer import Transformer
@@ -31,15 +33,17 @@ class StepResult:
 class Worker:
     """One rank's model and the collectives around it. Every method is collective: all ranks call it alike."""
 
-    def __init__(self, model: Transformer, exchange: Exchange, ranks: int) -> None:
+    def __init__(self, model: Transformer, exchange: Exchange, ranks: int, scrubber: Scrubber | None = None) -> None:
         """Prepare the messages that carry logits.
 
         Args:
             model: This rank's part of the model.
             exchange: The collectives.
             ranks: How many ranks there are.
+            scrubber: Re-checks mapped weights in idle time, on all ranks or on none.
         """
         self._model = model
+        self.health = Health(model, exchange, scrubber)
         self._exchange = exchange
         plan, config = model.share.plan, model.config
         self._candidates = CandidateExchange(exchange, model.kernels, config.vocabulary, ranks, plan.rank)
@@ -58,14 +62,18 @@ class Worker:
 
         Returns:
             The outcome on rank 0, None elsewhere.
+
+        Raises:
+            AgreedError: A rank holds other numbers than the others, or found damaged weights.
         """
         model = self._model
+        self.health.begin_step()
         model.run_layers(step)
         result = StepResult(model.fault_T, [], [])
         for first in range(0, len(step.logit_rows), MAX_LOGIT_ROWS):
             rows = slice(first, first + MAX_LOGIT_ROWS)
             self._run_rows(step, rows, result, sink)
-        self._exchange.min_faults(model.fault_T)
+        self.health.end_step(model.fault_T)
         return result if model.share.plan.rank == 0 else None
 
     def fetch_row(self, row: int) -> Floats | None:

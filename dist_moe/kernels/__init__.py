@@ -17,14 +17,17 @@ from dist_moe.kernels.formats import (
     kv_block_bytes,
     packed_bytes,
 )
+from dist_moe.kernels.hashing import hash_floats
+from dist_moe.kernels.mapped_files import MappedFile, MappedTensor, catch_bus_errors, describe_address
 from dist_moe.kernels.native import Kernels
-from dist_moe.kernels.node import NodeMemory
+from dist_moe.kernels.node import NODE_RANK_BYTES, NodeMemory
 from dist_moe.kernels.sampling_kernels import SamplingParameters
 
 __all__ = [
     "ALIGNMENT",
     "BLOCK_POSITIONS",
     "GROUP",
+    "NODE_RANK_BYTES",
     "NO_FAULT",
     "TILE_ROWS",
     "VOCABULARY_BLOCK",
@@ -33,6 +36,8 @@ __all__ = [
     "Kernels",
     "KvFormat",
     "KvView",
+    "MappedFile",
+    "MappedTensor",
     "MatrixList",
     "NodeMemory",
     "Operand",
@@ -40,7 +45,10 @@ __all__ = [
     "WeightFormat",
     "address_of",
     "aligned_empty",
+    "catch_bus_errors",
     "chunk_bytes",
+    "describe_address",
+    "hash_floats",
     "isa_levels",
     "kv_block_bytes",
     "packed_bytes",

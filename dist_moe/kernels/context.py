@@ -28,12 +28,13 @@ def isa_levels() -> list[str]:
 class Context:
     """An ISA level, a thread pool and its scratch memory; one at a time may be used from one thread."""
 
-    def __init__(self, threads: int = 1, isa: str | None = None) -> None:
+    def __init__(self, threads: int = 1, isa: str | None = None, spin: bool = True) -> None:
         """Start the thread pool.
 
         Args:
             threads: Threads that compute, the caller's included.
             isa: An ISA level; None takes DIST_MOE_ISA from the environment, or else the best one available.
+            spin: Whether waiting threads spin for some microseconds; False where ranks and threads outnumber the cores.
 
         Raises:
             UsageError: The level is unknown or this machine cannot run it.
@@ -49,7 +50,7 @@ class Context:
             raise UsageError(f"threads must be at least 1, got {threads}")
         self.isa = isa
         self.threads = threads
-        self._context: Pointer = lib.dm_context_create(isa.encode(), threads)
+        self._context: Pointer = lib.dm_context_create(isa.encode(), threads, spin)
         if self._context == ffi.NULL:
             raise EnvironmentMismatch(
                 f"cannot start {threads} threads for the {isa} kernels; lower --threads or free memory"

@@ -12,6 +12,8 @@ from dist_moe.errors import EnvironmentMismatch
 from dist_moe.kernels._native import ffi, lib
 from dist_moe.kernels.arrays import I32, I64, Pointer
 
+NODE_RANK_BYTES = 2 * int(lib.DM_NODE_SLOT_BYTES)  # of shared memory, for each rank
+
 
 class NodeMemory:
     """One host's shared memory, from one rank's side. Every method is collective over the host's ranks.
@@ -54,11 +56,11 @@ class NodeMemory:
 
     def sum(self, values: npt.NDArray[np.int64]) -> None:
         """Add the ranks' int64 values in place."""
-        lib.dm_node_sum(self._node, I64.write(values, *values.shape), values.size)
+        lib.dm_node_sum(self._node, I64.whole(values), values.size)
 
     def minimum(self, values: npt.NDArray[np.int32]) -> None:
         """Take the lowest of the ranks' int32 values in place."""
-        lib.dm_node_min(self._node, I32.write(values, *values.shape), values.size)
+        lib.dm_node_min(self._node, I32.whole(values), values.size)
 
     def broadcast(self, values: npt.NDArray[Any]) -> None:
         """Give the first rank's array, of any type and C-contiguous, to all ranks in place."""

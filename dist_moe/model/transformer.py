@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from dist_moe.kernels import NO_FAULT, Kernels, KvFormat, KvView
+from dist_moe.kernels import NO_FAULT, Kernels, KvFormat, KvView, hash_floats
 from dist_moe.model.attention import attention_sums
 from dist_moe.model.kv_cache import KvCache
 from dist_moe.model.moe import expert_sums
@@ -21,6 +21,7 @@ from dist_moe.model.weights import load_weights
 from dist_moe.model.workspace import Workspace, make_workspace
 from dist_moe.parallel.exchange import Exchange
 from dist_moe.parallel.plan import Plan
+from dist_moe.parallel.progress import Phase
 from dist_moe.store.reader import Store
 
 Floats = npt.NDArray[np.float32]
@@ -55,6 +56,8 @@ class Transformer:
         self.weights = load_weights(store, plan)
         self.cache = KvCache(kv_format, self.config.layers, len(plan.kv_heads), self.config.head_dim)
         self.observer: Observer | None = None
+        self.state_hash = 0  # of what every rank holds alike; 0 on one rank alone
+        self._hashes_state = exchange.world.size > 1
         self._workspace = make_workspace(
             self.config,
             plan,
@@ -83,19 +86,26 @@ class Transformer:
         )
         for layer in range(self.config.layers):
             self._layer(layer, buffers, cache)
+        self._hash_state(buffers.x_TD)
 
     def _layer(self, layer: int, buffers: Workspace, cache: KvView) -> None:
         weights = self.weights.layers[layer]
+        progress = self.exchange.world.progress
+        progress.layer = layer
         cache.select_layer(self.cache.layer_offset(layer))
 
+        progress.phase = Phase.ATTENTION
         sums_TD = attention_sums(self.share, weights.attention, buffers, cache, layer)
         self.exchange.sum_exact(sums_TD)
         self.kernels.add_exact(buffers.x_TD, buffers.fault_T, sums_TD, weights.attention.o_bias_D, layer)
         self._observe(layer, "attention", buffers)
 
+        progress.phase = Phase.EXPERTS
         sums_TD = expert_sums(self.share, weights.experts, buffers, layer)
         self.exchange.sum_exact(sums_TD)
         self.kernels.add_exact(buffers.x_TD, buffers.fault_T, sums_TD, None, layer)
+        if weights.experts.router is not None:
+            self._hash_state(buffers.weights_TK)
         self._observe(layer, "experts", buffers)
 
     def logits(self, rows: Sequence[int]) -> Floats:
@@ -110,6 +120,7 @@ class Transformer:
         assert len(rows) <= MAX_LOGIT_ROWS
         share, buffers = self.share, self._step_buffers
         N = len(rows)
+        self.exchange.world.progress.phase = Phase.LOGITS
         x_ND = buffers.head_x_ND[:N]
         np.take(buffers.x_TD, rows, axis=0, out=x_ND)
         fault_N = buffers.head_fault_N[:N]
@@ -126,6 +137,10 @@ class Transformer:
         """Note faults that were found in the logits of some tokens; the lowest one of each token stays."""
         fault_T = self._step_buffers.fault_T
         np.minimum.at(fault_T, list(rows), fault_N)
+
+    def _hash_state(self, values: Floats) -> None:
+        if self._hashes_state:
+            self.state_hash = hash_floats(values, self.state_hash)
 
     def _observe(self, layer: int, half: str, buffers: Workspace) -> None:
         if self.observer is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from dist_moe.kernels import ChunkList, Operand, aligned_empty
+from dist_moe.kernels import GROUP, ChunkList, Operand, aligned_empty
 from dist_moe.model.step import MAX_LOGIT_ROWS
 from dist_moe.model_config import ModelConfig
 from dist_moe.parallel.plan import Plan
@@ -102,3 +102,19 @@ def make_workspace(
         head_fault_N=aligned_empty((MAX_LOGIT_ROWS,), ints),
         logits_Nv=aligned_empty((MAX_LOGIT_ROWS, vocabulary_rows), floats),
     )
+
+
+def workspace_bytes(config: ModelConfig, plan: Plan, *, quantized: bool, max_tokens: int, max_chunks: int) -> int:
+    """Bytes of what `make_workspace` allocates for the same arguments, without allocating it."""
+    T, D, P = max_tokens, config.model_dim, config.head_dim
+    E, K, N = max(config.experts, 1), max(config.experts_per_token, 1), MAX_LOGIT_ROWS
+    h, g = len(plan.heads), len(plan.kv_heads)
+    floats = T * (D + (h + 2 * g) * P + 2 * (P // 2) + E + K) + T * K + N * (D + len(plan.vocabulary_rows))
+    ints = T + T * K + (E + 1) + T * K + N
+    operands = _operand_bytes(T, D, quantized) + _operand_bytes(T, h * P, quantized) + _operand_bytes(N, D, quantized)
+    return 4 * (floats + ints) + 8 * T * D + 24 * max_chunks + operands
+
+
+def _operand_bytes(vectors: int, columns: int, quantized: bool) -> int:
+    groups = -(-columns // GROUP)
+    return vectors * (4 * columns + (groups * (GROUP + 8) if quantized else 0))

@@ -6,6 +6,7 @@ reader of stdout is gone (as a shell reports SIGPIPE).
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import select
@@ -21,7 +22,8 @@ from typing import NoReturn
 
 from dist_moe.errors import DistMoeError
 from dist_moe.parallel.launcher import Launcher, detect_launcher
-from dist_moe.parallel.mpi import FORWARD_S, abort, running_mpi
+from dist_moe.parallel.lifeline import hold_lifeline
+from dist_moe.parallel.mpi import abort, running_mpi, tell_launcher
 from dist_moe.parallel.world import AgreedError
 
 _BUG = 1
@@ -60,6 +62,7 @@ def guarded(main: Callable[[], int], environ: Mapping[str, str] | None = None) -
     """
     environ = os.environ if environ is None else environ
     launcher = detect_launcher(environ)
+    hold_lifeline(launcher)
     try:
         ending = _Ending(main(), agreed=True)
         sys.stdout.flush()
@@ -93,9 +96,22 @@ def _explain(error: BaseException, place: str) -> _Ending:
         return _Ending(_PIPE_CLOSED)
     if isinstance(error, SystemExit):
         return _explain_exit(error, place)
+    if lacking := _lacking(error):
+        return _Ending(DistMoeError.exit_code, (f"dist-moe: error{place}: {lacking}",))
     lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
     summary = f"{type(error).__name__}: {error}".splitlines()[0]
     return _Ending(_BUG, (f"dist-moe: internal error{place}: {summary}", *lines))
+
+
+def _lacking(error: BaseException) -> str:
+    """What this host ran out of, if that is why: memory or room on a disk; else ""."""
+    if isinstance(error, MemoryError):
+        detail = f" ({error})" if str(error) else ""
+        return f"out of memory{detail}: lower --ctx or --prefill-chunk, free memory, or start on more hosts"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}: make room, or write to another disk"
+    return ""
 
 
 def _explain_exit(error: SystemExit, place: str) -> _Ending:
@@ -132,12 +148,7 @@ def _leave_before_mpi(ending: _Ending, launcher: Launcher, environ: Mapping[str,
         time.sleep(_START_GRACE_S + _stagger_s(launcher.rank))
     if launcher.is_first or ends_job or ending.code == _BUG:
         _print(ending.lines)
-    if ending.code != 0 and launcher.size > 1 and pmi_fd.isdecimal():
-        time.sleep(FORWARD_S)
-        try:
-            os.write(int(pmi_fd), f"cmd=abort exitcode={ending.code}\n".encode())
-        except OSError:
-            return ending.code
+    if ending.code != 0 and launcher.size > 1 and tell_launcher(launcher, environ, ending.code):
         # Hydra ends this process within milliseconds; should it not, the code is the same.
         time.sleep(1.0)
     return ending.code

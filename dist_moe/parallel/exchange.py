@@ -5,17 +5,22 @@ T tokens · D model dim · N columns of all ranks · n columns of one rank · W 
 
 from __future__ import annotations
 
+import functools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_moe.parallel.ledger import ExchangeLedger, ExchangeTotals
+from dist_moe.parallel.progress import Progress
 from dist_moe.parallel.world import World
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 HEADER_WORDS = 16
 
@@ -26,6 +31,23 @@ _HEADER_TAG = 1
 _COLUMNS_TAG = 2
 _SPIN_S = 200e-6
 _LONGEST_NAP_S = 2e-3
+
+
+def waiting(
+    method: Callable[Concatenate[Any, Parameters], Result],
+) -> Callable[Concatenate[Any, Parameters], Result]:
+    """Let the watchdog know that a rank inside this exchange waits for others and does not compute."""
+
+    @functools.wraps(method)
+    def noted(self: Any, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        progress: Progress = self.world.progress
+        progress.wait()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            progress.go_on()
+
+    return noted
 
 
 class Exchange:
@@ -64,6 +86,7 @@ class Exchange:
         if not self._alone:
             self._allreduce(fault_T, np.int32, "MIN", self.ledger.faults)
 
+    @waiting
     def _allreduce(self, array: NDArray[Any], dtype: type[np.generic], operation: str, totals: ExchangeTotals) -> None:
         _, mpi = self._mpi()
         comm = self._reducing_comm()
@@ -77,6 +100,7 @@ class Exchange:
         """The ranks that reduce and broadcast by MPI."""
         return self._mpi()[0]
 
+    @waiting
     def post_step(self, header: NDArray[np.int64]) -> None:
         """Leader: wake the followers with the next step's header.
 
@@ -98,6 +122,7 @@ class Exchange:
         mpi.Request.Waitall([comm.Isend(message, rank, _HEADER_TAG) for rank in ranks])
         self.ledger.broadcasts.add(started_s, header.nbytes * len(ranks))
 
+    @waiting
     def wait_step(self, header: NDArray[np.int64]) -> None:
         """Follower: wait for the leader's next header: spin briefly, then nap for a quarter of the wait, at most 2 ms.
 
@@ -116,6 +141,7 @@ class Exchange:
                 time.sleep(min(waited_s / 4, _LONGEST_NAP_S))
         self.ledger.waiting.add(started_s, 0)
 
+    @waiting
     def broadcast(self, array: NDArray[Any]) -> None:
         """Give the leader's array to all ranks in place.
 
@@ -131,6 +157,7 @@ class Exchange:
             comm.Bcast([piece, mpi.BYTE], root=0)
         self.ledger.broadcasts.add(started_s, array.nbytes * (comm.size - 1) if self.world.is_leader else 0)
 
+    @waiting
     def gather_columns(
         self,
         local_Tn: NDArray[np.float32],
@@ -183,6 +210,7 @@ class Exchange:
         for kind in kinds:
             kind.Free()
 
+    @waiting
     def gather_equal(self, local: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any] | None:
         """Stack the ranks' equal arrays on the leader.
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import signal
 import sys
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 from dist_moe.errors import EnvironmentMismatch
+from dist_moe.parallel.cpu_limits import expected_cores
 from dist_moe.parallel.launcher import Launcher
 
 if TYPE_CHECKING:
@@ -26,15 +30,9 @@ _GENTLE = {
 # Hydra drops what its proxies have not passed on when a job is aborted: without a pause 1 message in 25 was lost.
 FORWARD_S = 0.5
 _KILLED_WITHIN_S = 5.0
+_EXIT_AFTER_S = 2.0
 _LIBRARY_FAMILIES = {"Open MPI": "openmpi", "MPICH": "mpich", "Intel(R) MPI": "mpich"}
 _LAUNCHER_TITLES = {"mpich": "MPICH's mpirun (Hydra)", "openmpi": "Open MPI's mpirun (prterun)", "slurm": "srun"}
-
-
-def allowed_cores() -> int:
-    """Number of cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def set_gentle_modes(environ: MutableMapping[str, str], launcher: Launcher, threads: int, cores: int) -> bool:
@@ -44,7 +42,7 @@ def set_gentle_modes(environ: MutableMapping[str, str], launcher: Launcher, thre
         environ: Where the modes go, for the MPI library to read; values already set stay.
         launcher: Says how many ranks run on this host.
         threads: Compute threads per rank.
-        cores: Cores that this process may use.
+        cores: Cores of this host's ranks together.
 
     Returns:
         Whether the modes are on. DIST_MOE_YIELD=1 or 0 decides for the measurement.
@@ -88,6 +86,11 @@ def mpi_library() -> str:
         return "none"
 
 
+def library_family(library: str) -> str:
+    """Whose launcher a library needs, from its short version: "mpich", "openmpi" or "" where that is not known."""
+    return next((family for start, family in _LIBRARY_FAMILIES.items() if library.startswith(start)), "")
+
+
 def short_version(library: str) -> str:
     """'MPICH 5.0.2' from what MPI_Get_library_version says."""
     words = library.replace("Version:", " ").replace(",", " ").split()
@@ -105,18 +108,31 @@ def start_mpi(launcher: Launcher, threads: int = 1) -> ModuleType:
     Raises:
         EnvironmentMismatch: No MPI library, or one that does not belong to the launcher.
     """
-    set_gentle_modes(os.environ, launcher, threads, allowed_cores())
+    set_gentle_modes(os.environ, launcher, threads, expected_cores(launcher))
     MPI = load_mpi()
     library = short_version(MPI.Get_library_version())
-    family = next((family for start, family in _LIBRARY_FAMILIES.items() if library.startswith(start)), "")
+    family = library_family(library)
     both_known = launcher.name in ("mpich", "openmpi") and family != ""
     if both_known and family != launcher.name and launcher.size != 1:
         raise _mismatch(launcher, library)
     if not MPI.Is_initialized():
-        MPI.Init_thread(MPI.THREAD_SERIALIZED)
+        _initialize(MPI)
     if MPI.COMM_WORLD.size == 1 and launcher.size > 1:
         raise _mismatch(launcher, library)
     return MPI
+
+
+def _initialize(MPI: ModuleType) -> None:
+    """MPI_Init_thread without the interpreter's lock, which mpi4py keeps: other threads must see it take too long."""
+    try:
+        init_thread = ctypes.CDLL(MPI.__file__).MPI_Init_thread
+    except (OSError, AttributeError):
+        MPI.Init_thread(MPI.THREAD_SERIALIZED)
+        return
+    if init_thread(None, None, ctypes.c_int(MPI.THREAD_SERIALIZED), ctypes.byref(ctypes.c_int())) != 0:
+        raise EnvironmentMismatch("MPI did not start; its own messages above say why")
+    for communicator in (MPI.COMM_WORLD, MPI.COMM_SELF):  # errors become exceptions, as with mpi4py's own start
+        communicator.Set_errhandler(MPI.ERRORS_RETURN)
 
 
 def _mismatch(launcher: Launcher, library: str) -> EnvironmentMismatch:
@@ -145,6 +161,47 @@ def abort(MPI: ModuleType, code: int) -> NoReturn:
     # MPICH's MPI_Abort returns and leaves the killing to Hydra.
     time.sleep(_KILLED_WITHIN_S)
     os._exit(code)
+
+
+def say(line: str) -> None:
+    """Write an error line to stderr from a thread, past Python's buffers and their locks."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"dist-moe: error: {line}\n".encode())
+
+
+def end_from_thread(MPI: ModuleType, code: int, line: str = "") -> NoReturn:
+    """Print a line and end all ranks while the main thread is stuck, perhaps inside MPI or with stdout's lock."""
+    signal.setitimer(signal.ITIMER_REAL, FORWARD_S + 2 * _EXIT_AFTER_S)  # SIGALRM ends a process whose Abort hangs
+    if line:
+        say(line)
+    time.sleep(FORWARD_S)
+    if MPI.Is_initialized() and not MPI.Is_finalized():
+        MPI.COMM_WORLD.Abort(code)
+    time.sleep(_EXIT_AFTER_S)
+    os._exit(code)
+
+
+def abort_channel(launcher: Launcher, environ: Mapping[str, str]) -> int | None:
+    """The file on which Hydra takes PMI-1's `cmd=abort exitcode=N`, or None."""
+    pmi_fd = environ.get("PMI_FD", "") if launcher.name == "mpich" else ""
+    return int(pmi_fd) if pmi_fd.isdecimal() else None
+
+
+def tell_launcher(launcher: Launcher, environ: Mapping[str, str], code: int) -> bool:
+    """Ask the launcher to end the job of a process whose MPI is not up; prterun does so when the process fails.
+
+    Returns:
+        Whether Hydra was told, which ends this process within milliseconds.
+    """
+    channel = abort_channel(launcher, environ)
+    if channel is None:
+        return False
+    time.sleep(FORWARD_S)
+    try:
+        os.write(channel, f"cmd=abort exitcode={code}\n".encode())
+    except OSError:
+        return False
+    return True
 
 
 def world_communicator(MPI: ModuleType) -> Intracomm:

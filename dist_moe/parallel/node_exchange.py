@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_moe.parallel.exchange import HEADER_WORDS, Exchange
+from dist_moe.parallel.exchange import HEADER_WORDS, Exchange, waiting
 from dist_moe.parallel.ledger import ExchangeTotals
 from dist_moe.parallel.world import World
 
@@ -50,6 +50,7 @@ class NodeExchange(Exchange):
         comm, mpi = self._mpi()
         self._firsts = comm.Split(0 if self._first else mpi.UNDEFINED, world.rank) if world.nodes > 1 else None
 
+    @waiting
     def _allreduce(self, array: NDArray[Any], dtype: type[np.generic], operation: str, totals: ExchangeTotals) -> None:
         started_s = time.perf_counter()
         if operation == "SUM":
@@ -65,6 +66,7 @@ class NodeExchange(Exchange):
     def _reducing_comm(self) -> Any:
         return self._firsts
 
+    @waiting
     def post_step(self, header: NDArray[np.int64]) -> None:
         """Leader: wake the other hosts' first ranks by one message each, and the own host's ranks from their futex.
 
@@ -75,6 +77,7 @@ class NodeExchange(Exchange):
         self._send_header(header, [rank for rank, node in self._first_ranks() if node != 0])
         self._node.broadcast(header)
 
+    @waiting
     def wait_step(self, header: NDArray[np.int64]) -> None:
         """Follower: sleep until the leader's next header; only a remote host's first rank polls for it.
 
@@ -88,6 +91,7 @@ class NodeExchange(Exchange):
         self._node.broadcast(header)
         self.ledger.waiting.add(started_s, 0)
 
+    @waiting
     def broadcast(self, array: NDArray[Any]) -> None:
         """Give the leader's array to all ranks in place.
 
@@ -100,6 +104,7 @@ class NodeExchange(Exchange):
         self._node.broadcast(array)
         self.ledger.broadcasts.add(started_s, array.nbytes if self._first else 0)
 
+    @waiting
     def gather_columns(
         self, local_Tn: NDArray[np.float32], counts_W: Sequence[int], out_TN: NDArray[np.float32] | None
     ) -> NDArray[np.float32] | None:
@@ -116,6 +121,7 @@ class NodeExchange(Exchange):
             out_TN[:, stop - counts_W[rank] : stop] = gathered_WTn[rank, :, : counts_W[rank]]
         return out_TN
 
+    @waiting
     def gather_equal(self, local: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any] | None:
         """Stack the ranks' equal arrays on the leader; see Exchange."""
         if self._firsts is not None:

@@ -14,6 +14,7 @@ import numpy as np
 from dist_moe.errors import DistMoeError
 from dist_moe.parallel.launcher import Launcher
 from dist_moe.parallel.mpi import abort, short_version, start_mpi, world_communicator
+from dist_moe.parallel.progress import Progress
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -49,6 +50,7 @@ class World:
         node_of_rank: Node index of every rank, by rank.
         local_rank, local_size: This rank's place among its node's ranks.
         library: The MPI library and its version on one line, "none" without MPI.
+        progress: Where this rank is in its work, for the watchdog.
     """
 
     def __init__(self, mpi: ModuleType | None = None) -> None:
@@ -60,6 +62,7 @@ class World:
         self.node_of_rank: tuple[int, ...] = (0,)
         self.local_rank, self.local_size = 0, 1
         self.library = "none"
+        self.progress = Progress()
         if mpi is not None:
             self._join(mpi)
 
@@ -124,6 +127,15 @@ class World:
         self.comm.Allgatherv([data, self.mpi.UINT8_T], [everything, counts, starts, self.mpi.UINT8_T])
         whole = everything.tobytes()
         return [whole[start : start + n].decode(errors="replace") for start, n in zip(starts, counts, strict=True)]
+
+    def gather_equal_bytes(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes, by rank, on every rank; all of one length (collective)."""
+        if self.comm is None or self.mpi is None:
+            return [data]
+        everything = np.empty((self.size, len(data)), np.uint8)
+        own = np.frombuffer(data, np.uint8)
+        self.comm.Allgather([own, self.mpi.UINT8_T], [everything, self.mpi.UINT8_T])
+        return [row.tobytes() for row in everything]
 
     def agree(self, error: DistMoeError | None, phase: str) -> None:
         """Tell all ranks whether any rank failed (collective; a barrier when none did).

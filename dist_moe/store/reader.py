@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +12,10 @@ import numpy.typing as npt
 from dist_moe.checkpoint.safetensors_file import SafetensorsFile
 from dist_moe.errors import StoreError
 from dist_moe.model_config import ModelConfig
-from dist_moe.store.layout import UnitTensor, shard_command, unit_tensors, weight_files
+from dist_moe.store.layout import CHECKSUM_SUFFIX, UnitTensor, shard_command, shard_number, unit_tensors, weight_files
 from dist_moe.store.manifest import COMMON_NAME, MANIFEST_NAME, PROGRESS_NAME, Manifest, read_manifest
 from dist_moe.store.placement import indices_of, shard_name
+from dist_moe.store.sealed import Sealed
 from dist_moe.store.units import UnitKind, describe_unit, tensor_name, unit_count
 from dist_moe.store.verify import check_file, check_header, open_weights
 
@@ -22,6 +23,19 @@ FULL_CHECK_BYTES = 64 << 20  # smaller files are checked whole at every open: xx
 
 Check = Literal["fast", "full"]
 Rows = npt.NDArray[np.uint8]  # [units, bytes of one unit]
+
+
+class _Held(NamedTuple):
+    """A tensor of units in one of the files that are here."""
+
+    file: str
+    tensor: UnitTensor
+    rows: Rows
+
+    def row_of(self, index: int) -> int | None:
+        """The row that holds a unit, or None."""
+        row = int(np.searchsorted(self.tensor.indices, index))
+        return row if row < len(self.rows) and self.tensor.indices[row] == index else None
 
 
 class Store:
@@ -41,13 +55,14 @@ class Store:
         self.present_files = tuple(files)
         self.missing_files = tuple(name for name in weight_files(manifest) if name not in files)
         self._files = files
-        self._tensors: dict[str, list[tuple[UnitTensor, Rows]]] = {}
+        self._tensors: dict[str, list[_Held]] = {}
         self._addresses: dict[str, npt.NDArray[np.uint64]] = {}
-        for shard in range(manifest.nodes):
-            name = shard_name(shard, manifest.nodes)
-            for tensor in unit_tensors(manifest, shard) if name in files else ():
-                rows = files[name].raw(tensor.spec.name).view(np.uint8)
-                self._tensors.setdefault(tensor.spec.name, []).append((tensor, rows))
+        for name, weights in files.items():
+            if name == COMMON_NAME:
+                continue
+            for tensor in unit_tensors(manifest, shard_number(manifest, name)):
+                rows = weights.raw(tensor.spec.name).view(np.uint8)
+                self._tensors.setdefault(tensor.spec.name, []).append(_Held(name, tensor, rows))
 
     @classmethod
     def open(cls, directory: Path | str, check: Check = "fast") -> Store:
@@ -100,12 +115,31 @@ class Store:
         Raises:
             StoreError: The unit is in no file on this machine.
         """
-        for tensor, rows in self._tensors.get(tensor_name(kind, layer), ()):
-            row = int(np.searchsorted(tensor.indices, index))
-            if row < len(rows) and tensor.indices[row] == index:
-                view: npt.NDArray[np.uint8] = rows[row]
-                return view
-        raise self._missing(kind, layer, [index])
+        held, row = self._find(kind, layer, index)
+        view: npt.NDArray[np.uint8] = held.rows[row]
+        return view
+
+    def sealed_unit(self, kind: UnitKind, layer: int, index: int) -> Sealed:
+        """One unit with its checksum; raises as `unit` does."""
+        held, row = self._find(kind, layer, index)
+        name, weights = held.tensor.spec.name, self._files[held.file]
+        words = describe_unit(self.config, self.manifest.group_size, kind, layer, index)
+        return Sealed(weights.path, name, words, held.rows[row], int(weights.raw(name + CHECKSUM_SUFFIX)[row]))
+
+    def sealed_common(self) -> list[Sealed]:
+        """Every tensor that all ranks need, with its checksum."""
+        weights = self._files[COMMON_NAME]
+        names = [name for name in weights.names() if not name.endswith(CHECKSUM_SUFFIX)]
+        return [
+            Sealed(
+                weights.path,
+                name,
+                "",
+                weights.raw(name).reshape(-1).view(np.uint8),
+                int(weights.raw(name + CHECKSUM_SUFFIX)[0]),
+            )
+            for name in names
+        ]
 
     def unit_addresses(self, kind: UnitKind, layer: int) -> npt.NDArray[np.uint64]:
         """The address of every unit of one kind in one layer, 0 where it is in no file on this machine.
@@ -116,7 +150,7 @@ class Store:
         name = tensor_name(kind, layer)
         if name not in self._addresses:
             addresses = np.zeros(unit_count(self.config, self.manifest.group_size, kind, layer), np.uint64)
-            for tensor, rows in reversed(self._tensors.get(name, [])):
+            for _, tensor, rows in reversed(self._tensors.get(name, [])):
                 offsets = np.arange(len(rows), dtype=np.uint64) * np.uint64(rows.shape[1])
                 addresses[tensor.indices] = np.uint64(rows.ctypes.data) + offsets
             addresses.flags.writeable = False
@@ -142,6 +176,13 @@ class Store:
         missing = self.missing_units(kind, layer, indices)
         if missing:
             raise self._missing(kind, layer, missing)
+
+    def _find(self, kind: UnitKind, layer: int, index: int) -> tuple[_Held, int]:
+        for held in self._tensors.get(tensor_name(kind, layer), ()):
+            row = held.row_of(index)
+            if row is not None:
+                return held, row
+        raise self._missing(kind, layer, [index])
 
     def _missing(self, kind: UnitKind, layer: int, missing: list[int]) -> StoreError:
         manifest = self.manifest

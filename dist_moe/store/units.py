@@ -71,14 +71,22 @@ def unit_bytes(config: ModelConfig, fmt: WeightFormat, group_size: int, kind: Un
     return packed_bytes(fmt, VOCABULARY_BLOCK, config.model_dim, group_size)
 
 
+def unit_label(kind: UnitKind, layer: int) -> str:
+    """How units of one kind in one layer are called, with a % for each number: "layer 3, expert %, chunk %"."""
+    if kind == "vocabulary":
+        return "vocabulary block %"
+    names = {"chunk": "expert %, chunk %", "head": "query head %", "kv_head": "KV head %"}
+    return f"layer {layer}, {names[kind]}"
+
+
 def describe_unit(config: ModelConfig, group_size: int, kind: UnitKind, layer: int, index: int) -> str:
     """One unit in words, for error messages: "layer 3, expert 17, chunk 2"."""
-    if kind == "vocabulary":
-        return f"vocabulary block {index}"
-    if kind == "chunk":
-        expert, chunk = divmod(index, chunks_per_expert(config, group_size, layer))
-        return f"layer {layer}, expert {expert}, chunk {chunk}"
-    return f"layer {layer}, {'query' if kind == 'head' else 'KV'} head {index}"
+    chunked = kind == "chunk"
+    numbers = divmod(index, chunks_per_expert(config, group_size, layer)) if chunked else (index,)
+    label = unit_label(kind, layer)
+    for number in numbers:
+        label = label.replace("%", str(number), 1)
+    return label
 
 
 def check_format(config: ModelConfig, fmt: WeightFormat, group_size: int) -> None:

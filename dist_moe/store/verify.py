@@ -12,6 +12,7 @@ from dist_moe.errors import DistMoeError, StoreError
 from dist_moe.store.checksum import RunningChecksum, checksum_rows, checksum_text
 from dist_moe.store.layout import CHECKSUM_SUFFIX, file_specs, shard_number, unit_tensors, weight_files
 from dist_moe.store.manifest import COMMON_NAME, Manifest, StoreFile
+from dist_moe.store.sealed import damage_text, name_mapped
 from dist_moe.store.units import describe_unit
 
 _READ_BYTES = 1 << 24
@@ -27,7 +28,7 @@ def check_header(path: Path, entry: StoreFile) -> None:
         actual_bytes = path.stat().st_size
         if actual_bytes != entry.file_bytes:
             what = "truncated" if actual_bytes < entry.file_bytes else "too long"
-            raise StoreError(f"{path}: is {what}: {entry.file_bytes} bytes expected, {actual_bytes} found; {_ADVICE}")
+            raise StoreError(f"{path}: is {what}: {entry.file_bytes} bytes expected, {actual_bytes} found; {ADVICE}")
         with path.open("rb") as file:
             actual = checksum_text(file.read(entry.header_bytes))
     except OSError as error:
@@ -35,12 +36,12 @@ def check_header(path: Path, entry: StoreFile) -> None:
     if actual != entry.header_checksum:
         raise StoreError(
             f"{path}: its header has checksum {actual}, the manifest says {entry.header_checksum}: "
-            f"the file is damaged or belongs to another store; {_ADVICE}"
+            f"the file is damaged or belongs to another store; {ADVICE}"
         )
 
 
 def open_weights(path: Path, manifest: Manifest) -> SafetensorsFile:
-    """Map a weight file whose tensors are exactly those that the manifest implies.
+    """Map a weight file whose tensors are exactly those that the manifest implies; a SIGBUS in it names the unit.
 
     Raises:
         StoreError: A tensor is missing, superfluous, or of another type or shape.
@@ -49,14 +50,16 @@ def open_weights(path: Path, manifest: Manifest) -> SafetensorsFile:
         weights = SafetensorsFile(path)
         found = {name: (weights.dtype(name), tuple(weights.shape(name))) for name in weights.names()}
     except DistMoeError as error:
-        raise StoreError(f"{error}; {_ADVICE}") from None
+        raise StoreError(f"{error}; {ADVICE}") from None
     expected = {spec.name: (spec.dtype, spec.shape) for spec in file_specs(manifest, path.name)}
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             raise StoreError(
                 f"{path}: tensor {name!r}: {_shape(expected.get(name))} expected from the manifest, "
-                f"{_shape(found.get(name))} found; {_ADVICE}"
+                f"{_shape(found.get(name))} found; {ADVICE}"
             )
+    in_units = path.name != COMMON_NAME
+    name_mapped(weights, manifest, list(unit_tensors(manifest, shard_number(manifest, path.name))) if in_units else [])
     return weights
 
 
@@ -75,9 +78,9 @@ def check_file(path: Path, entry: StoreFile, manifest: Manifest) -> None:
         return
     if entry.header_bytes:
         for damage in damaged_units(path, manifest):
-            raise StoreError(f"{path}: {damage}; {_ADVICE}")
+            raise StoreError(f"{path}: {damage}; {ADVICE}")
     raise StoreError(
-        f"{path}: has checksum {running.text()}, the manifest says {entry.checksum}: the file is damaged; {_ADVICE}"
+        f"{path}: has checksum {running.text()}, the manifest says {entry.checksum}: the file is damaged; {ADVICE}"
     )
 
 
@@ -111,11 +114,8 @@ def compare_checksums(weights: SafetensorsFile, units: dict[str, Callable[[int],
         data = np.ascontiguousarray(weights.raw(name)).view(np.uint8).reshape(len(expected), -1)
         actual = checksum_rows(data)
         for row in np.flatnonzero(actual != expected):
-            unit = f", {units[name](int(row))}" if name in units else ""
-            damages.append(
-                f"tensor {name!r}{unit} is damaged: its bytes have checksum {actual[row]:016x}, "
-                f"the file says {expected[row]:016x}"
-            )
+            unit = units[name](int(row)) if name in units else ""
+            damages.append(damage_text(name, unit, int(actual[row]), int(expected[row])))
     return damages
 
 
@@ -143,7 +143,7 @@ def verify_store(
             check_file(path, entry, manifest)
         except StoreError as error:
             more = damaged_units(path, manifest)[1:] if "is damaged: its bytes" in str(error) else []
-            damages += [str(error), *(f"{path}: {damage}; {_ADVICE}" for damage in more)]
+            damages += [str(error), *(f"{path}: {damage}; {ADVICE}" for damage in more)]
         progress(entry.file_bytes)
     return damages
 
@@ -152,4 +152,4 @@ def _shape(tensor: tuple[str, tuple[int, ...]] | None) -> str:
     return "nothing" if tensor is None else f"{tensor[0]} {list(tensor[1])}"
 
 
-_ADVICE = "copy it again from another machine, or remove it and repeat the dist-moe shard command"
+ADVICE = "copy it again from another machine, or remove it and repeat the dist-moe shard command"

@@ -29,7 +29,10 @@ from dist_moe.parallel.launcher import Launcher
 from dist_moe.text.generation_config import GenerationConfig
 from dist_moe.text.tokenizer import Tokenizer
 
-MODEL = ModelOptions(None, None, "f16", None, "auto", 256, "fast", 0, None)
+MODEL = ModelOptions(
+    model=None, quant=None, kv="f16", threads=None, threads_file=None, bind="auto", experts="auto", prefill_chunk=256,
+    check="fast", stall_timeout=60, start_timeout=60, scrub=False, verbose=0, log_file=None,
+)  # fmt: skip
 RUN = RunOptions(
     **vars(MODEL), prompt=None, prompt_file=None, prompt_ids=None, max_tokens=8, temperature=None, top_k=None,
     top_p=None, min_p=None, seed=5, ignore_eos=False, ctx=None, logits=None, json=False, quiet=False,

@@ -22,6 +22,7 @@ from dist_moe.engine.worker import Worker
 from dist_moe.kernels import NO_FAULT, Kernels, KvFormat, isa_levels
 from dist_moe.model.step import Slice, Step
 from dist_moe.model.transformer import Transformer
+from dist_moe.parallel.cores import may_spin
 from dist_moe.parallel.exchange import Exchange
 from dist_moe.parallel.launcher import detect_launcher
 from dist_moe.parallel.plan import EXPERT_LAYOUTS, make_plan
@@ -77,7 +78,7 @@ def run_store(world: World, exchange: Exchange, store: Store, kernels: Kernels, 
 def main() -> None:
     """Print {format/kv: {combination: hash}} as JSON on rank 0."""
     world = World.start(detect_launcher(os.environ))
-    exchange = open_exchange(world, 2, os.environ)
+    exchange = open_exchange(world, may_spin(world, 2, os.environ), os.environ)
     hashes: dict[str, dict[str, str]] = {}
     levels = isa_levels()
     stores = Path(sys.argv[1])

@@ -95,6 +95,16 @@ def test_sums_wrap_instead_of_trapping() -> None:
     on_ranks(2, 0, body)
 
 
+def test_arrays_that_do_not_fit_are_refused() -> None:
+    def body(node: NodeMemory, rank: int) -> None:
+        with pytest.raises(TypeError, match=r"expected int64\[>=2, 3\], got int32\[2, 3\]"):
+            node.sum(np.zeros((2, 3), np.int32))
+        with pytest.raises((BufferError, ValueError)):
+            node.sum(np.zeros((4, 4), np.int64).T[:, ::2])
+
+    on_ranks(1, 0, body)
+
+
 def test_no_name_is_left_and_a_missing_one_is_explained() -> None:
     before = set(Path("/dev/shm").iterdir())
     on_ranks(2, 0, lambda node, rank: None)

@@ -1,0 +1,87 @@
+"""dist-moe doctor: what is wrong with this machine, or with all hosts of a job, and the fix."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dist_moe.parallel.launcher import detect_launcher
+
+if TYPE_CHECKING:
+    from dist_moe.engine.doctor import Report
+
+
+@click.command("doctor")
+@click.option("-m", "--model", metavar="STORE", type=click.Path(path_type=Path), help="A store that is to run here.")
+@click.option(
+    "--hostfile",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="The hosts, as mpirun reads them.",
+)
+@click.option("--clean", is_flag=True, help="Remove shared memory that killed MPI jobs of yours left behind.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def doctor(context: click.Context, model: Path | None, hostfile: Path | None, clean: bool, as_json: bool) -> None:
+    """Examine MPI, CPU, binding, memory, disk and a store: what is wrong, and the fix. Exit code 3 if anything is.
+
+    Alone it looks at this machine; under mpirun at every host of the job.
+    """
+    from dist_moe.cli.models import cache_directory
+    from dist_moe.engine.doctor import examine
+    from dist_moe.parallel.hostfile import read_hostfile
+
+    hosts = None if hostfile is None else read_hostfile(hostfile)
+    report = examine(detect_launcher(os.environ), cache_directory(), model, hosts, clean)
+    if as_json:
+        click.echo(json.dumps(report.as_json(), indent=1))
+    else:
+        for line in _as_text(report):
+            click.echo(line)
+    context.exit(report.exit_code)
+
+
+def _as_text(report: Report) -> Iterator[str]:
+    from dist_moe.engine.findings import count
+
+    first = report.ranks[0]
+    ranks, hosts = len(report.ranks), list(dict.fromkeys(facts.host for facts in report.ranks))
+    started = "a plain process" if report.launcher.name == "none" else f"started by {report.launcher.name}"
+    yield f"dist-moe {first.package} (numerics {first.numerics}), Python {first.python}, MPI {first.library}"
+    if report.launcher.size > ranks:
+        yield f"{report.launcher.size} ranks, {started}; MPI was not started, so only {first.host} is examined"
+    else:
+        yield f"{count(ranks, 'rank')} on {count(len(hosts), 'host')}, {started}"
+    for host in hosts:
+        yield from _host_lines(report, host)
+    for finding in report.findings:
+        yield f"{'WRONG' if finding.level == 'wrong' else 'note '}  {finding.topic}: {finding.what}"
+        if finding.fix:
+            yield f"       -> {finding.fix}"
+    wrong = sum(finding.level == "wrong" for finding in report.findings)
+    yield f"{count(wrong, 'thing')} {'is' if wrong == 1 else 'are'} wrong" if wrong else "nothing is wrong"
+
+
+def _host_lines(report: Report, host: str) -> Iterator[str]:
+    from dist_moe.engine.findings import count
+    from dist_moe.engine.record import show_bytes
+    from dist_moe.parallel.cores import describe_cores
+
+    here = [pair for pair in zip(report.ranks, report.shares, strict=True) if pair[0].host == host]
+    facts = here[0][0]
+    yield f"{host}"
+    yield f"  CPU       {facts.cpu}; {' '.join(facts.features)}"
+    yield f"  kernels   {facts.isa or facts.asked_isa + ' (not available)'}"
+    for rank, share in here:
+        cores = f"{describe_cores(share.mask)} of {facts.host_cores}"
+        yield f"  rank {rank.rank:<4} {count(share.threads, 'thread')} on {cores}"
+    yield f"  memory    {show_bytes(facts.memory_bytes)} can be taken ({facts.memory_limit})"
+    yield f"  /dev/shm  {show_bytes(facts.shared_free_bytes)} of {show_bytes(facts.shared_bytes)} free"
+    yield f"  disk      {show_bytes(facts.cache_free_bytes)} free for {facts.cache}"
+    if facts.store is not None:
+        yield f"  store     {facts.store.directory}: {show_bytes(facts.store.present_bytes)} here"

@@ -1,0 +1,192 @@
+"""What a run needs in memory on every host, compared with what is there, before any weight is read.
+
+T tokens · D model dim · P head dim · E experts · K experts per token
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from dist_moe.engine.agreement import StartRecord
+from dist_moe.engine.record import show_bytes
+from dist_moe.errors import UsageError
+from dist_moe.kernels import BLOCK_POSITIONS, NODE_RANK_BYTES, KvFormat, kv_block_bytes
+from dist_moe.model.step import MAX_LOGIT_ROWS
+from dist_moe.model.workspace import workspace_bytes
+from dist_moe.parallel.plan import Plan
+from dist_moe.parallel.world import AgreedError, World
+from dist_moe.store.manifest import COMMON_NAME, Manifest
+from dist_moe.store.units import UnitKind, chunks_per_expert, unit_bytes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes that the ranks of one host need together.
+
+    Attributes:
+        weights_bytes: Their share of the store, each unit once: mapped, so ranks share it and the system may drop it;
+            0 for a store that lies in memory.
+        active_bytes: The part of it that every token reads; without room for it no token is quick.
+        kv_bytes: Keys and values of one full context.
+        buffer_bytes: A step's buffers, kernel scratch and the memory that ranks exchange through.
+    """
+
+    weights_bytes: int
+    active_bytes: int
+    kv_bytes: int
+    buffer_bytes: int
+
+    @property
+    def least_bytes(self) -> int:
+        """Without this the run cannot work."""
+        return self.active_bytes + self.kv_bytes + self.buffer_bytes
+
+    @property
+    def full_bytes(self) -> int:
+        """With this no weight is read twice from the disk."""
+        return self.weights_bytes + self.kv_bytes + self.buffer_bytes
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What decides a run's memory, besides the store and the plans."""
+
+    kv: KvFormat
+    context: int
+    step_tokens: int
+
+
+def check_memory(
+    world: World, manifest: Manifest, plans: Sequence[Plan], demand: Demand, records: Sequence[StartRecord]
+) -> list[MemoryNeed]:
+    """Make sure that every host can hold its part; every rank knows all that decides it, so nothing is exchanged.
+
+    Args:
+        world: All ranks.
+        manifest: The store's.
+        plans: Every rank's share, by rank.
+        demand: The options that count.
+        records: What the ranks reported, by rank.
+
+    Returns:
+        Every host's need, by node.
+
+    Raises:
+        AgreedError: Some hosts lack memory; one line for each.
+    """
+    needs, lacking, slow = [], [], []
+    for node in range(world.nodes):
+        ranks = [rank for rank, where in enumerate(world.node_of_rank) if where == node]
+        need = host_need(manifest, [plans[rank] for rank in ranks], [records[rank].threads for rank in ranks], demand)
+        tightest = min((records[rank] for rank in ranks), key=lambda record: record.available_bytes)
+        if tightest.medium == "memory":
+            need = replace(need, weights_bytes=0, active_bytes=0)
+        line = f"{world.hosts[ranks[0]]} {_describe(need, demand, tightest)}"
+        logger.log(logging.INFO if world.is_leader else logging.DEBUG, "memory: %s", line)
+        if 0 < tightest.available_bytes < need.least_bytes:
+            lacking.append(f"{line}: that is not enough: {_ADVICE}")
+        elif 0 < tightest.available_bytes < need.full_bytes:
+            slow.append(f"{line}: weights will be read from the disk again and again: {_MORE_HOSTS}")
+        needs.append(need)
+    if lacking:
+        raise AgreedError(tuple(lacking), UsageError.exit_code)
+    for line in slow if world.is_leader else ():
+        logger.warning("%s", line)
+    return needs
+
+
+def host_need(manifest: Manifest, plans: Sequence[Plan], threads: Sequence[int], demand: Demand) -> MemoryNeed:
+    """What the ranks of one host need together.
+
+    Args:
+        manifest: The store's.
+        plans: These ranks' shares.
+        threads: Compute threads of each of them.
+        demand: The options that count.
+    """
+    config = manifest.config
+    always_bytes, chunk_bytes, picked_bytes = _weights(manifest, plans)
+    embedding_bytes = config.vocabulary * config.model_dim * (2 if manifest.embedding_format.label == "bf16" else 4)
+    common = manifest.file(COMMON_NAME)
+    common_bytes = common.file_bytes if common else embedding_bytes
+    blocks = -(-demand.context // BLOCK_POSITIONS)
+    kv_heads = sum(len(plan.kv_heads) for plan in plans)
+    return MemoryNeed(
+        weights_bytes=common_bytes + always_bytes + chunk_bytes,
+        active_bytes=common_bytes - embedding_bytes + always_bytes + picked_bytes,
+        kv_bytes=blocks * config.layers * kv_heads * kv_block_bytes(demand.kv, config.head_dim),
+        buffer_bytes=sum(
+            _buffers(manifest, plan, count, demand.step_tokens) for plan, count in zip(plans, threads, strict=True)
+        ),
+    )
+
+
+def _weights(manifest: Manifest, plans: Sequence[Plan]) -> tuple[int, int, int]:
+    """Bytes of these ranks' units, each once: what every token reads, all routed chunks, and the picked ones of them.
+
+    A token picks K of E experts; this host's part of them is K / E of its chunks, as the mean over tokens has it.
+    """
+    config = manifest.config
+    heads = {head for plan in plans for head in plan.heads}
+    kv_heads = {head for plan in plans for head in plan.kv_heads}
+    blocks = sum(len(plan.vocabulary_blocks) for plan in plans)
+    head_bytes = len(heads) * _unit(manifest, "head") + len(kv_heads) * _unit(manifest, "kv_head")
+    always_bytes = config.layers * head_bytes + blocks * _unit(manifest, "vocabulary")
+    chunk_bytes = picked_bytes = 0
+    kinds = Counter((config.is_dense(layer), config.layer_hidden(layer)) for layer in range(config.layers))
+    for layer in range(config.layers):
+        count = kinds.pop((config.is_dense(layer), config.layer_hidden(layer)), 0)
+        own_bytes = count * _chunk_count(manifest, plans, layer) * _unit(manifest, "chunk", layer) if count else 0
+        if config.is_dense(layer):
+            always_bytes += own_bytes
+        else:
+            chunk_bytes += own_bytes
+            picked_bytes += own_bytes * config.experts_per_token // config.experts
+    return always_bytes, chunk_bytes, picked_bytes
+
+
+def _chunk_count(manifest: Manifest, plans: Sequence[Plan], layer: int) -> int:
+    """Chunks of one layer that these ranks may read."""
+    experts = manifest.config.layer_experts(layer)
+    chunks = chunks_per_expert(manifest.config, manifest.group_size, layer)
+    owned = [plan.owned_chunks(experts, chunks) for plan in plans]
+    return sum(experts * chunks if own is None else len(own) for own in (owned[:1] if owned[0] is None else owned))
+
+
+def _unit(manifest: Manifest, kind: UnitKind, layer: int = 0) -> int:
+    return unit_bytes(manifest.config, manifest.format, manifest.group_size, kind, layer)
+
+
+def _buffers(manifest: Manifest, plan: Plan, threads: int, step_tokens: int) -> int:
+    """Bytes of one rank's buffers: a step's arrays, each thread's sums, gathered logits, and its exchange slots."""
+    config = manifest.config
+    most_chunks = max(
+        config.layer_experts(layer) * chunks_per_expert(config, manifest.group_size, layer)
+        for layer in range(config.layers)
+    )
+    step_bytes = workspace_bytes(
+        config, plan, quantized=manifest.format.quantized, max_tokens=step_tokens, max_chunks=most_chunks
+    )
+    # Scratch grows by half more than was asked for.
+    thread_bytes = threads * step_tokens * config.model_dim * 8 * 3 // 2 if threads > 1 else 0
+    logits_bytes = MAX_LOGIT_ROWS * config.vocabulary * 4 if plan.rank == 0 and plan.ranks > 1 else 0
+    return step_bytes + thread_bytes + logits_bytes + NODE_RANK_BYTES
+
+
+def _describe(need: MemoryNeed, demand: Demand, tightest: StartRecord) -> str:
+    known = tightest.available_bytes > 0
+    there = f"has {show_bytes(tightest.available_bytes)} ({tightest.memory_limit})" if known else "hides its own"
+    return (
+        f"needs {show_bytes(need.full_bytes)} (weights {show_bytes(need.weights_bytes)}, of which a token reads "
+        f"{show_bytes(need.active_bytes)}; KV cache {show_bytes(need.kv_bytes)} for {demand.context} positions in "
+        f"{demand.kv.label}; buffers {show_bytes(need.buffer_bytes)}) and {there}"
+    )
+
+
+_ADVICE = "lower --ctx or --prefill-chunk, take --kv q8 or a store of fewer bits, free memory, or start on more hosts"
+_MORE_HOSTS = "take a store of fewer bits, free memory, or start on more hosts"

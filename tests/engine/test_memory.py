@@ -1,0 +1,240 @@
+"""What a run needs, against what it then takes; what a host has; and who is told when that is not enough."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_moe.engine.agreement import StartRecord
+from dist_moe.engine.available_memory import AvailableMemory, available_memory, is_in_memory
+from dist_moe.engine.memory import Demand, check_memory, host_need
+from dist_moe.engine.request import Request
+from dist_moe.kernels import KvFormat, Operand
+from dist_moe.model.workspace import workspace_bytes
+from dist_moe.parallel.plan import EXPERT_LAYOUTS, Plan, make_plan
+from dist_moe.parallel.world import AgreedError, World
+from dist_moe.store.reader import Store
+from dist_moe.store.units import UNIT_KINDS, unit_bytes
+from helpers.start_record import RECORD
+from helpers.tiny_model import TinyModel, random_ids
+
+DEMAND = Demand(KvFormat.F16, 130, 64)
+
+
+def plans_of(store: Store, ranks: int, layout: str = "whole") -> list[Plan]:
+    config = store.config
+    return [
+        make_plan(
+            heads=config.heads,
+            heads_per_kv_head=config.heads_per_kv_head,
+            vocabulary=config.vocabulary,
+            rank=rank,
+            ranks=ranks,
+            layout=layout,
+        )
+        for rank in range(ranks)
+    ]
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers of each kind, so that sizes occur more than once."""
+    return TinyModel(layers=5, dense_layers=(1, 2)).write(tmp_path_factory.mktemp("memory"))
+
+
+@pytest.fixture(params=["f32", "bf16", "q8", "q4"])
+def store(request: pytest.FixtureRequest, make_store, source: Path) -> Store:
+    return make_store(source, request.param)
+
+
+def arrays_of(workspace: object) -> list[np.ndarray]:
+    """Every array of a workspace, those inside operands and chunk lists too."""
+    found = []
+    for entry in fields(workspace):  # type: ignore[arg-type]
+        value = getattr(workspace, entry.name)
+        if isinstance(value, Operand):
+            found += [value.x_TC, value.q_TC, value.scale_TG, value.sum_TG]
+        elif isinstance(value, np.ndarray):
+            found.append(value)
+        elif entry.name == "chunks":
+            found.append(value._words)
+    return found
+
+
+def test_the_buffers_are_those_that_a_step_has(store: Store, make_engine) -> None:
+    engine = make_engine(store, prefill_chunk=37)
+    workspace = engine.model._workspace
+    (plan,) = plans_of(store, 1)
+    found = workspace_bytes(
+        store.config,
+        plan,
+        quantized=engine.model.share.quantized,
+        max_tokens=workspace.max_tokens,
+        max_chunks=workspace.chunks.capacity,
+    )
+    assert found == sum(array.nbytes for array in arrays_of(workspace))
+
+
+@pytest.mark.parametrize("kv", KvFormat)
+def test_the_kv_cache_is_what_a_full_context_takes(store: Store, make_engine, kv: KvFormat) -> None:
+    engine = make_engine(store, context=130, kv=kv)
+    need = host_need(store.manifest, plans_of(store, 1), [1], Demand(kv, 130, 64))
+    engine.generate([Request(random_ids(120, 300), 10, stop_ids=frozenset())])
+    assert engine.model.cache.allocated_bytes == need.kv_bytes
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+@pytest.mark.parametrize("ranks", [1, 3, 8])
+def test_all_ranks_of_one_host_need_the_store_once(store: Store, ranks: int, layout: str) -> None:
+    manifest, config = store.manifest, store.config
+    need = host_need(manifest, plans_of(store, ranks, layout), [1] * ranks, DEMAND)
+    units_bytes = sum(
+        len(store.present_units(kind, layer)) * unit_bytes(config, manifest.format, manifest.group_size, kind, layer)
+        for kind in UNIT_KINDS
+        for layer in range(config.layers if kind != "vocabulary" else 1)
+    )
+    assert need.weights_bytes == units_bytes + manifest.files[0].file_bytes
+    assert need.active_bytes < need.weights_bytes
+    assert need.least_bytes < need.full_bytes
+
+
+@pytest.mark.parametrize("layout", ["whole", "sliced"])
+def test_hosts_divide_the_weights(store: Store, layout: str) -> None:
+    plans = plans_of(store, 4, layout)
+    common_bytes = store.manifest.files[0].file_bytes
+    whole = host_need(store.manifest, plans, [1] * 4, DEMAND)
+    halves = [host_need(store.manifest, plans[i : i + 2], [1] * 2, DEMAND) for i in (0, 2)]
+    assert sum(half.weights_bytes - common_bytes for half in halves) == whole.weights_bytes - common_bytes
+    assert sum(half.kv_bytes for half in halves) == whole.kv_bytes
+
+
+def two_hosts() -> World:
+    """Four ranks on two hosts, from rank 0's side; without MPI, so nothing can be exchanged."""
+    world = World()
+    world.size, world.hosts, world.node_of_rank = 4, ("a", "a", "b", "b"), (0, 0, 1, 1)
+    return world
+
+
+def check(store: Store, *available_bytes: int, **changes: object) -> None:
+    records: list[StartRecord] = [replace(RECORD, available_bytes=n, **changes) for n in available_bytes]
+    check_memory(two_hosts(), store.manifest, plans_of(store, 4), DEMAND, records)
+
+
+def test_a_host_without_room_is_named(store: Store) -> None:
+    with pytest.raises(AgreedError) as caught:
+        check(store, 1 << 40, 1 << 40, 1 << 40, 1000)
+    assert caught.value.exit_code == 2
+    (line,) = caught.value.lines
+    assert line.startswith("b needs ")
+    assert "for 130 positions in f16" in line
+    assert "has 0.0 MB (the host's memory)" in line
+    assert "lower --ctx" in line
+
+
+def test_every_host_without_room_is_named_at_once(store: Store) -> None:
+    with pytest.raises(AgreedError) as caught:
+        check(store, 1000, 1000, 1000, 1000)
+    assert [line.split()[0] for line in caught.value.lines] == ["a", "b"]
+
+
+def test_weights_that_do_not_fit_are_a_warning(
+    store: Store, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need = host_need(store.manifest, plans_of(store, 4)[2:], [RECORD.threads] * 2, DEMAND)
+    monkeypatch.setattr(logging.getLogger("dist_moe"), "propagate", True)
+    with caplog.at_level(logging.WARNING, "dist_moe"):
+        check(store, 1 << 40, 1 << 40, need.full_bytes, need.full_bytes)
+        assert caplog.messages == []
+        check(store, 1 << 40, 1 << 40, need.full_bytes - 1, need.full_bytes)
+    (line,) = caplog.messages
+    assert line.startswith("b needs ")
+    assert "read from the disk again and again" in line
+
+
+def test_a_store_in_memory_needs_no_more(store: Store) -> None:
+    need = host_need(store.manifest, plans_of(store, 4)[:2], [RECORD.threads] * 2, DEMAND)
+    room = need.kv_bytes + need.buffer_bytes
+    check(store, *[room] * 4, medium="memory")
+    with pytest.raises(AgreedError):
+        check(store, *[room - 1] * 4, medium="memory")
+
+
+def test_a_host_that_does_not_tell_is_let_through(store: Store) -> None:
+    check(store, 0, 0, 0, 0)
+
+
+# ---- what there is ----
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+def test_the_hosts_memory(tmp_path: Path) -> None:
+    write(tmp_path, {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    1000 kB\nHugePages_Total:       0\n"})
+    found = available_memory(tmp_path / "proc", tmp_path / "cgroups")
+    assert found == AvailableMemory(1000 * 1024, "the host's memory")
+
+
+def test_a_system_that_does_not_tell(tmp_path: Path) -> None:
+    assert available_memory(tmp_path, tmp_path) == AvailableMemory(0, "unknown")
+
+
+@pytest.mark.parametrize("limited", ["job/step", "job"])
+def test_cgroup_2_with_its_parents(tmp_path: Path, limited: str) -> None:
+    write(tmp_path, {"proc/meminfo": "MemAvailable: 1000000 kB\n", "proc/self/cgroup": "0::/job/step\n"})
+    for name in ("job/step", "job"):
+        write(
+            tmp_path / "cgroups" / name,
+            {
+                "memory.max": "900000\n" if name == limited else "max\n",
+                "memory.current": "500000\n",
+                "memory.stat": "anon 1\ninactive_file 100000\nactive_file 50000\nfile 400000\n",
+            },
+        )
+    found = available_memory(tmp_path / "proc", tmp_path / "cgroups")
+    assert found == AvailableMemory(900000 - 500000 + 150000, f"cgroup /{limited}")
+
+
+@pytest.mark.parametrize("place", ["job", ""])
+def test_cgroup_1_also_where_only_the_root_is_seen(tmp_path: Path, place: str) -> None:
+    write(
+        tmp_path, {"proc/meminfo": "MemAvailable: 1000 kB\n", "proc/self/cgroup": "5:cpu:/job\n4:memory:/job\n0::/\n"}
+    )
+    write(
+        tmp_path / "cgroups" / "memory" / place,
+        {
+            "memory.limit_in_bytes": "800000",
+            "memory.usage_in_bytes": "900000",
+            "memory.stat": "total_inactive_file 150000\ntotal_active_file 1",
+        },
+    )
+    found = available_memory(tmp_path / "proc", tmp_path / "cgroups")
+    assert found == AvailableMemory(50001, f"cgroup /{place}")
+
+
+def test_cgroup_1_without_a_limit(tmp_path: Path) -> None:
+    write(tmp_path, {"proc/meminfo": "MemAvailable: 1000 kB\n", "proc/self/cgroup": "4:memory:/\n"})
+    write(tmp_path / "cgroups/memory", {"memory.limit_in_bytes": str(2**63 - 4096), "memory.usage_in_bytes": "9"})
+    assert available_memory(tmp_path / "proc", tmp_path / "cgroups").limited_by == "the host's memory"
+
+
+def test_this_machine_tells() -> None:
+    assert available_memory().available_bytes > 0
+
+
+def test_what_lies_in_memory(tmp_path: Path) -> None:
+    device = tmp_path.stat().st_dev
+    line = f"9 1 {os.major(device)}:{os.minor(device)} / / rw - tmpfs none rw\n"
+    write(tmp_path, {"proc/self/mountinfo": line})
+    assert is_in_memory(tmp_path, tmp_path / "proc")
+    write(tmp_path, {"proc/self/mountinfo": line.replace("tmpfs", "ext4")})
+    assert not is_in_memory(tmp_path, tmp_path / "proc")
+    assert not is_in_memory(tmp_path / "nowhere")

@@ -1,0 +1,88 @@
+"""`dist-moe`, but one rank fails: python faulty.py ACT PHASE RANK -- arguments of dist-moe.
+
+ACT: none, slow (every decode takes long), raise, exit, kill, stop (SIGSTOP) or hang. PHASE: start (before MPI), join (after it), load, prefill, decode or
+exchange. Everything else is the product's own code.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from dist_moe.cli.main import main
+from dist_moe.engine.worker import Worker
+from dist_moe.model.step import Step
+from dist_moe.model.transformer import Transformer
+from dist_moe.parallel import node_exchange, world
+from dist_moe.parallel.launcher import detect_launcher
+
+LAYER = 2
+DECODE_STEP = 4
+
+
+def act(what: str) -> None:
+    """Fail as asked."""
+    if what == "raise":
+        raise RuntimeError("broken on purpose")
+    if what == "exit":
+        sys.exit(5)
+    if what == "slow":
+        time.sleep(0.05)
+        return
+    if what == "hang":
+        threading.Event().wait()
+    os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGSTOP)
+
+
+def before(owner: Any, name: str, fail: Callable[..., None]) -> None:
+    """Call `fail` with the method's arguments before each call of it."""
+    original = getattr(owner, name)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        fail(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, failing)
+
+
+def plant(what: str, phase: str) -> None:
+    """Let this process fail in a phase."""
+    steps = [0]
+
+    def count(worker: Worker, step: Step, *rest: Any) -> None:
+        steps[0] += 1
+
+    def in_step(model: Transformer, layer: int, *rest: Any) -> None:
+        wanted = 1 if phase == "prefill" else DECODE_STEP
+        if layer == LAYER and (steps[0] == wanted or (what == "slow" and steps[0] > wanted)):
+            act(what)
+
+    def in_exchange(*rest: Any) -> None:
+        if steps[0] == DECODE_STEP:
+            act(what)
+
+    before(Worker, "run", count)
+    if phase == "start":
+        before(world, "start_mpi", lambda *rest: act(what))
+    elif phase == "join":
+        before(world.World, "_join", lambda *rest: act(what))
+    elif phase == "load":
+        before(Transformer, "__init__", lambda *rest, **more: act(what))
+    elif phase == "exchange":
+        before(node_exchange.NodeExchange, "sum_exact", in_exchange)
+    else:
+        before(Transformer, "_layer", in_step)
+
+
+if __name__ == "__main__":
+    place = sys.argv.index("--")
+    wanted_act, wanted_phase, wanted_rank = sys.argv[1:place]
+    sys.argv = ["dist-moe", *sys.argv[place + 1 :]]
+    if wanted_act != "none" and detect_launcher(os.environ).rank == int(wanted_rank):
+        plant(wanted_act, wanted_phase)
+    sys.exit(main())

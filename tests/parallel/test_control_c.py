@@ -1,0 +1,99 @@
+"""Ctrl-C, and what reaches stdout before the end."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from helpers import launching
+from helpers.jobs import STORY, Job
+from helpers.launching import flavour
+
+RANKS = 4
+MUST_END_WITHIN_S = 45
+LONG_STORY = (sys.executable, "-m", "dist_moe", *STORY, "-n", "450")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The demo model, packed once."""
+    env = {"DIST_MOE_CACHE": str(tmp_path_factory.mktemp("cache")), "DIST_MOE_YIELD": "1"}
+    assert launching.run(*LONG_STORY[:-1], "2", env=env).code == 0
+    return env
+
+
+@pytest.mark.skipif(flavour() == "openmpi", reason="prterun kills the ranks itself")
+def test_control_c_stops_after_the_step_with_text_and_summary(environment: dict[str, str]) -> None:
+    with Job(RANKS, *LONG_STORY, env=environment) as job:
+        job.wait_for_text()
+        job.hit(job.process.pid, signal.SIGINT)
+        ended = job.end(MUST_END_WITHIN_S)
+    assert ended.code == 130, ended
+    assert not ended.left, ended
+    assert "tokens/s" in ended.stderr
+    (line,) = ended.lines
+    assert line.startswith("dist-moe: error: interrupted after "), ended
+
+
+@pytest.mark.skipif(flavour() == "openmpi", reason="prterun kills the ranks itself")
+def test_a_second_control_c_ends_at_once(environment: dict[str, str]) -> None:
+    with Job(RANKS, *LONG_STORY, env=environment) as job:
+        job.wait_for_text()
+        # A rank that is stopped keeps the step from ending.
+        job.hit(job.ranks()[2], signal.SIGSTOP)
+        for _ in range(2):
+            time.sleep(0.5)
+            job.hit(job.process.pid, signal.SIGINT)
+        ended = job.end(MUST_END_WITHIN_S)
+    assert ended.code != 0, ended
+    assert not ended.left, ended
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.skipif(flavour() == "mpich", reason="Hydra lets rank 0 end the job")
+def test_what_was_made_is_out_before_prterun_kills(environment: dict[str, str]) -> None:
+    with Job(RANKS, *LONG_STORY, env=environment) as job:
+        job.wait_for_text()
+        seen = job.stdout()
+        job.hit(job.process.pid, signal.SIGINT)
+        ended = job.end(MUST_END_WITHIN_S)
+    assert ended.code == 1, ended
+    assert not ended.left, ended
+    assert ended.stdout.startswith(seen)
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("json_wanted", [False, True])
+def test_control_c_of_one_rank_without_a_launcher(environment: dict[str, str], json_wanted: bool) -> None:
+    process = subprocess.Popen(
+        [*LONG_STORY, "-v", *(["--json"] if json_wanted else [])],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=launching.child_environment(environment),
+        start_new_session=True,
+    )
+    try:
+        if json_wanted:
+            assert process.stderr is not None
+            assert "model " in process.stderr.readline()
+            time.sleep(0.5)
+        else:
+            assert process.stdout is not None
+            process.stdout.read(30)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=MUST_END_WITHIN_S)
+    finally:
+        launching.kill_tree(process)
+    assert process.returncode == 130, stderr
+    assert "error: interrupted after " in stderr
+    if json_wanted:
+        assert json.loads(stdout)["finish_reason"] == "interrupted"
+    else:
+        assert "tokens/s" in stderr
