@@ -17,7 +17,7 @@ CFLAGS_SANITIZE := -std=c11 -O1 -g -Wall -Wextra -Werror -Wno-psabi -pthread \
 help:
 	@echo "make demo   set everything up and tell a story on four ranks"
 	@echo "make test   set everything up and run every test, under MPICH and Open MPI"
-	@echo "make lint   ruff, mypy, clang-format, codespell, shellcheck, and the C compiler with -Werror"
+	@echo "make lint   ruff, mypy, clang-format, codespell, and the C compiler with -Werror"
 	@echo "make wheel  build dist/*.whl, which runs without a compiler"
 	@echo "make clean  remove what the other targets made"
 
