@@ -16,13 +16,13 @@ from dist_moe.cli.logs import start_logging
 from dist_moe.cli.models import ModelSource, find_model, local_store
 from dist_moe.cli.options import ModelOptions
 from dist_moe.engine.engine import Engine, EngineOptions
-from dist_moe.errors import DistMoeError, Interrupted
+from dist_moe.errors import DistMoeError
 from dist_moe.kernels import KvFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.parallel.launcher import Launcher, detect_launcher
 from dist_moe.parallel.mpi import allowed_cores
 from dist_moe.parallel.plan import make_plan
-from dist_moe.parallel.world import World
+from dist_moe.parallel.world import UnfinishedStepError, World
 from dist_moe.store.reader import Store
 
 Options = TypeVar("Options", bound=ModelOptions)
@@ -124,9 +124,9 @@ def _lead(engine: Engine, task: Task | None) -> None:
     assert task is not None
     try:
         task.lead(engine)
-    except Interrupted:
-        raise  # may come in the middle of a collective, where no message can be sent
-    except DistMoeError:
+    except DistMoeError as error:
+        if engine.busy:
+            raise UnfinishedStepError(error) from error
         engine.stop()
         raise
     engine.stop()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -33,30 +35,32 @@ class NpyRows:
         """Create the temporary file beside `path`.
 
         Raises:
-            UsageError: Nothing can be written there.
+            UsageError: Nothing can be written there, or a directory or device stands there.
         """
+        path = path.resolve()  # a link stays one
         self._path = path
         self._columns = columns
         self._rows = 0
         self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        if path.is_dir():
-            raise UsageError(f"{path} is a directory: give the name of a .npy file")
-        try:
+        if path.exists() and not path.is_file():
+            what = "a directory" if path.is_dir() else "a device or pipe"
+            raise UsageError(f"{path} is {what}: give the name of a .npy file")
+        with self._write_errors():
             self._file = self._temporary.open("xb")
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be written ({error.strerror}): choose another place") from error
-        self._write_header()
+            self._write_header()
 
     def append(self, rows_TV: npt.NDArray[np.float32]) -> None:
         """Write rows [n, columns] behind those written so far."""
         rows_TV = np.ascontiguousarray(rows_TV, dtype="<f4")
         assert rows_TV.shape[1:] == (self._columns,), rows_TV.shape
-        self._file.write(rows_TV.tobytes())
+        with self._write_errors():
+            self._file.write(rows_TV.tobytes())
         self._rows += len(rows_TV)
 
     def discard(self) -> None:
         """Remove the temporary file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk refuses what is still buffered
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> NpyRows:
@@ -70,12 +74,27 @@ class NpyRows:
         if kind is not None:
             self.discard()
             return
-        with self._file:
-            self._file.seek(0)
-            self._write_header()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._temporary.replace(self._path)
+        try:
+            with self._write_errors(), self._file:
+                self._file.seek(0)
+                self._write_header()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._temporary.replace(self._path)
+        except UsageError:
+            self.discard()
+            raise
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """Turn the system's errors into one sentence."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise UsageError(
+                f"{self._path}: cannot be written ({reason}): make room or choose another place"
+            ) from error
 
     def _write_header(self) -> None:
         # NumPy pads the header so that the first dimension can grow without moving the data.

@@ -25,7 +25,11 @@ class Order(IntEnum):
 
 
 class Crew:
-    """All ranks of a job, from one rank's side: rank 0 gives orders, the others follow them."""
+    """All ranks of a job, from one rank's side: rank 0 gives orders, the others follow them.
+
+    Attributes:
+        busy: On rank 0, an order is being carried out, or was when an error left it: no other may be given.
+    """
 
     def __init__(self, worker: Worker, exchange: Exchange, step_tokens: int) -> None:
         """Prepare the messages.
@@ -41,6 +45,7 @@ class Crew:
         self._words = np.empty(8 * step_tokens + 64, dtype=np.int64)
         self._step_s = 0.0
         self._collective_s = 0.0
+        self.busy = False
 
     # ---- rank 0 ----
 
@@ -51,6 +56,7 @@ class Crew:
         self._exchange.broadcast(words)
         result = self._run(step, sink)
         assert result is not None
+        self.busy = False
         return result
 
     def fetch_row(self, row: int) -> Floats:
@@ -58,6 +64,7 @@ class Crew:
         self._post(Order.FETCH, row)
         logits_NV = self._worker.fetch_row(row)
         assert logits_NV is not None
+        self.busy = False
         logits_V: Floats = logits_NV[0]
         return logits_V
 
@@ -66,6 +73,7 @@ class Crew:
         self._post(Order.REPORT)
         ranks_R3 = self._report()
         assert ranks_R3 is not None
+        self.busy = False
         return ranks_R3
 
     def stop(self) -> None:
@@ -91,6 +99,8 @@ class Crew:
     # ---- all ranks ----
 
     def _post(self, order: Order, argument: int = 0) -> None:
+        assert not self.busy
+        self.busy = True
         self._header[:2] = (order, argument)
         self._exchange.post_step(self._header)
 

@@ -22,7 +22,7 @@ from typing import NoReturn
 from dist_moe.errors import DistMoeError
 from dist_moe.parallel.launcher import Launcher, detect_launcher
 from dist_moe.parallel.mpi import FORWARD_S, abort, running_mpi
-from dist_moe.parallel.world import AgreedError
+from dist_moe.parallel.world import AgreedError, UnfinishedStepError
 
 _BUG = 1
 _INTERRUPTED = 130
@@ -85,6 +85,8 @@ def _explain(error: BaseException, place: str) -> _Ending:
     """The ending that an exception asks for."""
     if isinstance(error, AgreedError):
         return _Ending(error.exit_code, _error_lines(error), agreed=True)
+    if isinstance(error, UnfinishedStepError):
+        error = error.error
     if isinstance(error, DistMoeError):
         return _Ending(error.exit_code, _error_lines(error))
     if isinstance(error, KeyboardInterrupt):
