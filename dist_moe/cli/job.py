@@ -116,7 +116,14 @@ def _start_engine(world: World, source: ModelSource, options: ModelOptions, cont
         kv=KvFormat.parse(options.kv),
         prefill_chunk=options.prefill_chunk,
     )
-    logger.info("model %s, %d ranks, %d threads here, MPI %s", directory, world.size, threads, world.library)
+    logger.log(
+        logging.INFO if world.is_leader else logging.DEBUG,
+        "model %s, %d ranks, %d threads here, MPI %s",
+        directory,
+        world.size,
+        threads,
+        world.library,
+    )
     return Engine(store, world, engine_options, opening_since_s)
 
 

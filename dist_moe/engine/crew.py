@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from enum import IntEnum
 
@@ -13,6 +14,7 @@ from dist_moe.model.step import Step
 from dist_moe.parallel.exchange import HEADER_WORDS, Exchange
 
 Floats = npt.NDArray[np.float32]
+logger = logging.getLogger(__name__)
 
 
 class Order(IntEnum):
@@ -114,8 +116,13 @@ class Crew:
     def _run(self, step: Step, sink: RowSink | None) -> StepResult | None:
         started_s, collective_s = time.perf_counter(), self._exchange.ledger.seconds
         result = self._worker.run(step, sink)
-        self._step_s += time.perf_counter() - started_s
-        self._collective_s += self._exchange.ledger.seconds - collective_s
+        elapsed_s = time.perf_counter() - started_s
+        collective_s = self._exchange.ledger.seconds - collective_s
+        self._step_s += elapsed_s
+        self._collective_s += collective_s
+        if logger.isEnabledFor(logging.DEBUG):
+            what = (step.tokens, len(step.slices), elapsed_s * 1e3, collective_s * 1e3)
+            logger.debug("step of %d tokens, %d sequences: %.2f ms, of which %.2f ms in exchanges", *what)
         return result
 
     def _report(self) -> npt.NDArray[np.float64] | None:

@@ -55,8 +55,9 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """All that one rank computes with."""
+    """All that one rank computes with: views and addresses, valid as long as `store` keeps its files mapped."""
 
+    store: Store
     embedding_VD: npt.NDArray[np.float32] | npt.NDArray[np.uint16]
     layers: tuple[LayerWeights, ...]
     final_norm_D: Floats
@@ -70,6 +71,7 @@ def load_weights(store: Store, plan: Plan) -> ModelWeights:
         StoreError: A unit that the plan needs is not in the files of this host.
     """
     return ModelWeights(
+        store=store,
         embedding_VD=store.common("embedding"),
         layers=tuple(
             LayerWeights(_attention(store, plan, layer), _experts(store, plan, layer))

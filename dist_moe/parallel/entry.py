@@ -169,13 +169,15 @@ def _stagger_s(rank: int) -> float:
 
 def _stdout_is_open() -> bool:
     """Whether stdout can still be written; when not, it becomes /dev/null, so that the last flush is quiet."""
+    if sys.stdout is None:
+        return False
     try:
         sys.stdout.flush()
         if not _reader_is_gone():
             return True
-    except BrokenPipeError:
+    except OSError:  # the reader is gone, or the disk is full
         pass
-    except (OSError, ValueError):
+    except ValueError:  # closed by us
         return True
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return False
