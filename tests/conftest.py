@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,15 @@ from helpers import launching
 from helpers.mpi_session import pytest_configure, world
 
 __all__ = ["exchange", "mpirun", "pytest_configure", "world"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def outside_of_the_source_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Programs that tests start must find the installed package, not the source folder, which has no kernels."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("cwd"))
+    yield
+    os.chdir(before)
 
 
 @pytest.fixture(params=["MPI", "shared memory", "two hosts"])
