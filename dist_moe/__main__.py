@@ -2,7 +2,7 @@
 
 import sys
 
-from dist_moe.cli.main import main
+from dist_moe.cli.start import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -56,6 +56,7 @@ class ModelConfig:
     attention_bias: bool
     tied_embeddings: bool
     eps: np.float32
+    score_scale: np.float32  # P^-1/2
     attention_factor: np.float32  # YaRN's factor on cos and sin, 1 without YaRN
     inv_freq: npt.NDArray[np.float32]  # [P / 2]
 
@@ -63,11 +64,6 @@ class ModelConfig:
     def heads_per_kv_head(self) -> int:
         """Query heads that share one KV head."""
         return self.heads // self.kv_heads
-
-    @property
-    def score_scale(self) -> np.float32:
-        """f32(P^-1/2), correctly rounded from the f64 value."""
-        return np.float32(self.head_dim**-0.5)
 
     def is_dense(self, layer: int) -> bool:
         """Whether the layer's MLP is dense (one expert of weight 1)."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,12 +19,33 @@ from helpers.mpi_session import pytest_configure, world
 __all__ = ["exchange", "mpirun", "pytest_configure", "world"]
 
 
-@pytest.fixture(params=["MPI", "shared memory"])
+@pytest.fixture(autouse=True, scope="session")
+def outside_of_the_source_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Programs that tests start must find the installed package, not the source folder, which has no kernels."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("cwd"))
+    yield
+    os.chdir(before)
+
+
+@pytest.fixture(params=["MPI", "shared memory", "two hosts"])
 def exchange(world: World, request: pytest.FixtureRequest) -> Exchange:
-    """Fresh exchanges over all ranks, by MPI alone and through shared memory."""
+    """Fresh exchanges over all ranks: by MPI alone, through shared memory, and as if the ranks were on two hosts."""
+    if request.param == "two hosts":
+        world = on_two_hosts(world)
     return open_exchange(
         world, may_spin(world, 1, os.environ), {"DIST_MOE_SHARED_MEMORY": "0" if request.param == "MPI" else "1"}
     )
+
+
+def on_two_hosts(world: World) -> World:
+    """The world as it would be if the upper third of the ranks were on another host."""
+    there = copy.copy(world)
+    first = world.size - world.size // 3
+    there.node_of_rank = tuple(int(rank >= first) for rank in range(world.size))
+    local = [rank for rank in range(world.size) if there.node_of_rank[rank] == there.node]
+    there.local_rank, there.local_size = local.index(world.rank), len(local)
+    return there
 
 
 @pytest.fixture

@@ -109,6 +109,7 @@ def model_config(fields: Fields, architecture: str) -> ModelConfig:
         attention_bias=fields.flag("attention_bias", default=False),
         tied_embeddings=fields.flag("tie_word_embeddings", default=False),
         eps=np.float32(fields.number("rms_norm_eps")),
+        score_scale=np.float32(head_dim**-0.5),
         attention_factor=factor,
         inv_freq=inv_freq,
     )

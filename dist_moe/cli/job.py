@@ -30,7 +30,7 @@ from dist_moe.parallel.lifeline import start_deadline
 from dist_moe.parallel.mpi import abort_channel
 from dist_moe.parallel.plan import make_plan
 from dist_moe.parallel.watchdog import Watchdog
-from dist_moe.parallel.world import AgreedError, World
+from dist_moe.parallel.world import AgreedError, UnfinishedStepError, World
 from dist_moe.store.reader import Store
 
 Options = TypeVar("Options", bound=ModelOptions)
@@ -149,7 +149,8 @@ def _start_engine(world: World, source: ModelSource, options: ModelOptions, core
         scrub=options.scrub,
     )
     here = f"{cores.threads} threads on {describe_cores(cores.mask)}"
-    logger.info("model %s, %d ranks, %s, MPI %s", directory, world.size, here, world.library)
+    level = logging.INFO if world.is_leader else logging.DEBUG
+    logger.log(level, "model %s, %d ranks, %s, MPI %s", directory, world.size, here, world.library)
     return Engine(store, world, engine_options, opening_since_s)
 
 
@@ -160,7 +161,9 @@ def _lead(engine: Engine, task: Task | None) -> None:
         engine.finish_scrub()
     except AgreedError:
         raise  # the followers have left with it
-    except DistMoeError:
+    except DistMoeError as error:
+        if engine.busy:
+            raise UnfinishedStepError(error) from error
         engine.stop()
         raise
     engine.stop()

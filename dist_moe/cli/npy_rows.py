@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -35,15 +35,17 @@ class NpyRows:
         """Create the temporary file beside `path`.
 
         Raises:
-            UsageError: Nothing can be written there.
+            UsageError: Nothing can be written there, or a directory or device stands there.
         """
+        path = path.resolve()  # a link stays one
         self._path = path
         self._columns = columns
         self._rows = 0
         self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        if path.is_dir():
-            raise UsageError(f"{path} is a directory: give the name of a .npy file")
-        with self._errors():
+        if path.exists() and not path.is_file():
+            what = "a directory" if path.is_dir() else "a device or pipe"
+            raise UsageError(f"{path} is {what}: give the name of a .npy file")
+        with self._write_errors():
             self._file = self._temporary.open("xb")
             self._write_header()
 
@@ -51,13 +53,13 @@ class NpyRows:
         """Write rows [n, columns] behind those written so far; raises UsageError if they cannot be."""
         rows_TV = np.ascontiguousarray(rows_TV, dtype="<f4")
         assert rows_TV.shape[1:] == (self._columns,), rows_TV.shape
-        with self._errors():
+        with self._write_errors():
             self._file.write(rows_TV.tobytes())
         self._rows += len(rows_TV)
 
     def discard(self) -> None:
         """Remove the temporary file."""
-        with suppress(OSError):  # what is still to be written may not fit
+        with contextlib.suppress(OSError):  # a full disk refuses what is still buffered
             self._file.close()
         self._temporary.unlink(missing_ok=True)
 
@@ -73,22 +75,26 @@ class NpyRows:
             self.discard()
             return
         try:
-            with self._errors(), self._file:
+            with self._write_errors(), self._file:
                 self._file.seek(0)
                 self._write_header()
                 self._file.flush()
                 os.fsync(self._file.fileno())
-            self._temporary.replace(self._path)
-        finally:
+                self._temporary.replace(self._path)
+        except UsageError:
             self.discard()
+            raise
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Turn the system's errors while writing into one sentence."""
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """Turn the system's errors into one sentence."""
         try:
             yield
         except OSError as error:
-            raise UsageError(f"{self._path}: cannot be written ({error.strerror}): choose another place") from error
+            reason = error.strerror or error
+            raise UsageError(
+                f"{self._path}: cannot be written ({reason}): make room or choose another place"
+            ) from error
 
     def _write_header(self) -> None:
         # NumPy pads the header so that the first dimension can grow without moving the data.

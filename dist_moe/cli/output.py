@@ -11,6 +11,7 @@ from dist_moe.cli.prompt import Prompt
 from dist_moe.cli.summary import as_json, summary_lines
 from dist_moe.engine.request import Completion
 from dist_moe.engine.statistics import EngineStatistics
+from dist_moe.errors import UsageError
 from dist_moe.text.tokenizer import Tokenizer
 
 
@@ -34,7 +35,7 @@ class Output:
     def begin(self, prompt: Prompt) -> None:
         """Print the text that is continued."""
         if not (self._options.json or self._options.quiet):
-            click.echo(prompt.text, nl=False)
+            _print(prompt.text)
 
     def token(self, _: int, token: int) -> None:
         """Print what a token adds (the engine's callback)."""
@@ -51,10 +52,10 @@ class Output:
         text = "".join(self._pieces)
         if self._options.json:
             found = as_json(prompt.ids, completion, text if self._stream else None, statistics)
-            click.echo(json.dumps(found, ensure_ascii=False))
+            _print(json.dumps(found, ensure_ascii=False) + "\n")
             return
         if not text.endswith("\n"):
-            click.echo()
+            _print("\n")
         if not self._options.quiet:
             for line in summary_lines(statistics):
                 click.echo(line, err=True)
@@ -62,4 +63,18 @@ class Output:
     def _emit(self, piece: str) -> None:
         self._pieces.append(piece)
         if piece and not self._options.json:
-            click.echo(piece, nl=False)  # flushes
+            _print(piece)
+
+
+def _print(text: str) -> None:
+    """Write to stdout and flush.
+
+    Raises:
+        UsageError: It cannot be written, for example to a full disk.
+    """
+    try:
+        click.echo(text, nl=False)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UsageError(f"standard output cannot be written ({error.strerror}): send it elsewhere") from error

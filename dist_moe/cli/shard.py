@@ -50,7 +50,11 @@ _LINE_EVERY_S = 5.0
     help="Directory of the store.  [default: ./<source>-<quant>-<nodes>]",
 )
 @click.option("--force", is_flag=True, help="Replace a store that stands there; anything else is left alone.")
-@click.option("--allow-nonfinite", is_flag=True, help="Pack NaN and infinite weights instead of refusing them.")
+@click.option(
+    "--allow-nonfinite",
+    is_flag=True,
+    help="Pack a checkpoint with NaN or infinite weights: f32 keeps them, other formats store 0.",
+)
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def shard(
     source: str | None,

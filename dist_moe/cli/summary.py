@@ -46,6 +46,7 @@ def as_json(
         "text": text,
         "ids": completion.ids,
         "finish_reason": completion.finish_reason,
+        "error": completion.error,
         "usage": {
             "prompt_tokens": len(prompt_ids),
             "completion_tokens": len(completion.ids),

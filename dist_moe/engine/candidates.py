@@ -123,6 +123,23 @@ class LocalCandidates:
     sum_Nb: Floats
 
 
+def block_sums(
+    kernels: Kernels,
+    logits_Nv: Floats,
+    temperatures: Sequence[float],
+    valid: int,
+    fault_N: npt.NDArray[np.int32],
+    layer: int,
+) -> tuple[Floats, Floats]:
+    """Maximum and sum of exponentials of each row's blocks, f32 [N, b] each; notes faults in the logits."""
+    N, v = logits_Nv.shape
+    blocks = -(-v // VOCABULARY_BLOCK)
+    max_Nb, sum_Nb = np.empty((N, blocks), dtype=np.float32), np.empty((N, blocks), dtype=np.float32)
+    temperature_N = np.array(temperatures, dtype=np.float32)
+    kernels.vocabulary_blocks(max_Nb, sum_Nb, fault_N, logits_Nv, temperature_N, min(valid, v), layer)
+    return max_Nb, sum_Nb
+
+
 def local_candidates(
     kernels: Kernels,
     logits_Nv: Floats,
@@ -136,17 +153,10 @@ def local_candidates(
     """The best `count` of each row's logits and the sums of its blocks; columns from `valid` on are masked."""
     N, v = logits_Nv.shape
     valid = max(0, min(valid, v))
-    blocks = -(-v // VOCABULARY_BLOCK)
-    part = LocalCandidates(
-        ids_NC=np.empty((N, count), dtype=np.int32),
-        logits_NC=np.empty((N, count), dtype=np.float32),
-        max_Nb=np.empty((N, blocks), dtype=np.float32),
-        sum_Nb=np.empty((N, blocks), dtype=np.float32),
-    )
-    temperature_N = np.array(temperatures, dtype=np.float32)
-    kernels.vocabulary_blocks(part.max_Nb, part.sum_Nb, fault_N, logits_Nv, temperature_N, valid, layer)
-    kernels.top_logits(part.ids_NC, part.logits_NC, logits_Nv, valid, first_id)
-    return part
+    max_Nb, sum_Nb = block_sums(kernels, logits_Nv, temperatures, valid, fault_N, layer)
+    ids_NC, logits_NC = np.empty((N, count), dtype=np.int32), np.empty((N, count), dtype=np.float32)
+    kernels.top_logits(ids_NC, logits_NC, logits_Nv, valid, first_id)
+    return LocalCandidates(ids_NC, logits_NC, max_Nb, sum_Nb)
 
 
 def row_candidates(

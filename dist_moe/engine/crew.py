@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from dist_moe.parallel.exchange import HEADER_WORDS, Exchange
 from dist_moe.parallel.progress import Phase
 
 Floats = npt.NDArray[np.float32]
+logger = logging.getLogger(__name__)
 
 
 class Order(IntEnum):
@@ -34,7 +36,11 @@ _PHASES = {Order.STEP: Phase.EMBEDDING, Order.FETCH: Phase.LOGITS, Order.SCRUB: 
 
 
 class Crew:
-    """All ranks of a job, from one rank's side: rank 0 gives orders, the others follow them."""
+    """All ranks of a job, from one rank's side: rank 0 gives orders, the others follow them.
+
+    Attributes:
+        busy: An order is being carried out, or was when an error left it: no other may be given.
+    """
 
     def __init__(self, worker: Worker, exchange: Exchange, step_tokens: int) -> None:
         """Prepare the messages.
@@ -51,6 +57,7 @@ class Crew:
         self._words = np.empty(8 * step_tokens + 64, dtype=np.int64)
         self._step_s = 0.0
         self._collective_s = 0.0
+        self.busy = False
 
     # ---- rank 0 ----
 
@@ -126,10 +133,13 @@ class Crew:
 
     @contextmanager
     def _working(self, order: Order) -> Iterator[None]:
-        """Let the watchdog count while an order is carried out."""
+        """Let the watchdog count while an order is carried out; an error leaves the crew busy."""
+        assert not self.busy
+        self.busy = True
         self._progress.begin(_PHASES.get(order, Phase.REPORTING))
         yield
         self._progress.end()
+        self.busy = False
 
     def _post(self, order: Order, argument: int = 0) -> None:
         self._header[:2] = (order, argument)
@@ -145,8 +155,13 @@ class Crew:
     def _run(self, step: Step, sink: RowSink | None) -> StepResult | None:
         started_s, collective_s = time.perf_counter(), self._exchange.ledger.seconds
         result = self._worker.run(step, sink)
-        self._step_s += time.perf_counter() - started_s
-        self._collective_s += self._exchange.ledger.seconds - collective_s
+        elapsed_s = time.perf_counter() - started_s
+        collective_s = self._exchange.ledger.seconds - collective_s
+        self._step_s += elapsed_s
+        self._collective_s += collective_s
+        if logger.isEnabledFor(logging.DEBUG):
+            what = (step.tokens, len(step.slices), elapsed_s * 1e3, collective_s * 1e3)
+            logger.debug("step of %d tokens, %d sequences: %.2f ms, of which %.2f ms in exchanges", *what)
         return result
 
     def _report(self) -> npt.NDArray[np.float64] | None:

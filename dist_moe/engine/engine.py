@@ -79,6 +79,11 @@ class Engine:
         self._clock = Clock()
         self._load_s = time.perf_counter() - started_s
 
+    @property
+    def busy(self) -> bool:
+        """On rank 0: an error left a step unfinished, so the other ranks stand in it and can only be ended."""
+        return self._crew.busy
+
     def serve(self) -> None:
         """Follow rank 0 until it stops; on the other ranks.
 
@@ -130,7 +135,7 @@ class Engine:
         """
         for request in requests:
             self._check_prompt(request.prompt_ids)
-        valid = min(valid_vocabulary or self.config.vocabulary, self.config.vocabulary)
+        valid = self.config.vocabulary if valid_vocabulary is None else min(valid_vocabulary, self.config.vocabulary)
         schedule = Schedule(
             requests,
             self._next_sequence,
@@ -140,15 +145,18 @@ class Engine:
         )
         self._next_sequence += len(requests)
         self._compare_after_idling()
-        while parts := schedule.next_parts():
-            with self._clock.step(*_count_tokens(parts)):
-                result = self._crew.run(schedule.step(parts, valid, self._take_released()))
-                for part in parts:
-                    self._take(schedule, part, result, valid, on_token)
-            if interrupted():
-                schedule.interrupt()
-            self._released += schedule.take_released()
-        self._crew.compare()
+        try:
+            while parts := schedule.next_parts():
+                with self._clock.step(*_count_tokens(parts)):
+                    result = self._crew.run(schedule.step(parts, valid, self._take_released()))
+                    for part in parts:
+                        self._take(schedule, part, result, valid, on_token)
+                if interrupted():
+                    schedule.interrupt()
+                self._released += schedule.take_released()
+            self._crew.compare()
+        finally:
+            self._released += schedule.abandon()
         return schedule.completions
 
     def logits(self, ids: Sequence[int], sink: RowSink, interrupted: Callable[[], bool] = lambda: False) -> None:
@@ -168,18 +176,17 @@ class Engine:
         self._check_prompt(ids)
         self._compare_after_idling()
         sequence, self._next_sequence = self._next_sequence, self._next_sequence + 1
-        for first in range(0, len(ids), self._options.prefill_chunk):
-            chunk = Slice(sequence, first, tuple(ids[first : first + self._options.prefill_chunk]))
-            with self._clock.step(len(chunk.ids), 0):
-                result = self._crew.run(self._logits_step(chunk), sink)
-            if interrupted():
-                raise Interrupted(f"interrupted after {first + len(chunk.ids)} of {len(ids)} tokens")
-            fault = int(result.fault_T.min())
-            if fault != NO_FAULT:
-                position = first + int(result.fault_T.argmin())
-                raise DistMoeError(f"position {position}: {describe_fault(fault, self.config.layers)}")
-        self._released += (sequence,)
-        self._crew.compare()
+        try:
+            for first in range(0, len(ids), self._options.prefill_chunk):
+                chunk = Slice(sequence, first, tuple(ids[first : first + self._options.prefill_chunk]))
+                with self._clock.step(len(chunk.ids), 0):
+                    result = self._crew.run(self._logits_step(chunk), sink)
+                if interrupted():
+                    raise Interrupted(f"interrupted after {first + len(chunk.ids)} of {len(ids)} tokens")
+                self._refuse_faults(result, first)
+            self._crew.compare()
+        finally:
+            self._released += (sequence,)
 
     # ---- start ----
 
@@ -216,6 +223,12 @@ class Engine:
         if self._scrubber is not None:
             self._scrubber.close()
 
+    def _refuse_faults(self, result: StepResult, first_position: int) -> None:
+        fault = int(result.fault_T.min())
+        if fault != NO_FAULT:
+            position = first_position + int(result.fault_T.argmin())
+            raise DistMoeError(f"position {position}: {describe_fault(fault, self.config.layers)}")
+
     def _take_released(self) -> tuple[int, ...]:
         released, self._released = self._released, ()
         return released
@@ -224,7 +237,7 @@ class Engine:
         return Step(
             slices=(chunk,),
             logit_rows=tuple(range(len(chunk.ids))),
-            temperatures=(1.0,) * len(chunk.ids),
+            temperatures=(),
             full_logits=True,
             valid_vocabulary=self.config.vocabulary,
             released=self._take_released(),

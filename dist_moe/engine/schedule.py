@@ -32,9 +32,9 @@ class Active:
 
     def slice(self, tokens: int) -> Slice:
         """Its next `tokens` tokens."""
-        prompt = self.request.prompt_ids
-        ids = (prompt + tuple(self.completion.ids))[self.cached : self.cached + tokens]
-        return Slice(self.sequence, self.cached, ids)
+        prompt, first, stop = self.request.prompt_ids, self.cached, self.cached + tokens
+        own = self.completion.ids[max(0, first - len(prompt)) : max(0, stop - len(prompt))]
+        return Slice(self.sequence, first, (*prompt[first:stop], *own))
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Schedule:
         self._prefill_chunk = prefill_chunk
         self._running: list[Active] = []
         self._released: list[int] = []
+        self._turn = 0
         self.completions = [Completion() for _ in requests]
         for index, request in enumerate(requests):
             limit = min(request.max_tokens, context - len(request.prompt_ids))
@@ -120,6 +121,17 @@ class Schedule:
         released, self._released = tuple(self._released), []
         return released
 
+    def abandon(self) -> tuple[int, ...]:
+        """Every sequence that still holds a cache; nothing more is scheduled."""
+        left = (*self.take_released(), *(active.sequence for active in self._running))
+        self._running.clear()
+        return left
+
     def _by_phase(self) -> Iterator[Active]:
-        yield from (active for active in self._running if not active.prefilling)
-        yield from (active for active in self._running if active.prefilling)
+        """Decodes, then prefills; sequences beyond the rows of a step take turns."""
+        running = self._running
+        if len(running) > MAX_LOGIT_ROWS:
+            self._turn = (self._turn + MAX_LOGIT_ROWS) % len(running)
+            running = (running[self._turn :] + running[: self._turn])[:MAX_LOGIT_ROWS]
+        yield from (active for active in running if not active.prefilling)
+        yield from (active for active in running if active.prefilling)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dist_moe.engine.candidates import CandidateExchange, Candidates
+from dist_moe.engine.candidates import CandidateExchange, Candidates, block_sums
 from dist_moe.engine.health import Health
 from dist_moe.engine.scrub import Scrubber
 from dist_moe.kernels import NO_FAULT
@@ -84,11 +84,14 @@ class Worker:
         tokens = step.logit_rows[rows]
         logits_Nv = self._last_logits_Nv = self._model.logits(tokens)
         fault_N = np.full(len(tokens), NO_FAULT, dtype=np.int32)
-        found = self._candidates.gather(
-            logits_Nv, step.temperatures[rows], step.valid_vocabulary, fault_N, self._model.config.layers
-        )
+        layer = self._model.config.layers
+        if step.temperatures:
+            found = self._candidates.gather(logits_Nv, step.temperatures[rows], step.valid_vocabulary, fault_N, layer)
+            result.candidates.extend(found or [])
+        else:
+            everything = logits_Nv.shape[1]
+            block_sums(self._model.kernels, logits_Nv, (1.0,) * len(tokens), everything, fault_N, layer)
         self._model.add_faults(tokens, fault_N)
-        result.candidates.extend(found or [])
         if not step.full_logits:
             return
         full_NV = self._gather_full(logits_Nv)

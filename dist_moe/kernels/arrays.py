@@ -7,8 +7,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dist_moe.kernels._native import ffi
 from dist_moe.kernels.formats import ALIGNMENT
+from dist_moe.kernels.library import ffi
 
 Array: TypeAlias = npt.NDArray[Any]
 F32Array: TypeAlias = npt.NDArray[np.float32]

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from dist_moe.kernels._native import lib
 from dist_moe.kernels.arrays import F32, I32, I64, F32Array, I32Array, I64Array, columns_pointer
 from dist_moe.kernels.buffers import KvView
 from dist_moe.kernels.context import Context
+from dist_moe.kernels.library import lib
 
 
 class AttentionKernels(Context):

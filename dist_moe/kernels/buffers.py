@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dist_moe.kernels._native import ffi
 from dist_moe.kernels.arrays import (
     F32,
     I8,
@@ -26,6 +25,7 @@ from dist_moe.kernels.arrays import (
     require_packed,
 )
 from dist_moe.kernels.formats import ALIGNMENT, BLOCK_POSITIONS, GROUP, KvFormat, WeightFormat, packed_bytes
+from dist_moe.kernels.library import ffi
 from dist_moe.model_config import round_up
 
 assert ffi.sizeof("dm_chunk") == 24, "ChunkList lays dm_chunk out as three 64-bit words"

@@ -7,8 +7,8 @@ from types import TracebackType
 from typing import TypeVar
 
 from dist_moe.errors import EnvironmentMismatch, UsageError
-from dist_moe.kernels._native import ffi, lib
 from dist_moe.kernels.arrays import Pointer
+from dist_moe.kernels.library import ffi, lib
 
 Self = TypeVar("Self", bound="Context")
 

@@ -5,11 +5,11 @@ Legend: T tokens, D model dim, E experts, K experts per token, N entries of the 
 
 from __future__ import annotations
 
-from dist_moe.kernels._native import lib
 from dist_moe.kernels.arrays import F32, I32, I64, F32Array, I32Array, I64Array
 from dist_moe.kernels.buffers import ChunkList, Operand
 from dist_moe.kernels.context import Context
 from dist_moe.kernels.formats import WeightFormat
+from dist_moe.kernels.library import lib
 
 
 class ExpertKernels(Context):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from dist_moe.kernels._native import lib
 from dist_moe.kernels.arrays import F32
+from dist_moe.kernels.library import lib
 
 
 def hash_floats(values: npt.NDArray[np.float32], seed: int = 0) -> int:

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_moe.errors import EnvironmentMismatch
-from dist_moe.kernels._native import ffi, lib
 from dist_moe.kernels.arrays import I64, Pointer
+from dist_moe.kernels.library import ffi, lib
 
 _LONGEST_PLACE = 4608  # the longest path, and a unit
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from dist_moe.kernels._native import ffi, lib
 from dist_moe.kernels.arrays import (
     F32,
     I32,
@@ -27,6 +26,7 @@ from dist_moe.kernels.arrays import (
 from dist_moe.kernels.buffers import MatrixList, Operand
 from dist_moe.kernels.context import Context
 from dist_moe.kernels.formats import WeightFormat, packed_bytes
+from dist_moe.kernels.library import ffi, lib
 
 
 class MatrixKernels(Context):

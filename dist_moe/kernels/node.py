@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_moe.errors import EnvironmentMismatch
-from dist_moe.kernels._native import ffi, lib
 from dist_moe.kernels.arrays import I32, I64, Pointer
+from dist_moe.kernels.library import ffi, lib
 
 NODE_RANK_BYTES = 2 * int(lib.DM_NODE_SLOT_BYTES)  # of shared memory, for each rank
 

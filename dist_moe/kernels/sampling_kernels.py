@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dist_moe.kernels._native import ffi, lib
 from dist_moe.kernels.arrays import F32, I32, F32Array, I32Array
 from dist_moe.kernels.context import Context
 from dist_moe.kernels.formats import VOCABULARY_BLOCK
+from dist_moe.kernels.library import ffi, lib
 
 
 @dataclass(frozen=True)

@@ -58,10 +58,6 @@ class KvCache:
         """Bytes before the layer's part of a block."""
         return layer * self._layer_bytes
 
-    def clear(self) -> None:
-        """Forget every sequence."""
-        self._sequences.clear()
-
     def _grow(self, name: int, positions: int) -> _Sequence:
         sequence = self._sequences.setdefault(name, _Sequence())
         while len(sequence.buffers) * BLOCK_POSITIONS < positions:

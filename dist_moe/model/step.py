@@ -10,6 +10,9 @@ import numpy.typing as npt
 # Rows of logits that one step may ask for: they are computed together and kept until the next step.
 MAX_LOGIT_ROWS = 16
 
+# Words of a packed step before its lists.
+COUNTS = 6
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -30,8 +33,9 @@ class Step:
     Attributes:
         slices: At most one per sequence.
         logit_rows: Tokens of the flattened batch whose logits are needed, ascending.
-        temperatures: One f32 value per logit row (NUMERICS rule 13 sums at the request's temperature).
-        full_logits: Gather whole rows of logits on rank 0 instead of candidates.
+        temperatures: One f32 value per logit row (NUMERICS rule 13 sums at the request's temperature); empty if no
+            token is to be drawn.
+        full_logits: Gather whole rows of logits on rank 0, too.
         valid_vocabulary: Ids from here on are masked in sampling.
         released: Sequences whose KV cache is freed before the step.
     """
@@ -54,6 +58,7 @@ class Step:
         words: list[int] = [
             len(self.slices),
             len(self.logit_rows),
+            len(self.temperatures),
             int(self.full_logits),
             self.valid_vocabulary,
             len(self.released),
@@ -71,16 +76,17 @@ class Step:
     def unpack(words: npt.NDArray[np.int64]) -> Step:
         """The inverse of `pack`."""
         values = words.tolist()
-        slice_count, row_count, full_logits, valid_vocabulary, released_count = values[:5]
-        heads = [values[5 + 3 * i : 8 + 3 * i] for i in range(slice_count)]
-        at = 5 + 3 * slice_count
+        slice_count, row_count, temperature_count, full_logits, valid_vocabulary, released_count = values[:COUNTS]
+        heads = [values[COUNTS + 3 * i : COUNTS + 3 * (i + 1)] for i in range(slice_count)]
+        at = COUNTS + 3 * slice_count
         slices = []
         for sequence, position, count in heads:
             slices.append(Slice(sequence, position, tuple(values[at : at + count])))
             at += count
         rows = tuple(values[at : at + row_count])
-        bits = np.array(values[at + row_count : at + 2 * row_count], dtype=np.uint32)
-        at += 2 * row_count
+        at += row_count
+        bits = np.array(values[at : at + temperature_count], dtype=np.uint32)
+        at += temperature_count
         return Step(
             slices=tuple(slices),
             logit_rows=rows,

@@ -24,7 +24,7 @@ from dist_moe.errors import DistMoeError
 from dist_moe.parallel.launcher import Launcher, detect_launcher
 from dist_moe.parallel.lifeline import hold_lifeline
 from dist_moe.parallel.mpi import abort, running_mpi, tell_launcher
-from dist_moe.parallel.world import AgreedError
+from dist_moe.parallel.world import AgreedError, UnfinishedStepError
 
 _BUG = 1
 _INTERRUPTED = 130
@@ -88,6 +88,8 @@ def _explain(error: BaseException, place: str) -> _Ending:
     """The ending that an exception asks for."""
     if isinstance(error, AgreedError):
         return _Ending(error.exit_code, _error_lines(error), agreed=True)
+    if isinstance(error, UnfinishedStepError):
+        error = error.error
     if isinstance(error, DistMoeError):
         return _Ending(error.exit_code, _error_lines(error))
     if isinstance(error, KeyboardInterrupt):
@@ -178,13 +180,15 @@ def _stagger_s(rank: int) -> float:
 
 def _stdout_is_open() -> bool:
     """Whether stdout can still be written; when not, it becomes /dev/null, so that the last flush is quiet."""
+    if sys.stdout is None:
+        return False
     try:
         sys.stdout.flush()
         if not _reader_is_gone():
             return True
-    except BrokenPipeError:
+    except OSError:  # the reader is gone, or the disk is full
         pass
-    except (OSError, ValueError):
+    except ValueError:  # closed by us
         return True
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return False

@@ -61,7 +61,9 @@ class NodeExchange(Exchange):
         if self._firsts is not None:
             if self._first:
                 super()._allreduce(array, dtype, operation, totals)
+            started_s = time.perf_counter()
             self._node.broadcast(array)
+            totals.add(started_s, 0)
 
     def _reducing_comm(self) -> Any:
         return self._firsts

@@ -38,6 +38,15 @@ class AgreedError(DistMoeError):
         self.exit_code = exit_code
 
 
+class UnfinishedStepError(Exception):
+    """A planned error inside a step, where the other ranks wait in a collective: it cannot be agreed, only abort."""
+
+    def __init__(self, error: DistMoeError) -> None:
+        """Keep the error that it stands for."""
+        super().__init__(str(error))
+        self.error = error
+
+
 class World:
     """All ranks of a job; without a launcher one rank and no MPI (`comm` is None), with the same interface.
 

@@ -21,6 +21,7 @@ def model_to_json(config: ModelConfig) -> dict[str, Any]:
         **values,
         "dense_layers": list(config.dense_layers),
         "eps": _bits(config.eps),
+        "score_scale": _bits(config.score_scale),
         "attention_factor": _bits(config.attention_factor),
         "inv_freq": [int(bits) for bits in config.inv_freq.astype(np.float32).view(np.uint32)],
     }
@@ -50,6 +51,7 @@ def model_from_json(entry: Fields) -> ModelConfig:
         attention_bias=entry.flag("attention_bias"),
         tied_embeddings=entry.flag("tied_embeddings"),
         eps=_float(entry.integer("eps", 0, 2**32 - 1)),
+        score_scale=_float(entry.integer("score_scale", 0, 2**32 - 1)),
         attention_factor=_float(entry.integer("attention_factor", 0, 2**32 - 1)),
         inv_freq=np.array(entry.integers("inv_freq", 0, 2**32 - 1), dtype=np.uint32).view(np.float32),
     )
@@ -75,6 +77,7 @@ def _check(entry: Fields, config: ModelConfig) -> None:
     entry.require(len(config.inv_freq) == config.head_dim // 2, "'inv_freq' must have head_dim / 2 values")
     entry.require(bool(positive.all()), "'inv_freq' must be finite and not negative")
     entry.require(bool(np.isfinite(config.eps) and config.eps >= 0), "'eps' must be finite and not negative")
+    entry.require(bool(0 < config.score_scale <= 1), "'score_scale' must be a number from 0 to 1")
     factor = config.attention_factor
     entry.require(bool(np.isfinite(factor) and factor > 0), "'attention_factor' must be finite and positive")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.engine.engine import Engine, EngineOptions
@@ -30,6 +31,21 @@ def store(world: World, tmp_path: Path) -> Store:
     if world.is_leader:
         source = Checkpoint.open(TinyModel().write(tmp_path / "tiny"))
         convert(source, directory, StoreOptions(format=WeightFormat.Q8, nodes=2), lambda *told: None)
+    world.barrier()
+    return Store.open(directory)
+
+
+@pytest.fixture
+def poisoned_store(world: World, tmp_path: Path) -> Store:
+    """An f32 store with a NaN in the last expert of layer 0, which the last rank owns if experts are whole."""
+    directory = Path(world.gather_texts(str(tmp_path))[0]) / "store"
+    if world.is_leader:
+        tiny = TinyModel().write(tmp_path / "tiny")
+        tensors = load_file(tiny / "model.safetensors")
+        tensors["model.layers.0.mlp.experts.7.up_proj.weight"][5, 7] = np.nan
+        save_file(tensors, tiny / "model.safetensors", metadata={"format": "pt"})
+        options = StoreOptions(format=WeightFormat.F32, allow_nonfinite=True)
+        convert(Checkpoint.open(tiny), directory, options, lambda *told: None)
     world.barrier()
     return Store.open(directory)
 
@@ -81,6 +97,19 @@ def test_logits_are_those_of_one_rank(world: World, store: Store) -> None:
 
     alone, together = on_all_ranks(world, store, EngineOptions(context=200, prefill_chunk=20), lead)
     assert np.array_equal(alone, together) if world.is_leader else together is None
+
+
+def test_a_fault_on_the_last_rank_ends_its_sequence_alone(world: World, poisoned_store: Store) -> None:
+    requests = [Request((token, token + 1), 4) for token in range(0, 60, 4)]
+
+    def lead(engine: Engine) -> list[Any]:
+        return [(done.ids, done.finish_reason, done.error) for done in engine.generate(requests)]
+
+    alone, together = on_all_ranks(world, poisoned_store, EngineOptions(context=50, experts="whole"), lead)
+    assert alone == together
+    if together is not None:
+        reasons = [reason for _, reason, _ in together]
+        assert 0 < reasons.count("error") < len(reasons)
 
 
 def test_statistics_add_up(world: World, store: Store) -> None:

@@ -160,6 +160,18 @@ def test_logits_of_a_poisoned_text_name_position_and_layer(make_store, make_engi
         engine.logits(list(range(60)), lambda rows: None)
 
 
+def test_refused_and_broken_texts_leave_no_cache(make_store, make_engine, poisoned_directory: Path) -> None:
+    engine = make_engine(make_store(poisoned_directory, allow_nonfinite=True))
+    held = []
+    for _ in range(3):
+        with pytest.raises(DistMoeError):
+            engine.logits(list(range(60)), lambda rows: None)
+        with pytest.raises(ZeroDivisionError):
+            engine.generate([Request((4, 5), 9), Request((8, 9), 9)], lambda index, token: 1 // 0)
+        held.append(engine.model.cache.allocated_bytes)
+    assert held[0] == held[2]
+
+
 def test_statistics_count_tokens_and_time(make_store, tiny_directory: Path, make_engine) -> None:
     engine = make_engine(make_store(tiny_directory, "q8"))
     engine.generate([Request(tuple(range(20)), 5)])

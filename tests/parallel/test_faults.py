@@ -133,7 +133,7 @@ def test_a_script_between_launcher_and_rank_makes_no_orphan(environment: dict[st
 
 def test_ranks_that_see_only_themselves_say_so_once(environment: dict[str, str]) -> None:
     """A launcher of another MPI: each process is 'rank 0 of 1' and would tell its own story."""
-    marks = 'unset PMI_FD PMI_PORT PMIX_NAMESPACE; SLURM_PROCID=${PMI_RANK-$OMPI_COMM_WORLD_RANK}; '
+    marks = "unset PMI_FD PMI_PORT PMIX_NAMESPACE; SLURM_PROCID=${PMI_RANK-$OMPI_COMM_WORLD_RANK}; "
     marks += 'for name in $(env | sed -n "s/^\\(PMI[X]\\?_[A-Z_0-9]*\\|OMPI_[A-Z_0-9]*\\|PRTE_[A-Z_0-9]*\\|HYDI_[A-Z_]*\\|MPI_LOCAL[A-Z]*\\)=.*/\\1/p"); '
     marks += 'do unset "$name"; done; export SLURM_PROCID SLURM_STEP_NUM_TASKS=4; exec "$@"'
     with Job(RANKS, "sh", "-c", marks, "sh", *faulty("none", "decode", 0), env=environment) as job:

@@ -19,7 +19,8 @@ ALONE = ("-p", "helpers.mpi_session", "-c", os.devnull, "-rN", "--color=no")
 
 
 def with_mpi(mpirun: MpiRun, ranks: int, *arguments: str, wait_s: int = 120) -> Finished:
-    command = (sys.executable, "-m", "pytest", "--with-mpi", "-p", "no:cacheprovider", *arguments)
+    # Not python -m pytest, which finds the source folder before the installed package.
+    command = (Path(sys.executable).with_name("pytest"), "--with-mpi", "-p", "no:cacheprovider", *arguments)
     return mpirun(ranks, *command, env={"DIST_MOE_TEST_WAIT_S": str(wait_s)}, cwd=TESTS.parent, timeout_s=120)
 
 

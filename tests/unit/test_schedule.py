@@ -56,7 +56,7 @@ def test_a_step_never_asks_for_more_rows_than_fit() -> None:
         assert len([part for part in parts if part.row is not None]) <= MAX_LOGIT_ROWS
         advance(schedule, parts)
         done += 1
-    assert done == 6
+    assert done == 5
     assert [completion.finish_reason for completion in schedule.completions] == ["length"] * 40
 
 
@@ -66,4 +66,20 @@ def test_the_context_limits_what_is_generated() -> None:
         advance(schedule, parts)
     assert [len(completion.ids) for completion in schedule.completions] == [3, 0, 0]
     assert sorted(schedule.take_released()) == [0, 1, 2]
+    assert schedule.abandon() == ()
     assert schedule.take_released() == ()
+
+
+def test_many_sequences_decode_in_turns() -> None:
+    schedule = Schedule([request(1, 9)] * 20, 0, context=99, step_tokens=64, prefill_chunk=64)
+    for _ in range(8):
+        advance(schedule, schedule.next_parts())
+    made = [len(completion.ids) for completion in schedule.completions]
+    assert max(made) - min(made) <= 3
+
+
+def test_abandoned_requests_give_up_their_caches() -> None:
+    schedule = Schedule([request(3, 1), request(3, 9), request(3, 9)], 5, context=99, step_tokens=7, prefill_chunk=4)
+    advance(schedule, schedule.next_parts())
+    assert schedule.abandon() == (5, 6, 7)
+    assert schedule.next_parts() == []
