@@ -15,6 +15,7 @@ from dist_moe.engine.worker import RowSink, StepResult, Worker
 from dist_moe.model.step import Step
 from dist_moe.parallel.exchange import HEADER_WORDS, Exchange
 from dist_moe.parallel.progress import Phase
+from dist_moe.parallel.world import AgreedError
 
 Floats = npt.NDArray[np.float32]
 logger = logging.getLogger(__name__)
@@ -137,7 +138,11 @@ class Crew:
         assert not self.busy
         self.busy = True
         self._progress.begin(_PHASES.get(order, Phase.REPORTING))
-        yield
+        try:
+            yield
+        except AgreedError:  # all ranks have left the order with it
+            self.busy = False
+            raise
         self._progress.end()
         self.busy = False
 
