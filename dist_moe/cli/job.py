@@ -104,7 +104,7 @@ def require_heads(config: ModelConfig, ranks: int) -> None:
 
 
 def _start_engine(world: World, source: ModelSource, options: ModelOptions, context: int) -> Engine:
-    directory = local_store(world, source)
+    directory = local_store(world, source, full_check=options.check == "full")
     opening_since_s = time.perf_counter()
     with world.together("opening the store"):
         store = Store.open(directory, options.check)
@@ -116,14 +116,7 @@ def _start_engine(world: World, source: ModelSource, options: ModelOptions, cont
         kv=KvFormat.parse(options.kv),
         prefill_chunk=options.prefill_chunk,
     )
-    logger.log(
-        logging.INFO if world.is_leader else logging.DEBUG,
-        "model %s, %d ranks, %d threads here, MPI %s",
-        directory,
-        world.size,
-        threads,
-        world.library,
-    )
+    logger.info("model %s, %d ranks, %d threads here, MPI %s", directory, world.size, threads, world.library)
     return Engine(store, world, engine_options, opening_since_s)
 
 
