@@ -21,6 +21,10 @@ class StoreError(DistMoeError):
     """A store or shard that is missing, damaged, incomplete or of another format (exit code 2)."""
 
 
+class PlaceError(StoreError):
+    """A directory in which a store cannot be written; ends with advice that the command completes by naming another."""
+
+
 class EnvironmentMismatch(DistMoeError):
     """The machine, the MPI library or the ranks do not fit together (exit code 3)."""
 

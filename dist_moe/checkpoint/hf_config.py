@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dist_moe import files
 from dist_moe.checkpoint.fields import Fields, read_json
 from dist_moe.checkpoint.hf_rope import rope_settings
 from dist_moe.checkpoint.rope import rope_frequencies
@@ -32,7 +33,7 @@ def read_hf_config(directory: Path) -> ModelConfig:
             Qwen3 or Qwen3-MoE that dist-moe runs.
     """
     path = directory / "config.json"
-    if not path.is_file():
+    if not files.is_file(path):
         raise CheckpointError(
             f"{directory}: expected a Hugging Face model directory, but it has no config.json;"
             " give the directory that holds config.json and model.safetensors"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from dist_moe import files
 from dist_moe.checkpoint.hf_config import read_hf_config
 from dist_moe.checkpoint.names import Location, locations
 from dist_moe.checkpoint.tensor_files import TensorFiles
@@ -59,8 +60,8 @@ class Checkpoint:
         Raises:
             CheckpointError: If anything is missing, damaged, of another shape or dtype, unknown or unsupported.
         """
-        if not directory.is_dir():
-            actual = "a file" if directory.exists() else "not there"
+        if not files.is_directory(directory):
+            actual = "a file" if files.exists(directory) else "not there"
             raise CheckpointError(
                 f"{directory}: expected a Hugging Face model directory, but it is {actual};"
                 " give the directory that holds config.json and model.safetensors"
@@ -115,7 +116,7 @@ class Checkpoint:
 
     def tokenizer_files(self) -> list[Path]:
         """The files that exist among those of tokenizer, chat template and generation, and config.json."""
-        return [self.directory / name for name in TEXT_FILES if (self.directory / name).is_file()]
+        return [self.directory / name for name in TEXT_FILES if files.is_file(self.directory / name)]
 
     def fingerprint(self) -> str:
         """A SHA-256 (hex) of config.json, every file's name, size and header, and 16 pages of its tensors.
@@ -123,7 +124,7 @@ class Checkpoint:
         Cheap at any size, and the same for a copy elsewhere. It tells apart what people mix up (models, versions,
         fine-tunes); it does not find a changed bit.
         """
-        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        digest = hashlib.sha256(files.read_bytes(self.directory / "config.json"))
         for name, file in sorted(self._tensors.files.items()):
             digest.update(f"\n{name} {file.file_bytes} ".encode() + file.header)
             for sample in range(SAMPLES):

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from dist_moe import files
 from dist_moe.errors import CheckpointError
 
 # BF16 and 8-bit floats have no NumPy type: their bits are given.
@@ -163,7 +164,7 @@ def parse_header(header: bytes) -> tuple[dict[str, str], dict[str, TensorEntry]]
 
 def diagnosis(path: Path, error: Exception) -> str:
     """One sentence on why a file could not be opened, with expected and actual bytes if its size is wrong."""
-    if not path.is_file():
+    if not files.is_file(path):
         return f"{path}: expected a safetensors file, but there is none; {RECOPY}"
     actual = path.stat().st_size
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dist_moe import files
 from dist_moe.checkpoint.fields import read_json, shown
 from dist_moe.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
 from dist_moe.errors import CheckpointError
@@ -27,9 +28,9 @@ class TensorFiles:
         self.directory = directory
         self.files: dict[str, SafetensorsFile] = {}
         self._file_of: dict[str, SafetensorsFile] = {}
-        if (directory / SINGLE).is_file():
+        if files.is_file(directory / SINGLE):
             self._open_single()
-        elif (directory / INDEX).is_file():
+        elif files.is_file(directory / INDEX):
             self._open_indexed()
         else:
             raise CheckpointError(no_weights(directory))
@@ -41,7 +42,7 @@ class TensorFiles:
     def _open_indexed(self) -> None:
         index = self.directory / INDEX
         places = weight_map(index)
-        missing = [name for name in sorted(set(places.values())) if not (self.directory / name).is_file()]
+        missing = [name for name in sorted(set(places.values())) if not files.is_file(self.directory / name)]
         if missing:
             raise CheckpointError(
                 f"{index}: names {len(set(places.values()))} weight files, but {len(missing)} of them"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,7 +12,11 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from dist_moe.cli.environment import PREFIX, environment_warnings
+from dist_moe.cli.text_files import read_text
+from dist_moe.cli.values import CONFIG_KEYS, PathName, YesNo
 from dist_moe.errors import UsageError
+from dist_moe.parallel.launcher import detect_launcher
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,20 +25,21 @@ else:
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-ENVIRONMENT_PREFIX = "DIST_MOE_"
+_NOT_IN_FILES = {"config", "print_config", "help"}
 
 
 def option(*names: str, **attributes: Any) -> Callable[[Decorated], Decorated]:
     """A click option that also reads DIST_MOE_<NAME> from the environment."""
     long_name = next(name for name in names if name.startswith("--"))
-    variable = ENVIRONMENT_PREFIX + long_name.split("/")[0].lstrip("-").replace("-", "_").upper()
+    variable = PREFIX + long_name.split("/")[0].lstrip("-").replace("-", "_").upper()
     attributes.setdefault("show_default", True)
     return click.option(*names, envvar=variable, **attributes)
 
 
 def flag(name: str, help_text: str) -> Callable[[Decorated], Decorated]:
     """A yes/no option with both spellings, so that a flag can also undo what a config file says."""
-    return option(f"{name}/--no-{name.lstrip('-')}", default=False, show_default=False, help=help_text)
+    spellings = f"{name}/--no-{name.lstrip('-')}"
+    return option(spellings, type=YesNo(), default=False, show_default=False, help=help_text)
 
 
 def config_options(*commands: str) -> Callable[[Decorated], Decorated]:
@@ -44,8 +50,15 @@ def config_options(*commands: str) -> Callable[[Decorated], Decorated]:
     """
 
     def load(context: click.Context, _: click.Parameter, path: str | None) -> str | None:
+        parameters = _parameters(context, commands)
         if path is not None:
-            context.default_map = read_config(Path(path), _known_names(context, commands))
+            entries = read_config(Path(path), {str(parameter.name) for parameter in parameters} - _NOT_IN_FILES)
+            context.default_map = {_option_name(key): text for key, text in entries.items()}
+            context.meta[CONFIG_KEYS] = {_option_name(key): key for key in entries}
+        if detect_launcher(os.environ).is_first:
+            variables = {str(parameter.envvar) for parameter in parameters if parameter.envvar}
+            for warning in environment_warnings(os.environ, variables):
+                click.echo(f"dist-moe: warning: {warning}", err=True)
         return path
 
     def decorate(command: Decorated) -> Decorated:
@@ -54,6 +67,7 @@ def config_options(*commands: str) -> Callable[[Decorated], Decorated]:
         )(command)
         return option(
             "--config",
+            type=PathName(),
             metavar="FILE.toml",
             is_eager=True,
             callback=load,
@@ -65,26 +79,32 @@ def config_options(*commands: str) -> Callable[[Decorated], Decorated]:
 
 
 def read_config(path: Path, known: Iterable[str]) -> dict[str, str]:
-    """A TOML file's options as the strings that the flags would have.
+    """A TOML file's options as the strings that the flags would have, under the names that stand in the file.
 
     Args:
         path: The file.
         known: Option names that may stand in it, with underscores.
 
     Raises:
-        UsageError: The file cannot be read, is not TOML, or holds an unknown name or a table.
+        UsageError: The file cannot be read, is not TOML, or holds an unknown name, a name twice or a table.
     """
+    text = read_text(path, "--config")
     try:
-        entries = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--config: {path} cannot be read: {error.strerror}") from error
+        entries = tomllib.loads(text)
     except ValueError as error:
         raise UsageError(f"--config: {path} is not valid TOML: {error}") from error
-    names = sorted(known)
-    unknown = [key for key in entries if key.replace("-", "_") not in names]
-    if unknown:
-        raise UsageError(f"--config: {path}: unknown option {unknown[0]!r}; known are {', '.join(names)}")
-    return {key.replace("-", "_"): _as_flag(path, key, value) for key, value in entries.items()}
+    names, seen = sorted(known), set[str]()
+    for key, value in entries.items():
+        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
+            raise UsageError(
+                f"--config: {path}: {key} is a table: tables are not used, write options like max_tokens = 64 outside"
+            )
+        if _option_name(key) not in names:
+            raise UsageError(f"--config: {path}: unknown option {key!r}; known are {', '.join(names)}")
+        if _option_name(key) in seen:
+            raise UsageError(f"--config: {path}: {key} is there twice, spelled with - and with _: keep one of them")
+        seen.add(_option_name(key))
+    return {key: _as_flag(path, key, value) for key, value in entries.items()}
 
 
 def print_config(context: click.Context, derived: dict[str, tuple[Any, str]]) -> None:
@@ -96,7 +116,7 @@ def print_config(context: click.Context, derived: dict[str, tuple[Any, str]]) ->
     """
     for parameter in context.command.params:
         name = str(parameter.name)
-        if name in ("config", "print_config", "help"):
+        if name in _NOT_IN_FILES:
             continue
         value, origin = context.params[name], origin_of(context, parameter)
         if value is None and name in derived:
@@ -128,11 +148,14 @@ def strongest(context: click.Context, names: Iterable[str]) -> list[str]:
     return []
 
 
-def _known_names(context: click.Context, commands: Iterable[str]) -> set[str]:
+def _option_name(key: str) -> str:
+    return key.replace("-", "_")
+
+
+def _parameters(context: click.Context, commands: Iterable[str]) -> list[click.Parameter]:
     group = context.parent.command if context.parent else None
     members = [group.get_command(context, name) for name in commands] if isinstance(group, click.Group) else []
-    parameters = [parameter for member in [context.command, *members] if member for parameter in member.params]
-    return {str(parameter.name) for parameter in parameters} - {"config", "print_config", "help"}
+    return [parameter for member in [context.command, *members] if member for parameter in member.params]
 
 
 def _as_flag(path: Path, key: str, value: Any) -> str:

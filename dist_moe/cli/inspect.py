@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dist_moe.cli.values import PathName
 from dist_moe.errors import StoreError
 from dist_moe.parallel.launcher import detect_launcher
 
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 
 
 @click.command("inspect")
-@click.argument("path", metavar="STORE|SHARD", type=click.Path(path_type=Path))
+@click.argument("path", metavar="STORE|SHARD", type=PathName())
 @click.option("--verify", is_flag=True, help="Recompute every checksum; damage is named and gives exit code 2.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def inspect(path: Path, verify: bool, as_json: bool) -> None:
+def inspect(path: str, verify: bool, as_json: bool) -> None:
     """List the tensors of a store, of one of its files, or of a Hugging Face directory or file.
 
     Each with its format, size, owner (the node whose shard has it) and checksum, and totals per kind.
@@ -32,7 +33,7 @@ def inspect(path: Path, verify: bool, as_json: bool) -> None:
         return
     from dist_moe.store.inspection import inspect_path
 
-    report = inspect_path(path)
+    report = inspect_path(Path(path))
     damages = _verify(report) if verify else None
     if as_json:
         click.echo(json.dumps(_as_json(report, damages), indent=1))
@@ -40,7 +41,7 @@ def inspect(path: Path, verify: bool, as_json: bool) -> None:
         for line in _as_text(report):
             click.echo(line)
         if damages == []:
-            click.echo("verified: every checksum agrees")
+            click.echo(_verdict(report))
     if damages:
         raise StoreError("\n".join(damages))
 
@@ -59,6 +60,17 @@ def _verify(report: Inspection) -> list[str]:
     total_bytes = sum(entry.file_bytes for entry in entries)
     with click.progressbar(length=total_bytes, label="verifying", file=sys.stderr) as bar:
         return verify_store(directory, report.manifest, entries, bar.update)
+
+
+def _verdict(report: Inspection) -> str:
+    """What an undamaged report's verification comes to; a store on one of several nodes lacks shards."""
+    shards = [file for file in report.files if file.owner and file.owner.startswith("node")]
+    absent = [file.name for file in report.files if not file.present]
+    if not absent:
+        return "verified: every checksum agrees"
+    are = "is" if len(absent) == 1 else "are"
+    here = len(shards) - len(absent)
+    return f"verified: {here} of {len(shards)} shards are here and agree; {', '.join(absent)} {are} not on this machine"
 
 
 def _file_path(report: Inspection, file: FileReport) -> Path:
@@ -109,20 +121,27 @@ def _as_text(report: Inspection) -> list[str]:
     for file in report.files:
         parts = [file.name, f"{file.file_bytes:,} bytes", file.owner, file.checksum and f"xxh3 {file.checksum}"]
         lines += ["", "  ".join(part for part in parts if part) + ("" if file.present else "  (not on this machine)")]
-        lines += [_tensor_line(tensor) for tensor in file.tensors]
-    lines += ["", "totals"]
+        lines += _table(file.tensors)
+    lines += ["", "totals" + ("" if all(file.present for file in report.files) else " of what is on this machine")]
     for kind, totals in report.totals().items():
         units = f"{totals.units:,} units, " if totals.units != totals.tensors else ""
         lines.append(f"  {kind:18} {totals.tensors:,} tensors, {units}{totals.total_bytes:,} bytes")
     return lines
 
 
-def _tensor_line(tensor: TensorReport) -> str:
-    units = ",".join(str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in tensor.units or [])
-    units = f"  units {units if len(units) <= 40 else units[:37] + '...'}" if units else ""
-    checksum = f"  xxh3 {tensor.checksum}" if tensor.checksum else ""
-    shape = f"[{', '.join(map(str, tensor.shape))}]"
-    return f"  {tensor.name:32} {tensor.format:16} {shape:16} {tensor.tensor_bytes:>15,} bytes{checksum}{units}"
+def _table(tensors: list[TensorReport]) -> list[str]:
+    """One line per tensor, in columns as wide as their longest entry."""
+    if not tensors:
+        return []
+    rows = []
+    for tensor in tensors:
+        units = ",".join(str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in tensor.units or [])
+        units = f"  units {units if len(units) <= 40 else units[:37] + '...'}" if units else ""
+        checksum = f"  xxh3 {tensor.checksum}" if tensor.checksum else ""
+        shape = f"[{', '.join(map(str, tensor.shape))}]"
+        rows.append((tensor.name, tensor.format, shape, f"{tensor.tensor_bytes:,}", checksum + units))
+    name, kind, shape_, size = (max(len(row[column]) for row in rows) for column in range(4))
+    return [f"  {a:{name}}  {b:{kind}}  {c:{shape_}}  {d:>{size}} bytes{rest}" for a, b, c, d, rest in rows]
 
 
 def _value(value: Any) -> str:

@@ -135,7 +135,7 @@ def _share_cores(world: World, launcher: Launcher, options: ModelOptions) -> Cor
 
 
 def _start_engine(world: World, source: ModelSource, options: ModelOptions, cores: CoreShare, context: int) -> Engine:
-    directory = local_store(world, source)
+    directory = local_store(world, source, full_check=options.check == "full")
     opening_since_s = time.perf_counter()
     with world.together("opening the store"):
         store = Store.open(directory)
@@ -149,8 +149,7 @@ def _start_engine(world: World, source: ModelSource, options: ModelOptions, core
         scrub=options.scrub,
     )
     here = f"{cores.threads} threads on {describe_cores(cores.mask)}"
-    level = logging.INFO if world.is_leader else logging.DEBUG
-    logger.log(level, "model %s, %d ranks, %s, MPI %s", directory, world.size, here, world.library)
+    logger.info("model %s, %d ranks, %s, MPI %s", directory, world.size, here, world.library)
     return Engine(store, world, engine_options, opening_since_s)
 
 

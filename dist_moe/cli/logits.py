@@ -16,6 +16,7 @@ from dist_moe.cli.npy_rows import NpyRows, require_writable
 from dist_moe.cli.options import LogitsOptions, model_options
 from dist_moe.cli.prompt import require_room
 from dist_moe.cli.token_ids import read_ids, require_ids
+from dist_moe.cli.values import PathName
 from dist_moe.engine.engine import Engine
 
 
@@ -46,7 +47,7 @@ def make_task(options: LogitsOptions, setting: Setting) -> LogitsTask:
     """
     ids = read_ids(options.ids, "--ids")
     require_ids(ids, setting.config.vocabulary, "--ids")
-    require_room(len(ids), setting.config.max_positions, "the model's maximum")
+    require_room(len(ids), setting.config.max_positions, setting.config.max_positions)
     output = Path(options.output)
     require_writable(output)
     return LogitsTask(ids, output, setting.interrupted)
@@ -54,10 +55,18 @@ def make_task(options: LogitsOptions, setting: Setting) -> LogitsTask:
 
 @click.command()
 @model_options
-@option("--ids", metavar="FILE|LIST", required=True, show_default=False, help="Tokens: 1,2,3, a text file or a .npy.")
+@option(
+    "--ids",
+    type=PathName("token ids like 1,2,3 or the name of a file"),
+    metavar="FILE|LIST",
+    required=True,
+    show_default=False,
+    help="Tokens: 1,2,3, a text file or a .npy.",
+)
 @option(
     "-o",
     "--output",
+    type=PathName(),
     metavar="OUT.npy",
     required=True,
     show_default=False,

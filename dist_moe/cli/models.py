@@ -7,18 +7,20 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_moe import files
 from dist_moe.checkpoint.hf_config import read_hf_config
 from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.cli.options import ModelOptions
 from dist_moe.cli.shard import ShardProgress
 from dist_moe.demo import demo_model_directory
-from dist_moe.errors import DistMoeError, UsageError
+from dist_moe.errors import DistMoeError, PlaceError, UsageError
 from dist_moe.kernels import WeightFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.parallel.world import World
 from dist_moe.store.convert import convert
 from dist_moe.store.manifest import FORMAT_VERSION, MANIFEST_NAME, NUMERICS_VERSION, PROGRESS_NAME, read_manifest
 from dist_moe.store.plan import StoreOptions, source_name
+from dist_moe.store.verify import check_text_files
 
 DEFAULT_FORMAT = WeightFormat.Q4
 # Four bits cost a model as small as the demo visible quality, and save nothing worth having.
@@ -33,14 +35,16 @@ class ModelSource:
     format: WeightFormat | None
 
     def read_config(self) -> ModelConfig:
-        """The model's sizes.
+        """The model's sizes; a store's small files are checked on the way, before one of them is parsed.
 
         Raises:
-            StoreError: The store's manifest is damaged or of another version.
+            StoreError: The store's manifest is damaged or of another version, or its tokenizer's files are damaged.
             CheckpointError: The checkpoint's config.json is damaged or of an unsupported model.
         """
         if self.format is None:
-            return read_manifest(self.directory / MANIFEST_NAME).config
+            manifest = read_manifest(self.directory / MANIFEST_NAME)
+            check_text_files(self.directory, manifest)
+            return manifest.config
         return read_hf_config(self.directory)
 
 
@@ -55,17 +59,17 @@ def find_model(options: ModelOptions) -> ModelSource:
     if options.model is None:
         return ModelSource(demo_model_directory(), DEMO_FORMAT if wanted is None else wanted)
     directory = Path(options.model)
-    if (directory / MANIFEST_NAME).is_file():
+    if files.is_file(directory / MANIFEST_NAME):
         _require_format(directory, wanted)
         return ModelSource(directory, None)
-    if (directory / PROGRESS_NAME).is_file():
+    if files.is_file(directory / PROGRESS_NAME):
         raise UsageError(
             f"-m {directory}: this store is incomplete (dist-moe shard was interrupted or is still running): "
             "repeat its command, it continues where it stopped"
         )
-    if (directory / "config.json").is_file():
+    if files.is_file(directory / "config.json"):
         return ModelSource(directory, DEFAULT_FORMAT if wanted is None else wanted)
-    found = "is a file" if directory.is_file() else "holds neither" if directory.is_dir() else "does not exist"
+    found = {None: "does not exist", "directory": "holds neither"}.get(files.kind_of(directory), "is a file")
     raise UsageError(
         f"-m {directory}: expected a store (with {MANIFEST_NAME}) or a Hugging Face directory (with config.json), "
         f"but it {found}"
@@ -73,13 +77,22 @@ def find_model(options: ModelOptions) -> ModelSource:
 
 
 def cache_directory() -> Path:
-    """Where packed models are kept: $DIST_MOE_CACHE, else $XDG_CACHE_HOME/dist-moe, else ~/.cache/dist-moe."""
+    """Where packed models are kept: $DIST_MOE_CACHE, else $XDG_CACHE_HOME/dist-moe, else ~/.cache/dist-moe.
+
+    Raises:
+        UsageError: There is none of them.
+    """
     if own := os.environ.get("DIST_MOE_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dist-moe"
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "dist-moe"
+    try:
+        return Path.home() / ".cache" / "dist-moe"
+    except RuntimeError as error:
+        raise UsageError("there is no home directory to keep the packed model in: set DIST_MOE_CACHE") from error
 
 
-def local_store(world: World, source: ModelSource) -> Path:
+def local_store(world: World, source: ModelSource, *, full_check: bool) -> Path:
     """The store of a model on this host; one rank of each node packs it if need be, the others sleep (collective).
 
     Raises:
@@ -90,7 +103,8 @@ def local_store(world: World, source: ModelSource) -> Path:
     directory, error = Path(), None
     if world.local_rank == 0:
         try:
-            directory = _packed(source.directory, source.format, shows_progress=world.node == 0)
+            options = StoreOptions(format=source.format, wait=True, replace_damaged=True, full_check=full_check)
+            directory = _packed(source.directory, options, shows_progress=world.node == 0)
         except DistMoeError as own:
             error = own
     world.sleep_until_all()
@@ -98,15 +112,17 @@ def local_store(world: World, source: ModelSource) -> Path:
     return Path(world.gather_texts(str(directory))[world.node_of_rank.index(world.node)])
 
 
-def _packed(source: Path, weights: WeightFormat, *, shows_progress: bool) -> Path:
+def _packed(source: Path, options: StoreOptions, *, shows_progress: bool) -> Path:
     checkpoint = Checkpoint.open(source)
-    options = StoreOptions(format=weights, wait=True)
     versions = f"{FORMAT_VERSION} {NUMERICS_VERSION} {options.group_size}"
     key = f"{source.resolve()}\n{checkpoint.fingerprint()}\n{versions}"
-    name = f"{source_name(source)}-{weights.label}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    name = f"{source_name(source)}-{options.format.label}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     directory = cache_directory() / name
     with ShardProgress(quiet=not shows_progress) as progress:
-        convert(checkpoint, directory, options, progress)
+        try:
+            convert(checkpoint, directory, options, progress)
+        except PlaceError as error:
+            raise PlaceError(f"{error} or set DIST_MOE_CACHE to another directory") from error
     return directory
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib import format as npy_format
 
+from dist_moe import files
 from dist_moe.errors import UsageError
 
 
@@ -37,14 +38,16 @@ class NpyRows:
         Raises:
             UsageError: Nothing can be written there, or a directory or device stands there.
         """
-        path = path.resolve()  # a link stays one
+        standing = files.kind_of(path)
+        if standing not in (None, "file"):
+            what = "a directory" if standing == "directory" else "a device or pipe"
+            raise UsageError(f"{path} is {what}: give the name of a .npy file")
         self._path = path
+        with self._write_errors():
+            path = self._path = path.resolve()  # a link stays one
         self._columns = columns
         self._rows = 0
         self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        if path.exists() and not path.is_file():
-            what = "a directory" if path.is_dir() else "a device or pipe"
-            raise UsageError(f"{path} is {what}: give the name of a .npy file")
         with self._write_errors():
             self._file = self._temporary.open("xb")
             self._write_header()

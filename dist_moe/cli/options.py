@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-import click
-
 from dist_moe.cli.config_file import config_options, flag, option
+from dist_moe.cli.values import Number, OneOf, PathName, Whole
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 COMMANDS_WITH_CONFIG = ("run", "logits")
 DEFAULT_MAX_TOKENS = 256
 LARGEST_SEED = 2**63 - 1
-
-
-class Number(click.FloatRange):
-    """A number in a range; click's own FloatRange lets NaN through."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Parse and check."""
-        number = super().convert(value, param, ctx)
-        if math.isnan(number):
-            self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
-        return number
 
 
 @dataclass(frozen=True)
@@ -83,6 +70,7 @@ def model_options(command: Decorated) -> Decorated:
         option(
             "-m",
             "--model",
+            type=PathName(),
             metavar="PATH",
             show_default="the bundled demo model",
             help="A store made by `dist-moe shard`, or a Hugging Face directory, which is packed once into the cache "
@@ -90,14 +78,14 @@ def model_options(command: Decorated) -> Decorated:
         ),
         option(
             "--quant",
-            type=click.Choice(["f32", "bf16", "q8", "q4"]),
+            type=OneOf(["f32", "bf16", "q8", "q4"]),
             show_default="q4 for a Hugging Face directory, q8 for the small demo, as it is for a store",
             help="Format of the weights when a Hugging Face directory is packed.",
         ),
-        option("--kv", type=click.Choice(["f32", "f16", "q8"]), default="f16", help="Format of the KV cache."),
+        option("--kv", type=OneOf(["f32", "f16", "q8"]), default="f16", help="Format of the KV cache."),
         option(
             "--threads",
-            type=click.IntRange(min=1, max=1024),
+            type=Whole(min=1, max=1024),
             show_default="cores that this process may use / ranks on this host",
             help="Threads of each rank.",
         ),
@@ -117,19 +105,19 @@ def model_options(command: Decorated) -> Decorated:
         ),
         option(
             "--experts",
-            type=click.Choice(["auto", "whole", "sliced", "shared"]),
+            type=OneOf(["auto", "whole", "sliced", "shared"]),
             default="auto",
             help="How ranks divide the experts; the result is the same.",
         ),
         option(
             "--prefill-chunk",
-            type=click.IntRange(min=1, max=65536),
+            type=Whole(min=1, max=65536),
             default=256,
             help="Prompt tokens of a step at most; the result is the same.",
         ),
         option(
             "--check",
-            type=click.Choice(["fast", "full"]),
+            type=OneOf(["fast", "full"]),
             default="fast",
             help="What is verified of a store: sizes and headers, or all checksums (a host's ranks share the work).",
         ),
@@ -152,9 +140,17 @@ def model_options(command: Decorated) -> Decorated:
             default=60.0,
             help="End the job when MPI has not started on all ranks after so long.",
         ),
-        option("-v", "--verbose", count=True, show_default=False, help="Log what happens; -vv logs details."),
+        option(
+            "-v",
+            "--verbose",
+            count=True,
+            type=Whole(min=0),
+            show_default=False,
+            help="Log what happens; -vv logs details.",
+        ),
         option(
             "--log-file",
+            type=PathName(),
             metavar="FILE",
             show_default=False,
             help="Log there instead of stderr, each line with its rank; %r in the name becomes the rank.",
@@ -177,6 +173,7 @@ def prompt_options(command: Decorated) -> Decorated:
         ),
         option(
             "--prompt-file",
+            type=PathName(),
             metavar="FILE",
             show_default=False,
             help="The text to continue, UTF-8; one newline at its end is dropped.",
@@ -185,13 +182,13 @@ def prompt_options(command: Decorated) -> Decorated:
         option(
             "-n",
             "--max-tokens",
-            type=click.IntRange(min=1, max=2**31 - 1),
+            type=Whole(min=1, max=2**31 - 1),
             default=DEFAULT_MAX_TOKENS,
             help="Tokens to generate at most.",
         ),
         option(
             "--ctx",
-            type=click.IntRange(min=1, max=2**31 - 1),
+            type=Whole(min=1, max=2**31 - 1),
             show_default="prompt + max tokens, at most the model's maximum",
             help="Positions of the context; at its end the finish reason is `length`.",
         ),
@@ -212,7 +209,7 @@ def sampling_options(command: Decorated) -> Decorated:
         ),
         option(
             "--top-k",
-            type=click.IntRange(min=0, max=2**31 - 1),
+            type=Whole(min=0, max=2**31 - 1),
             show_default=from_model.format("0"),
             help="Draw from the k best tokens; 0 is off.",
         ),
@@ -230,7 +227,7 @@ def sampling_options(command: Decorated) -> Decorated:
         ),
         option(
             "--seed",
-            type=click.IntRange(min=0, max=LARGEST_SEED),
+            type=Whole(min=0, max=LARGEST_SEED),
             default=0,
             help="Of the random numbers: the same seed gives the same text, on any number of ranks.",
         ),
@@ -243,6 +240,7 @@ def output_options(command: Decorated) -> Decorated:
     decorators = (
         option(
             "--logits",
+            type=PathName(),
             metavar="FILE.npy",
             show_default=False,
             help="Write the logits of each generated token, float32 [generated, vocabulary].",

@@ -7,7 +7,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_moe import files
 from dist_moe.cli.options import RunOptions
+from dist_moe.cli.text_files import decode, read_limited, read_text
 from dist_moe.cli.token_ids import parse_ids, require_ids
 from dist_moe.errors import UsageError
 from dist_moe.parallel.launcher import Launcher
@@ -56,31 +58,36 @@ def read_tokenizer(directory: Path, *, required: bool) -> Tokenizer | None:
     Raises:
         CheckpointError: The tokenizer is damaged, or missing and required.
     """
-    if not required and not (directory / TOKENIZER_FILE).exists():
+    if not required and not files.exists(directory / TOKENIZER_FILE):
         return None
     return Tokenizer(directory)
 
 
-def require_room(prompt_tokens: int, context: int, origin: str) -> None:
-    """Refuse a prompt that leaves no position for a token.
+def require_room(prompt_tokens: int, context: int, max_positions: int) -> None:
+    """Refuse a prompt that is longer than the context.
+
+    Args:
+        prompt_tokens: Tokens of the prompt.
+        context: Positions of this run, as --ctx or the model limits them.
+        max_positions: The model's own limit.
 
     Raises:
         UsageError: The prompt is longer than the context.
     """
-    if prompt_tokens > context:
-        raise UsageError(
-            f"the prompt has {prompt_tokens} tokens, but the context has {context} positions ({origin}): "
-            "shorten the prompt or raise --ctx up to the model's maximum"
-        )
+    if prompt_tokens <= context:
+        return
+    origin = "--ctx" if context < max_positions else "the model's maximum"
+    fits = prompt_tokens <= max_positions
+    advice = f" or raise --ctx, up to the model's maximum of {max_positions}" if fits else ""
+    raise UsageError(
+        f"the prompt has {prompt_tokens} tokens, but the context has {context} positions ({origin}): "
+        f"shorten the prompt{advice}"
+    )
 
 
 def _read_text(options: RunOptions, launcher: Launcher) -> str:
     if options.prompt_file is not None:
-        path = Path(options.prompt_file)
-        try:
-            return _decode(path.read_bytes(), str(path)).removesuffix("\n")
-        except OSError as error:
-            raise UsageError(f"--prompt-file: {path} cannot be read: {error.strerror}") from error
+        return read_text(Path(options.prompt_file), "--prompt-file").removesuffix("\n")
     assert options.prompt is not None
     return options.prompt if options.prompt != "-" else _read_stdin(launcher)
 
@@ -90,11 +97,4 @@ def _read_stdin(launcher: Launcher) -> str:
         raise UsageError("-p - cannot be used under Open MPI, whose mpirun never ends stdin: use --prompt-file FILE")
     if launcher.size > 1:
         logger.warning("reading the prompt from stdin; above 64 KB mpirun may end the job, so prefer --prompt-file")
-    return _decode(sys.stdin.buffer.read(), "stdin").removesuffix("\n")
-
-
-def _decode(data: bytes, origin: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{origin}: not valid UTF-8 at byte {error.start}: convert it to UTF-8") from error
+    return decode(read_limited(sys.stdin.buffer, "stdin"), "stdin").removesuffix("\n")

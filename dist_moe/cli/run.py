@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -24,8 +25,10 @@ from dist_moe.engine.engine import Engine
 from dist_moe.engine.request import Completion, Request
 from dist_moe.errors import Interrupted, StoreError, UsageError
 from dist_moe.text.generation_config import read_generation_config
+from dist_moe.text.tokenizer import Tokenizer
 
 PROMPTS = ("prompt", "prompt_file", "prompt_ids")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,7 @@ def make_task(options: RunOptions, setting: Setting) -> RunTask:
     tokenizer = read_tokenizer(setting.directory, required=options.prompt_ids is None)
     prompt = read_prompt(options, tokenizer, config.vocabulary, setting.launcher)
     context = context_size(options, len(prompt.ids), config.max_positions)
-    stop_ids = advised.stop_ids
-    if tokenizer is not None and tokenizer.eos_id is not None:
-        stop_ids |= {tokenizer.eos_id}
+    stop_ids = known_stop_ids(advised.stop_ids, tokenizer, config.vocabulary)
     if options.logits is not None:
         require_writable(Path(options.logits))
     request = Request(
@@ -101,6 +102,25 @@ def make_task(options: RunOptions, setting: Setting) -> RunTask:
     )
 
 
+def known_stop_ids(advised: frozenset[int], tokenizer: Tokenizer | None, vocabulary: int) -> frozenset[int]:
+    """The tokens that end a text, as the model's files and its tokenizer say; those that it lacks are said and ignored.
+
+    Args:
+        advised: From generation_config.json and config.json.
+        tokenizer: Its end token is one, too.
+        vocabulary: Rows of the model's embedding table.
+    """
+    named = advised if tokenizer is None or tokenizer.eos_id is None else advised | {tokenizer.eos_id}
+    unknown = sorted(token for token in named if not 0 <= token < vocabulary)
+    if unknown:
+        logger.warning(
+            "eos_token_id %s of the model's files is ignored: its vocabulary is 0 to %d",
+            ", ".join(map(str, unknown)),
+            vocabulary - 1,
+        )
+    return named - set(unknown)
+
+
 def context_size(options: RunOptions, prompt_tokens: int, max_positions: int) -> int:
     """Positions of the run's context.
 
@@ -110,7 +130,7 @@ def context_size(options: RunOptions, prompt_tokens: int, max_positions: int) ->
     if options.ctx is not None and options.ctx > max_positions:
         raise UsageError(f"--ctx {options.ctx} is more than the model's maximum of {max_positions} positions: lower it")
     context = options.ctx or min(max_positions, prompt_tokens + options.max_tokens)
-    require_room(prompt_tokens, context, "--ctx" if options.ctx else "the model's maximum")
+    require_room(prompt_tokens, context, max_positions)
     return context
 
 
@@ -128,7 +148,10 @@ def run(context: click.Context, /, config: str | None, print_config: bool, **val
     _keep_one_prompt(context)
     options = RunOptions(**(values | {name: context.params[name] for name in PROMPTS}))
     if print_config:
-        advised = read_generation_config(find_model(options).directory)
+        source = find_model(options)
+        if source.format is None:
+            source.read_config()
+        advised = read_generation_config(source.directory)
         config_file.print_config(context, advised_values(advised))
         return
     if not any(context.params[name] is not None for name in PROMPTS):

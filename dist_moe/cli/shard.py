@@ -12,32 +12,34 @@ from typing import Any
 
 import click
 
-from dist_moe.errors import Interrupted
+from dist_moe import files
+from dist_moe.cli.values import OneOf, PathName, Whole
+from dist_moe.errors import Interrupted, PlaceError, UsageError
 from dist_moe.parallel.launcher import detect_launcher
 
 _LINE_EVERY_S = 5.0
 
 
 @click.command("shard")
-@click.argument("source", required=False, metavar="[SRC]")
-@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Shards: one per node.")
+@click.argument("source", required=False, metavar="[SRC]", type=PathName())
+@click.option("--nodes", type=Whole(min=1), default=1, show_default=True, help="Shards: one per node.")
 @click.option(
     "--quant",
-    type=click.Choice(["f32", "bf16", "q8", "q4"]),
+    type=OneOf(["f32", "bf16", "q8", "q4"]),
     default="q4",
     show_default=True,
     help="Format of the matrices; routers, norms and the embedding keep theirs.",
 )
 @click.option(
     "--group-size",
-    type=click.Choice(["32", "64", "128", "0"]),
+    type=OneOf(["32", "64", "128", "0"]),
     default="32",
     show_default=True,
     help="Weights per scale of q8 and q4; 0 is a whole row.",
 )
 @click.option(
     "--experts",
-    type=click.Choice(["whole", "sliced"]),
+    type=OneOf(["whole", "sliced"]),
     default="whole",
     show_default=True,
     help="Each shard gets whole experts, or a slice of every expert.",
@@ -46,7 +48,7 @@ _LINE_EVERY_S = 5.0
     "-o",
     "--output",
     metavar="DIR",
-    type=click.Path(path_type=Path),
+    type=PathName(),
     help="Directory of the store.  [default: ./<source>-<quant>-<nodes>]",
 )
 @click.option("--force", is_flag=True, help="Replace a store that stands there; anything else is left alone.")
@@ -62,7 +64,7 @@ def shard(
     quant: str,
     group_size: str,
     experts: str,
-    output: Path | None,
+    output: str | None,
     force: bool,
     allow_nonfinite: bool,
     quiet: bool,
@@ -79,8 +81,10 @@ def shard(
     from dist_moe.store.convert import convert
     from dist_moe.store.plan import StoreOptions, source_name
 
-    checkpoint = Checkpoint.open(Path(source) if source else demo_model_directory())
-    destination = output or Path(f"{source_name(checkpoint.directory)}-{quant}-{nodes}")
+    directory = Path(source) if source else demo_model_directory()
+    _refuse_store(directory)
+    checkpoint = Checkpoint.open(directory)
+    destination = Path(output or f"{source_name(checkpoint.directory)}-{quant}-{nodes}")
     options = StoreOptions(
         nodes=nodes,
         format=WeightFormat.parse(quant),
@@ -92,10 +96,25 @@ def shard(
     try:
         with ShardProgress(quiet) as progress:
             result = convert(checkpoint, destination, options, progress)
+    except PlaceError as error:
+        raise PlaceError(f"{error} or choose another -o") from error
     except KeyboardInterrupt:
         raise Interrupted(f"{destination}: interrupted; repeat the same command to continue where it stopped") from None
     _report(result.manifest.files, destination, result.written_files, result.manifest.nonfinite)
     click.echo(shlex.join(["mpirun", "-n", str(nodes), "dist-moe", "run", "-m", str(destination)]))
+
+
+def _refuse_store(directory: Path) -> None:
+    """A store has a config.json, too, so that it would be taken for a checkpoint without weights."""
+    from dist_moe.checkpoint.tensor_files import INDEX, SINGLE
+    from dist_moe.store.manifest import MANIFEST_NAME, PROGRESS_NAME
+
+    is_store = any(files.exists(directory / name) for name in (MANIFEST_NAME, PROGRESS_NAME))
+    if is_store and not any(files.exists(directory / name) for name in (SINGLE, INDEX)):
+        raise UsageError(
+            f"{directory} is a store already: run it with dist-moe run -m {directory}, or give the Hugging Face "
+            "directory that it was made from"
+        )
 
 
 class ShardProgress:

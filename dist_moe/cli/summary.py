@@ -52,8 +52,13 @@ def as_json(
             "completion_tokens": len(completion.ids),
             "total_tokens": len(prompt_ids) + len(completion.ids),
         },
-        "timings": timings(statistics),
+        "timings": {name: _six_digits(value) for name, value in timings(statistics).items()},
     }
+
+
+def _six_digits(value: float) -> float:
+    """Counts as they are; measurements without the digits that no clock gives."""
+    return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
 def _rate(tokens: int, seconds: float) -> float:

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.lib import format as npy_format
 
+from dist_moe import files
+from dist_moe.cli.text_files import read_text
 from dist_moe.errors import UsageError
 
 _LIST = re.compile(r"[\d\s,+-]+")
@@ -41,12 +44,13 @@ def read_ids(value: str, option: str) -> list[int]:
     if _LIST.fullmatch(value):
         return parse_ids(value, option)
     path = Path(value)
+    if not files.exists(path):
+        raise UsageError(f"{option}: {value!r} is neither a list of token ids like 1,2,3 nor a file")
+    if path.suffix != ".npy":
+        return parse_ids(read_text(path, option), str(path))
     try:
-        if path.suffix != ".npy":
-            return parse_ids(path.read_text(encoding="utf-8"), str(path))
-        ids_T = np.load(path, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise UsageError(f"{option}: {value!r} is neither a list of token ids like 1,2,3 nor a file") from error
+        with path.open("rb") as stream:
+            ids_T = npy_format.read_array(stream, allow_pickle=False)
     except OSError as error:
         raise UsageError(f"{option}: {path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:

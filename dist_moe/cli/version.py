@@ -24,8 +24,9 @@ def _kernels() -> str:
     except ImportError as error:
         return f"not built ({error}); install the package again with pip"
     levels = isa_levels()
-    chosen = os.environ.get("DIST_MOE_ISA") or levels[-1]
-    return f"ISA levels available here {', '.join(levels)}; chosen {chosen}"
+    wish = os.environ.get("DIST_MOE_ISA") or levels[-1]
+    chosen = f"chosen {wish}" if wish in levels else f"DIST_MOE_ISA={wish} is none of them and will be refused"
+    return f"ISA levels available here {', '.join(levels)}; {chosen}"
 
 
 def _mpi() -> str:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dist_moe import files
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.errors import StoreError
+from dist_moe.errors import PlaceError, StoreError
 from dist_moe.kernels import Kernels
 from dist_moe.store import state
 from dist_moe.store.layout import weight_files, weight_layout
 from dist_moe.store.lock import store_lock
-from dist_moe.store.manifest import PROGRESS_NAME, Manifest, StoreFile
+from dist_moe.store.manifest import MANIFEST_NAME, PROGRESS_NAME, Manifest, StoreFile
 from dist_moe.store.pack import Packer
 from dist_moe.store.plan import StoreOptions, plan_store
 from dist_moe.store.weight_file import write_weight_file
@@ -23,7 +25,7 @@ from dist_moe.store.writer import FileWriter, write_errors, write_text
 # Called with (finished bytes, all bytes, what is being done), often.
 Progress = Callable[[int, int, str], None]
 
-_COPY_BYTES = 1 << 22
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ def convert(source: Checkpoint, destination: Path, options: StoreOptions, progre
 
     Raises:
         UsageError: The model cannot be stored like that.
-        StoreError: The destination holds something else, is locked, or cannot be written; or weights are not finite.
+        PlaceError: The destination holds something else, is locked, or cannot be written.
+        StoreError: The destination holds another store, or weights are not finite.
     """
     plan = plan_store(source, options)
     state.prepare_directory(destination)
@@ -65,7 +68,7 @@ def convert(source: Checkpoint, destination: Path, options: StoreOptions, progre
             state.remove_store(destination)
         elif there := _already_there(destination, plan, copied, options):
             return there  # another process has finished it meanwhile
-        finished = state.finished_files(destination, plan, copied)
+        finished = _usable_files(destination, plan, copied, options)
         refuse_nonfinite(destination, replace(plan, files=finished).nonfinite, options)
         run = _Run(source, destination, options, plan, progress, total_bytes)
         return run.write(copied, finished)
@@ -76,7 +79,7 @@ def _already_there(
 ) -> Conversion | None:
     """The whole store that stands here, seen without the lock, so that it may lie where nothing can be written."""
     try:
-        finished = state.finished_files(directory, plan, copied)
+        finished = state.finished_files(directory, plan, copied, full_check=options.full_check)
         refuse_nonfinite(directory, replace(plan, files=finished).nonfinite, options)
         if state.is_complete(directory, plan, finished):
             return Conversion(replace(plan, files=finished), (), tuple(entry.name for entry in finished))
@@ -85,13 +88,34 @@ def _already_there(
     return None
 
 
+def _usable_files(
+    directory: Path, plan: Manifest, copied: Mapping[str, Path], options: StoreOptions
+) -> tuple[StoreFile, ...]:
+    """What need not be written again; in our own cache, where nobody else will mend it, a damaged store is said."""
+    was_whole = files.exists(directory / MANIFEST_NAME)
+    try:
+        finished = state.finished_files(directory, plan, copied, full_check=options.full_check)
+    except StoreError as error:
+        if not options.replace_damaged:
+            raise StoreError(f"{error}; or replace the store with --force") from None
+        reason = str(error).split("; ")[0]  # without the advice, which is for stores that somebody else keeps
+        logger.warning("a packed model in the cache is damaged and is packed again: %s", reason)
+        state.remove_store(directory)
+        return ()
+    if was_whole and options.replace_damaged:
+        names = [*weight_files(plan), *copied]
+        damaged = sorted(set(names) - {entry.name for entry in finished})
+        logger.warning("%s: damaged or missing, packed again: %s", directory, ", ".join(damaged))
+    return finished
+
+
 def refuse_nonfinite(directory: Path, counts: Mapping[str, int], options: StoreOptions) -> None:
     """Refuse weights that are not finite unless the options allow them; names every tensor that has some."""
     if counts and not options.allow_nonfinite:
         named = ", ".join(f"{name}: {count}" for name, count in sorted(counts.items()))
         raise StoreError(
             f"{directory}: the source has weights that are NaN, infinite or too large for their format ({named}); "
-            "download the checkpoint again, or keep them with --allow-nonfinite"
+            "download the checkpoint again, or pack it with dist-moe shard --allow-nonfinite"
         )
 
 
@@ -126,8 +150,8 @@ class _Run:
         with Kernels(self._options.threads or len(os.sched_getaffinity(0))) as kernels:
             for name in missing:
                 entries[name] = self._copy(copied[name]) if name in copied else self._pack(name, kernels)
-                files = tuple(entries[known] for known in names if known in entries)
-                write_text(self._directory, PROGRESS_NAME, replace(plan, files=files).render())
+                written = tuple(entries[known] for known in names if known in entries)
+                write_text(self._directory, PROGRESS_NAME, replace(plan, files=written).render())
         manifest = replace(plan, files=tuple(entries[name] for name in names))
         state.complete(self._directory, manifest)
         return Conversion(manifest, tuple(missing), tuple(name for name in names if name not in missing))
@@ -146,9 +170,9 @@ class _Run:
             return write_weight_file(file, name, self._plan, packer, on_tensor)
 
     def _copy(self, path: Path) -> StoreFile:
-        with FileWriter(self._directory, path.name, lambda _: None) as file, path.open("rb") as original:
-            while data := original.read(_COPY_BYTES):
-                file.write(data)
+        data = files.read_bytes(path)
+        with FileWriter(self._directory, path.name, lambda _: None) as file:
+            file.write(data)
             return file.finish({})
 
     def _check_space(self) -> None:
@@ -156,7 +180,6 @@ class _Run:
         with write_errors(self._directory):
             free_bytes = shutil.disk_usage(self._directory).free
         if free_bytes < needed_bytes:
-            raise StoreError(
-                f"{self._directory}: the disk is too full: {needed_bytes} bytes needed, {free_bytes} free; "
-                "make room or choose another -o, then repeat the same command"
+            raise PlaceError(
+                f"{self._directory}: the disk is too full: {needed_bytes} bytes needed, {free_bytes} free; make room"
             )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dist_moe import files
 from dist_moe.checkpoint.safetensors_file import SafetensorsFile
 from dist_moe.errors import StoreError
 from dist_moe.store.checksum import checksum_text
@@ -83,13 +84,13 @@ def inspect_path(path: Path) -> Inspection:
         StoreError: The path is none of these, or a store that cannot be opened.
         CheckpointError: A safetensors file is damaged.
     """
-    if path.is_file():
+    if files.is_file(path):
         manifest = _manifest_beside(path)
         entry = manifest.file(path.name) if manifest else None
         report = _file_report(path, entry)
         return Inspection(path, "store file" if report.owner else "safetensors", manifest, [report])
-    weights = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-    if weights and (path / "config.json").exists() and not _is_store(path):
+    weights = sorted(path.glob("*.safetensors")) if files.is_directory(path) else []
+    if weights and files.exists(path / "config.json") and not _is_store(path):
         return Inspection(path, "safetensors", None, [_file_report(file, None) for file in weights])
     manifest = read_store_manifest(path)
     return Inspection(path, "store", manifest, [_store_file_report(path, entry, manifest) for entry in manifest.files])
@@ -115,12 +116,12 @@ def _unit_namer(tensor: TensorReport) -> Callable[[int], str]:
 
 
 def _is_store(directory: Path) -> bool:
-    return (directory / MANIFEST_NAME).exists() or (directory / "common.safetensors").exists()
+    return files.exists(directory / MANIFEST_NAME) or files.exists(directory / "common.safetensors")
 
 
 def _manifest_beside(path: Path) -> Manifest | None:
     manifest_path = path.parent / MANIFEST_NAME
-    if path.suffix != ".safetensors" or not manifest_path.exists():
+    if path.suffix != ".safetensors" or not files.exists(manifest_path):
         return None
     manifest = read_manifest(manifest_path)
     return manifest if manifest.file(path.name) else None
@@ -129,12 +130,13 @@ def _manifest_beside(path: Path) -> Manifest | None:
 def _store_file_report(directory: Path, entry: StoreFile, manifest: Manifest) -> FileReport:
     path = directory / entry.name
     names = weight_files(manifest)
-    if path.exists() and entry.name in names:
+    present = files.exists(path)
+    if present and entry.name in names:
         check_header(path, entry)
         return _file_report(path, entry)
     shard = names.index(entry.name) if entry.name in names else 0
     owner = f"node {shard}" if shard else _EVERY_NODE
-    return FileReport(entry.name, entry.file_bytes, owner, entry.checksum, path.exists())
+    return FileReport(entry.name, entry.file_bytes, owner, entry.checksum, present)
 
 
 def _file_report(path: Path, entry: StoreFile | None) -> FileReport:

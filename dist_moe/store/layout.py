@@ -118,13 +118,17 @@ def file_metadata(manifest: Manifest, name: str) -> dict[str, str]:
 
 
 def shard_command(manifest: Manifest, directory: Path) -> str:
-    """The command that makes a store again, or the files of it that are missing."""
-    words = ["dist-moe", "shard"]
-    if manifest.source_name != "demo":
-        words.append(manifest.source_name)
+    """The command that makes a store again, or the files of it that are missing; the source has but its name."""
+    words = ["dist-moe", "shard", manifest.source_name]
     words += ["--nodes", str(manifest.nodes), "--quant", manifest.format.label]
     words += ["--group-size", str(manifest.group_size), "--experts", manifest.experts, "-o", str(directory)]
     return shlex.join(words)
+
+
+def source_note(manifest: Manifest) -> str:
+    """What to put in place of the name in `shard_command`: stores do not keep paths of other machines."""
+    demo = ", or nothing for the bundled demo" if manifest.source_name == "demo" else ""
+    return f"{manifest.source_name} is the source's name: give its path{demo}"
 
 
 def _checksums(spec: TensorSpec, count: int) -> TensorSpec:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dist_moe.errors import StoreError
+from dist_moe.errors import PlaceError
 
 LOCK_NAME = ".lock"
 
@@ -26,7 +26,7 @@ def store_lock(directory: Path, on_wait: Callable[[], None] | None) -> Iterator[
         on_wait: Called about five times a second while another process holds the lock; None does not wait.
 
     Raises:
-        StoreError: Another process is writing this store and `on_wait` is None, or the file system cannot lock.
+        PlaceError: Another process is writing this store and `on_wait` is None, or the file system cannot lock.
     """
     path = directory / LOCK_NAME
     while True:
@@ -39,7 +39,7 @@ def store_lock(directory: Path, on_wait: Callable[[], None] | None) -> Iterator[
             raise
         os.close(descriptor)
         if on_wait is None:
-            raise StoreError(f"{directory}: another process is writing this store; wait for it, or choose another -o")
+            raise PlaceError(f"{directory}: another process is writing this store; wait for it")
         on_wait()
         time.sleep(_POLL_S)
     try:
@@ -54,9 +54,7 @@ def _open(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise StoreError(
-            f"{path}: cannot be written ({error.strerror}); choose a directory that you may write to"
-        ) from None
+        raise PlaceError(f"{path}: cannot be written ({error.strerror}); allow writing there") from None
 
 
 def _try_lock(descriptor: int, path: Path) -> bool:
@@ -65,8 +63,8 @@ def _try_lock(descriptor: int, path: Path) -> bool:
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
-        raise StoreError(
-            f"{path}: this file system cannot lock files ({error.strerror}); choose a directory on another one"
+        raise PlaceError(
+            f"{path}: this file system cannot lock files ({error.strerror}); mount it with locking"
         ) from None
     return True
 

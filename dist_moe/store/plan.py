@@ -25,6 +25,8 @@ class StoreOptions:
     force: bool = False  # replace a store that stands there
     allow_nonfinite: bool = False  # pack NaN and infinite weights, too
     wait: bool = False  # for another process that is writing the same store
+    replace_damaged: bool = False  # a store of our own cache: what cannot be used there is packed again
+    full_check: bool = False  # of large files that are there already: every byte instead of the header
     threads: int = 0  # of the kernels that pack; 0 takes every CPU that this process may use
 
 

@@ -9,10 +9,19 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from dist_moe import files
 from dist_moe.checkpoint.safetensors_file import SafetensorsFile
 from dist_moe.errors import StoreError
 from dist_moe.model_config import ModelConfig
-from dist_moe.store.layout import CHECKSUM_SUFFIX, UnitTensor, shard_command, shard_number, unit_tensors, weight_files
+from dist_moe.store.layout import (
+    CHECKSUM_SUFFIX,
+    UnitTensor,
+    shard_command,
+    shard_number,
+    source_note,
+    unit_tensors,
+    weight_files,
+)
 from dist_moe.store.manifest import COMMON_NAME, MANIFEST_NAME, PROGRESS_NAME, Manifest, read_manifest
 from dist_moe.store.placement import indices_of, shard_name
 from dist_moe.store.sealed import Sealed
@@ -78,18 +87,18 @@ class Store:
         directory = Path(directory)
         manifest = read_store_manifest(directory)
         weights = weight_files(manifest)
-        files = {}
+        weights_of = {}
         for entry in manifest.files:
             path = directory / entry.name
-            if not path.exists() and entry.name != COMMON_NAME:
+            if entry.name in weights[1:] and not files.exists(path):
                 continue
             if check == "full" or entry.file_bytes < FULL_CHECK_BYTES:
                 check_file(path, entry, manifest)
             else:
                 check_header(path, entry)
             if entry.name in weights:
-                files[entry.name] = open_weights(path, manifest)
-        return cls(directory, manifest, files)
+                weights_of[entry.name] = open_weights(path, manifest)
+        return cls(directory, manifest, weights_of)
 
     @property
     def config(self) -> ModelConfig:
@@ -197,23 +206,24 @@ class Store:
             return StoreError(f"{self.directory}: no shard of this store has {unit}{others}; choose another layout")
         return StoreError(
             f"{self.directory / holders[0]} is missing: it holds {unit}{others}, which this run needs here; "
-            f"copy the file from a machine that has it, or run: {shard_command(manifest, self.directory)}"
+            f"copy the file from a machine that has it, or run: {shard_command(manifest, self.directory)} "
+            f"({source_note(manifest)})"
         )
 
 
 def read_store_manifest(directory: Path) -> Manifest:
     """The manifest of a store that is whole; raises StoreError that says what else stands there."""
-    if not directory.is_dir():
-        what = "is not a directory" if directory.exists() else "does not exist"
+    if not files.is_directory(directory):
+        what = "is not a directory" if files.exists(directory) else "does not exist"
         raise StoreError(f"{directory}: {what}; give the directory of a store, as dist-moe shard makes it")
-    if (directory / MANIFEST_NAME).exists():
+    if files.exists(directory / MANIFEST_NAME):
         return read_manifest(directory / MANIFEST_NAME)
-    if (directory / PROGRESS_NAME).exists():
+    if files.exists(directory / PROGRESS_NAME):
         raise StoreError(
             f"{directory}: is an incomplete store (dist-moe shard was interrupted or is still running); "
             "repeat the dist-moe shard command with the same options, it continues where it stopped"
         )
-    if (directory / "config.json").exists():
+    if files.exists(directory / "config.json"):
         raise StoreError(
             f"{directory}: is a Hugging Face directory, not a store; run: dist-moe shard {directory} --nodes 1"
         )

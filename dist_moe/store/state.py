@@ -8,8 +8,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from dist_moe import files
 from dist_moe.checkpoint.reader import TEXT_FILES
-from dist_moe.errors import StoreError
+from dist_moe.errors import PlaceError, StoreError
 from dist_moe.store.checksum import checksum_text
 from dist_moe.store.layout import weight_files
 from dist_moe.store.lock import LOCK_NAME
@@ -25,27 +26,30 @@ def prepare_directory(directory: Path) -> None:
     """Create the directory of a store, or make sure that it is one, or empty.
 
     Raises:
-        StoreError: It is a file, cannot be created, or holds something else.
+        PlaceError: It is a file, cannot be created, or holds something else.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in directory.iterdir()}
     except OSError as error:
-        raise StoreError(f"{directory}: cannot be used as a directory ({error.strerror}); choose another -o") from None
+        raise PlaceError(f"{directory}: cannot be used as a directory ({error.strerror}); clear the way") from None
     foreign = sorted(name for name in names if not _is_transient(name))
     if foreign and not names & {MANIFEST_NAME, PROGRESS_NAME}:
-        raise StoreError(
-            f"{directory}: is not empty and not a store (it holds {foreign[0]}); nothing was changed; choose another -o"
+        raise PlaceError(
+            f"{directory}: is not empty and not a store (it holds {foreign[0]}); nothing was changed: remove it"
         )
 
 
-def finished_files(directory: Path, plan: Manifest, copied: Mapping[str, Path]) -> tuple[StoreFile, ...]:
+def finished_files(
+    directory: Path, plan: Manifest, copied: Mapping[str, Path], *, full_check: bool = False
+) -> tuple[StoreFile, ...]:
     """The intact files of the store that stands here, made with the same options from the same source.
 
     Args:
         directory: The store, perhaps an interrupted one, or an empty directory.
         plan: What the store is to be.
         copied: The source's files that are copied as they are; a copy that differs from its original is not intact.
+        full_check: Read large files whole, too, not only their headers.
 
     Raises:
         StoreError: There is a store of other options or another version, or its record is damaged.
@@ -53,28 +57,24 @@ def finished_files(directory: Path, plan: Manifest, copied: Mapping[str, Path]) 
     record = _record(directory)
     if record is None:
         return ()
-    try:
-        found = read_manifest(record)
-    except StoreError as error:
-        raise StoreError(f"{error}; or replace the store with --force") from None
+    found = read_manifest(record)
     differences = _differences(found, plan)
     if differences:
         raise StoreError(
-            f"{directory}: holds a store made with other options ({differences}); "
-            "choose another -o, or replace it with --force"
+            f"{directory}: holds a store made with other options ({differences}); choose another directory"
         )
     names = [*weight_files(plan), *copied]
-    intact = (entry for entry in found.files if entry.name in names and _is_intact(directory, entry, found))
+    intact = (entry for entry in found.files if entry.name in names and _is_intact(directory, entry, found, full_check))
     return tuple(
         entry
         for entry in intact
-        if entry.name not in copied or checksum_text(copied[entry.name].read_bytes()) == entry.checksum
+        if entry.name not in copied or checksum_text(files.read_bytes(copied[entry.name])) == entry.checksum
     )
 
 
 def is_complete(directory: Path, plan: Manifest, finished: tuple[StoreFile, ...]) -> bool:
     """Whether a store is whole: its manifest stands, and every file that it lists is finished."""
-    if not (directory / MANIFEST_NAME).exists():
+    if not files.exists(directory / MANIFEST_NAME):
         return False
     listed = {entry.name for entry in read_manifest(directory / MANIFEST_NAME).files}
     return listed == {entry.name for entry in finished} and listed >= set(weight_files(plan))
@@ -125,7 +125,7 @@ def remove_store(directory: Path) -> None:
 
 def _record(directory: Path) -> Path | None:
     paths = (directory / name for name in (MANIFEST_NAME, PROGRESS_NAME))
-    return next((path for path in paths if path.exists()), None)
+    return next((path for path in paths if files.exists(path)), None)
 
 
 def _is_transient(name: str) -> bool:
@@ -136,10 +136,10 @@ def _is_transient(name: str) -> bool:
     return bool(_WEIGHT_FILE.fullmatch(final)) or final in (MANIFEST_NAME, PROGRESS_NAME, *TEXT_FILES)
 
 
-def _is_intact(directory: Path, entry: StoreFile, found: Manifest) -> bool:
+def _is_intact(directory: Path, entry: StoreFile, found: Manifest, full_check: bool) -> bool:
     path = directory / entry.name
     try:
-        if entry.file_bytes < FULL_CHECK_BYTES:
+        if full_check or entry.file_bytes < FULL_CHECK_BYTES:
             check_file(path, entry, found)
         else:
             check_header(path, entry)
@@ -160,4 +160,4 @@ def _differences(found: Manifest, plan: Manifest) -> str:
             if found.source_name == plan.source_name
             else f"source {found.source_name}, not {plan.source_name}"
         )
-    return "; ".join(texts)
+    return ", ".join(texts)

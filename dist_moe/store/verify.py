@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dist_moe import files
 from dist_moe.checkpoint.safetensors_file import SafetensorsFile
 from dist_moe.errors import DistMoeError, StoreError
 from dist_moe.store.checksum import RunningChecksum, checksum_rows, checksum_text
@@ -32,7 +33,7 @@ def check_header(path: Path, entry: StoreFile) -> None:
         with path.open("rb") as file:
             actual = checksum_text(file.read(entry.header_bytes))
     except OSError as error:
-        raise StoreError(f"{path}: cannot be read ({error.strerror})") from None
+        raise _unreadable(path, error) from None
     if actual != entry.header_checksum:
         raise StoreError(
             f"{path}: its header has checksum {actual}, the manifest says {entry.header_checksum}: "
@@ -71,9 +72,12 @@ def check_file(path: Path, entry: StoreFile, manifest: Manifest) -> None:
     """
     check_header(path, entry)
     running = RunningChecksum()
-    with path.open("rb") as file:
-        while data := file.read(_READ_BYTES):
-            running.update(data)
+    try:
+        with path.open("rb") as file:
+            while data := file.read(_READ_BYTES):
+                running.update(data)
+    except OSError as error:
+        raise _unreadable(path, error) from None
     if running.text() == entry.checksum:
         return
     if entry.header_bytes:
@@ -82,6 +86,18 @@ def check_file(path: Path, entry: StoreFile, manifest: Manifest) -> None:
     raise StoreError(
         f"{path}: has checksum {running.text()}, the manifest says {entry.checksum}: the file is damaged; {ADVICE}"
     )
+
+
+def check_text_files(directory: Path, manifest: Manifest) -> None:
+    """Compare a store's small files, such as the tokenizer's, with their checksums, before somebody parses them.
+
+    Raises:
+        StoreError: As `check_file`.
+    """
+    weights = weight_files(manifest)
+    for entry in manifest.files:
+        if entry.name not in weights:
+            check_file(directory / entry.name, entry, manifest)
 
 
 def damaged_units(path: Path, manifest: Manifest) -> list[str]:
@@ -137,7 +153,7 @@ def verify_store(
     weights = weight_files(manifest)
     for entry in entries:
         path = directory / entry.name
-        if not path.exists() and entry.name in weights[1:]:
+        if entry.name in weights[1:] and not files.exists(path):
             continue
         try:
             check_file(path, entry, manifest)
@@ -146,6 +162,12 @@ def verify_store(
             damages += [str(error), *(f"{path}: {damage}; {ADVICE}" for damage in more)]
         progress(entry.file_bytes)
     return damages
+
+
+def _unreadable(path: Path, error: OSError) -> StoreError:
+    if isinstance(error, FileNotFoundError):
+        return StoreError(f"{path}: is missing; copy it from another machine, or repeat the dist-moe shard command")
+    return StoreError(f"{path}: cannot be read ({error.strerror}); allow reading it, or {_ADVICE}")
 
 
 def _shape(tensor: tuple[str, tuple[int, ...]] | None) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy.typing as npt
 
 from dist_moe.checkpoint.safetensors_file import FileLayout
-from dist_moe.errors import StoreError
+from dist_moe.errors import PlaceError
 from dist_moe.store.checksum import RunningChecksum, bytes_of, checksum_text
 from dist_moe.store.manifest import StoreFile
 
@@ -29,13 +29,13 @@ def partial_name(name: str) -> str:
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turn the system's errors while writing into one StoreError that says how to go on."""
+    """Turn the system's errors while writing into one PlaceError that says how to go on."""
     try:
         yield
     except OSError as error:
-        raise StoreError(
-            f"{path}: cannot be written ({error.strerror or error}); the store is incomplete; make room or allow "
-            "writing, then repeat the same command: it continues where it stopped"
+        raise PlaceError(
+            f"{path}: cannot be written ({error.strerror or error}); the store is incomplete, and the same command "
+            "continues it: make room, allow writing"
         ) from None
 
 
@@ -54,7 +54,7 @@ class FileWriter:
             on_written: Called with every number of bytes written.
 
         Raises:
-            StoreError: The file cannot be created.
+            PlaceError: The file cannot be created.
         """
         self._path = directory / name
         self._partial = directory / partial_name(name)
@@ -74,7 +74,7 @@ class FileWriter:
         self.write(layout.header)
 
     def write(self, data: bytes | npt.NDArray[Any]) -> None:
-        """Append bytes; raises StoreError if they cannot be written."""
+        """Append bytes; raises PlaceError if they cannot be written."""
         view = bytes_of(data)
         with write_errors(self._path):
             self._file.write(view)
@@ -130,7 +130,7 @@ class FileWriter:
 
 
 def write_text(directory: Path, name: str, text: str) -> None:
-    """Replace a small file in one step; raises StoreError if that fails."""
+    """Replace a small file in one step; raises PlaceError if that fails."""
     with FileWriter(directory, name, lambda _: None) as file:
         file.write(text.encode())
         file.finish({})

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from dist_moe import files as file_system
 from dist_moe.errors import CheckpointError, UsageError
 from dist_moe.text.json_file import read_json_object
 
@@ -71,7 +72,7 @@ def read_chat_templates(directory: Path) -> dict[str, ChatTemplate]:
     """
     templates = _json_templates(directory / "tokenizer_config.json")
     files = {path.stem: path for path in sorted((directory / EXTRA_TEMPLATES).glob("*.jinja"))}
-    if (directory / TEMPLATE_FILE).is_file():
+    if file_system.is_file(directory / TEMPLATE_FILE):
         files[DEFAULT] = directory / TEMPLATE_FILE
     for name, path in files.items():
         try:

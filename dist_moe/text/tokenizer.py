@@ -9,6 +9,7 @@ from typing import Any
 
 import tokenizers
 
+from dist_moe import files
 from dist_moe.errors import CheckpointError, UsageError
 from dist_moe.text.json_file import read_json_object
 from dist_moe.text.stream import TextStream, byte_level_alphabet
@@ -89,7 +90,7 @@ class Tokenizer:
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    if not path.is_file():
+    if not files.is_file(path):
         raise CheckpointError(
             f"{path.parent} has no {TOKENIZER_FILE}, which text needs: give token ids with --prompt-ids, "
             f"or copy the model's {TOKENIZER_FILE} there"

@@ -107,22 +107,22 @@ BAD_USE = [
     ("run", "there is nothing to continue: give --prompt TEXT"),
     ("run -p a --prompt-ids 1", "--prompt and --prompt-ids exclude each other"),
     ("run -p a --promt b", "No such option"),
-    ("run -p a -n 0", "'--max-tokens': 0 is not in the range"),
-    ("run -p a -n many", "'many' is not a valid integer"),
-    ("run -p a --temperature -1", "-1.0 is not in the range 0<=x<=100"),
-    ("run -p a --temperature nan", "nan is not in the range 0<=x<=100"),
-    ("run -p a --temperature inf", "inf is not in the range 0<=x<=100"),
-    ("run -p a --top-p 1.5", "1.5 is not in the range 0<=x<=1"),
-    ("run -p a --min-p -0.1", "-0.1 is not in the range 0<=x<=1"),
-    ("run -p a --top-k -1", "-1 is not in the range 0<=x"),
-    ("run -p a --seed -1", "-1 is not in the range"),
-    ("run -p a --ctx 0", "0 is not in the range"),
-    ("run -p a --threads 0", "0 is not in the range"),
-    ("run -p a --prefill-chunk 0", "0 is not in the range"),
-    ("run -p a --kv f8", "'f8' is not one of 'f32', 'f16', 'q8'"),
-    ("run -p a --quant q5", "'q5' is not one of 'f32', 'bf16', 'q8', 'q4'"),
-    ("run -p a --experts some", "'some' is not one of 'auto', 'whole', 'sliced', 'shared'"),
-    ("run -p a --check much", "'much' is not one of 'fast', 'full'"),
+    ("run -p a -n 0", "--max-tokens: expected a whole number from 1 to 2147483647, found '0'"),
+    ("run -p a -n many", "--max-tokens: expected a whole number from 1 to 2147483647, found 'many'"),
+    ("run -p a --temperature -1", "--temperature: expected a number from 0 to 100, found '-1'"),
+    ("run -p a --temperature nan", "--temperature: expected a number from 0 to 100, found 'nan'"),
+    ("run -p a --temperature inf", "--temperature: expected a number from 0 to 100, found 'inf'"),
+    ("run -p a --top-p 1.5", "--top-p: expected a number from 0 to 1, found '1.5'"),
+    ("run -p a --min-p -0.1", "--min-p: expected a number from 0 to 1, found '-0.1'"),
+    ("run -p a --top-k -1", "--top-k: expected a whole number from 0 to 2147483647, found '-1'"),
+    ("run -p a --seed -1", "--seed: expected a whole number from 0 to 9223372036854775807, found '-1'"),
+    ("run -p a --ctx 0", "--ctx: expected a whole number from 1 to 2147483647, found '0'"),
+    ("run -p a --threads 0", "--threads: expected a whole number from 1 to 1024, found '0'"),
+    ("run -p a --prefill-chunk 0", "--prefill-chunk: expected a whole number from 1 to 65536, found '0'"),
+    ("run -p a --kv f8", "--kv: expected f32, f16 or q8, found 'f8'"),
+    ("run -p a --quant q5", "--quant: expected f32, bf16, q8 or q4, found 'q5'"),
+    ("run -p a --experts some", "--experts: expected auto, whole, sliced or shared, found 'some'"),
+    ("run -p a --check much", "--check: expected fast or full, found 'much'"),
     ("run -p a extra", "Got unexpected extra argument (extra)"),
     ("run -p", "Option '-p' requires an argument"),
     ("logits -o x.npy", "Missing option '--ids'"),
@@ -147,10 +147,14 @@ def test_bad_use_is_one_line(line: str, message: str) -> None:
         ("max_token = 3", "unknown option 'max_token'; known are"),
         ("config = 'x'", "unknown option 'config'"),
         ("max_tokens = ", "is not valid TOML"),
-        ("max_tokens = 3.5", "'3.5' is not a valid integer range (from config"),
-        ("quiet = 3", "'3' is not a valid boolean"),
-        ("[run]\nmax_tokens = 3", "unknown option 'run'"),
-        ("max_tokens = {a = 1}", "max_tokens: expected a string, a number or true/false"),
+        ("max_tokens = 3.5", "max_tokens: expected a whole number from 1 to 2147483647, found '3.5' (from config"),
+        ("max-tokens = 0", "max-tokens: expected a whole number from 1"),
+        ("max-tokens = 1\nmax_tokens = 2", "max_tokens is there twice"),
+        ("quiet = 3", "quiet: expected true or false, found '3'"),
+        ("[run]\nmax_tokens = 3", "run is a table: tables are not used"),
+        ("[[run]]\nmax_tokens = 3", "run is a table: tables are not used"),
+        ("model = ''", "model: expected the name of a file or directory, found an empty text"),
+        ("max_tokens = {a = 1}", "max_tokens is a table: tables are not used"),
     ],
 )
 def test_a_bad_config_file_is_one_line(tmp_path: Path, content: str, message: str) -> None:
@@ -164,7 +168,7 @@ def test_a_bad_config_file_is_one_line(tmp_path: Path, content: str, message: st
 
 def test_a_bad_environment_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIST_MOE_THREADS", "all")
-    with pytest.raises(UsageError, match=r"'--threads': 'all' .* \(from environment DIST_MOE_THREADS\)"):
+    with pytest.raises(UsageError, match=r"--threads: .*, found 'all' \(from environment DIST_MOE_THREADS\)"):
         execute(["run", "-p", "a"])
 
 

@@ -16,8 +16,7 @@ from dist_moe.cli.models import ModelSource, cache_directory, find_model
 from dist_moe.cli.npy_rows import NpyRows, require_writable
 from dist_moe.cli.options import ModelOptions, RunOptions
 from dist_moe.cli.output import Output
-from dist_moe.cli.prompt import Prompt, read_prompt, require_room
-from dist_moe.cli.run import context_size
+from dist_moe.cli.prompt import Prompt, read_prompt
 from dist_moe.cli.sampling import sampling_options
 from dist_moe.cli.token_ids import parse_ids, read_ids, require_ids
 from dist_moe.demo import demo_model_directory
@@ -162,21 +161,6 @@ def test_a_tokenizer_of_another_model_is_noticed(tokenizer: Tokenizer) -> None:
 def test_stdin_is_refused_where_it_never_ends(tokenizer: Tokenizer) -> None:
     with pytest.raises(UsageError, match=r"Open MPI.*use --prompt-file"):
         read_prompt(replace(RUN, prompt="-"), tokenizer, tokenizer.size, Launcher("openmpi", 0, 2, 2))
-
-
-def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers() -> None:
-    with pytest.raises(UsageError, match=r"has 9 tokens, but the context has 8 positions \(the model's maximum\)"):
-        require_room(9, 8, "the model's maximum")
-
-
-def test_the_context_is_as_long_as_needed_or_possible() -> None:
-    assert context_size(RUN, 10, 100) == 18
-    assert context_size(RUN, 95, 100) == 100
-    assert context_size(replace(RUN, ctx=50), 10, 100) == 50
-    with pytest.raises(UsageError, match="--ctx 101 is more than the model's maximum of 100"):
-        context_size(replace(RUN, ctx=101), 10, 100)
-    with pytest.raises(UsageError, match=r"10 tokens, but the context has 9 positions \(--ctx\)"):
-        context_size(replace(RUN, ctx=9), 10, 100)
 
 
 def test_flags_complete_the_models_advice() -> None:

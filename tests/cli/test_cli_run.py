@@ -89,7 +89,7 @@ def test_ranks_print_once_and_the_same(mpirun: MpiRun, alone: MpiRun, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "-p", "a", "--kv", "f8"), "'f8' is not one of"),
+        (("run", "-p", "a", "--kv", "f8"), "--kv: expected f32, f16 or q8"),
         (("run",), "there is nothing to continue"),
         (("run", "-m", "nowhere", "-p", "a"), "-m nowhere: expected a store"),
         (("run", "-p", "a", "--logits", "nowhere/x.npy"), "nowhere/x.npy: cannot be written"),

@@ -63,6 +63,7 @@ def test_a_missing_shard_is_no_matter_until_its_units_are_required(make_store: M
     text = str(caught.value)
     assert "shard-00002-of-00003.safetensors is missing: it holds layer 1, query head 2 and 1 more like it" in text
     assert f"dist-moe shard odd --nodes 3 --quant q4 --group-size 32 --experts whole -o {directory}" in text
+    assert text.endswith("(odd is the source's name: give its path)")
     with pytest.raises(StoreError, match="layer 0, expert 2, chunk 0"):
         store.unit("chunk", 0, 2 * store.manifest.layer_chunks_per_expert(0))
     with pytest.raises(StoreError, match="vocabulary block 1"):
@@ -99,7 +100,9 @@ def test_an_incomplete_store_says_how_to_finish_it(make_store: MakeStore) -> Non
 def test_without_its_common_file_a_store_is_refused(make_store: MakeStore) -> None:
     directory = make_store()
     (directory / "common.safetensors").unlink()
-    with pytest.raises(StoreError, match=r"common.safetensors: cannot be read \(No such file"):
+    with pytest.raises(
+        StoreError, match=r"common.safetensors: is missing; copy it .* or repeat the dist-moe shard command"
+    ):
         Store.open(directory)
 
 

@@ -12,7 +12,7 @@ from dist_moe.text.chat_template import ChatTemplate
 from dist_moe.text.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-QWEN3 = Path(os.environ.get("DIST_MOE_SHARED", REPOSITORY.parent / "shared")) / "qwen3"
+QWEN3 = Path(os.environ.get("DIST_MOE_TEST_SHARED", REPOSITORY.parent / "shared")) / "qwen3"
 
 pytestmark = pytest.mark.skipif(not QWEN3.is_dir(), reason="the shared folder with Qwen3's real files is absent")
 

@@ -1,0 +1,119 @@
+"""The types of options: each refuses a value in one sentence that names the option as the user wrote it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+from click.core import ParameterSource
+
+if TYPE_CHECKING:
+    TextChoice = click.Choice[str]
+else:
+    TextChoice = click.Choice  # generic since click 8.2
+
+# In a context's `meta`: how the config file spells each option that stands in it.
+CONFIG_KEYS = "dist_moe.config_keys"
+
+
+class BadValue(click.BadParameter):
+    """A value that an option does not take: `--max-tokens: expected a whole number from 1, found 'abc'`."""
+
+    def format_message(self) -> str:
+        """The sentence, without a full stop."""
+        return f"{_spelling(self.ctx, self.param)}: {self.message}"
+
+
+class Whole(click.IntRange):
+    """A whole number in a range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse and check."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            refuse(f"a whole number {_range(self.min, self.max)}", value, param, ctx)
+
+
+class Number(click.FloatRange):
+    """A number in a range; click's own FloatRange lets NaN through."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse and check."""
+        try:
+            number = super().convert(value, param, ctx)
+        except click.BadParameter:
+            number = math.nan
+        if math.isnan(number):
+            refuse(f"a number {_range(self.min, self.max)}", value, param, ctx)
+        return number
+
+
+class OneOf(TextChoice):
+    """One of a few words."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            refuse(f"{', '.join(self.choices[:-1])} or {self.choices[-1]}", value, param, ctx)
+
+
+class YesNo(click.types.BoolParamType):
+    """The value of a flag where it comes from a file or the environment."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            refuse("true or false", value, param, ctx)
+
+
+class PathName(click.types.StringParamType):
+    """The name of a file or directory; empty ones, which an unset shell variable gives, name the working directory."""
+
+    def __init__(self, expected: str = "the name of a file or directory") -> None:
+        """`expected` says what the option takes."""
+        self._expected = expected
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check."""
+        name = super().convert(value, param, ctx)
+        if not name:
+            self.fail(f"expected {self._expected}, found an empty text (an unset variable?)", param, ctx)
+        if "\0" in name:
+            refuse(self._expected, name, param, ctx)
+        return name
+
+    def fail(self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None) -> NoReturn:
+        """Raise."""
+        raise BadValue(message, ctx, param)
+
+
+def refuse(expected: str, found: Any, param: click.Parameter | None, ctx: click.Context | None) -> NoReturn:
+    """Raise BadValue with what was expected and the value that was found, cut to a readable length."""
+    text = str(found)
+    text = text if len(text) <= 40 else text[:37] + "..."
+    raise BadValue(f"expected {expected}, found {text!r}", ctx, param)
+
+
+def _range(least: float | None, most: float | None) -> str:
+    return f"from {least or 0:g}" if most is None else f"from {least or 0:g} to {_digits(most)}"
+
+
+def _digits(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+def _spelling(context: click.Context | None, parameter: click.Parameter | None) -> str:
+    if parameter is None:
+        return "value"
+    name = str(parameter.name)
+    if context is not None and context.get_parameter_source(name) is ParameterSource.DEFAULT_MAP:
+        return str(context.meta.get(CONFIG_KEYS, {}).get(name, name))
+    if isinstance(parameter, click.Argument):
+        return parameter.human_readable_name.strip("[]")
+    return max(parameter.opts, key=len)
