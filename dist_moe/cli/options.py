@@ -98,7 +98,7 @@ def model_options(command: Decorated) -> Decorated:
         ),
         option(
             "--bind",
-            type=click.Choice(["auto", "keep"]),
+            type=OneOf(["auto", "keep"]),
             default="auto",
             help="auto: use all cores of the job where the launcher bound a rank to fewer than its fair share (Open "
             "MPI binds a lone rank to one core); keep: stay on the launcher's cores.",

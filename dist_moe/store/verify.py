@@ -167,7 +167,7 @@ def verify_store(
 def _unreadable(path: Path, error: OSError) -> StoreError:
     if isinstance(error, FileNotFoundError):
         return StoreError(f"{path}: is missing; copy it from another machine, or repeat the dist-moe shard command")
-    return StoreError(f"{path}: cannot be read ({error.strerror}); allow reading it, or {_ADVICE}")
+    return StoreError(f"{path}: cannot be read ({error.strerror}); allow reading it, or {ADVICE}")
 
 
 def _shape(tensor: tuple[str, tuple[int, ...]] | None) -> str:
