@@ -6,16 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from dist_moe.cli.options import ModelOptions, RunOptions
 from dist_moe.cli.prompt import require_room
 from dist_moe.cli.run import context_size
 from dist_moe.errors import UsageError
-
-MODEL = ModelOptions(None, None, "f16", None, "auto", 256, "fast", 0, None)
-RUN = RunOptions(
-    **vars(MODEL), prompt=None, prompt_file=None, prompt_ids=None, max_tokens=8, temperature=None, top_k=None,
-    top_p=None, min_p=None, seed=5, ignore_eos=False, ctx=None, logits=None, json=False, quiet=False,
-)  # fmt: skip
+from helpers.command_options import RUN
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers() -> None:

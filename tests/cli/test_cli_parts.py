@@ -14,7 +14,7 @@ import pytest
 from dist_moe.cli.logs import start_logging
 from dist_moe.cli.models import ModelSource, cache_directory, find_model
 from dist_moe.cli.npy_rows import NpyRows, require_writable
-from dist_moe.cli.options import ModelOptions, RunOptions
+from dist_moe.cli.options import RunOptions
 from dist_moe.cli.output import Output
 from dist_moe.cli.prompt import Prompt, read_prompt
 from dist_moe.cli.sampling import sampling_options
@@ -27,15 +27,8 @@ from dist_moe.kernels import WeightFormat
 from dist_moe.parallel.launcher import Launcher
 from dist_moe.text.generation_config import GenerationConfig
 from dist_moe.text.tokenizer import Tokenizer
+from helpers.command_options import MODEL, RUN
 
-MODEL = ModelOptions(
-    model=None, quant=None, kv="f16", threads=None, threads_file=None, bind="auto", experts="auto", prefill_chunk=256,
-    check="fast", stall_timeout=60, start_timeout=60, scrub=False, verbose=0, log_file=None,
-)  # fmt: skip
-RUN = RunOptions(
-    **vars(MODEL), prompt=None, prompt_file=None, prompt_ids=None, max_tokens=8, temperature=None, top_k=None,
-    top_p=None, min_p=None, seed=5, ignore_eos=False, ctx=None, logits=None, json=False, quiet=False,
-)  # fmt: skip
 ALONE = Launcher()
 STATISTICS = EngineStatistics(0.5, 10, 0.1, 4, 0.4, 5, 0.3, 0.1, 0.1, 2_500_000)
 

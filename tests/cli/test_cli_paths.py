@@ -16,7 +16,6 @@ from dist_moe.cli import text_files
 from dist_moe.cli.main import execute
 from dist_moe.cli.models import find_model
 from dist_moe.cli.npy_rows import require_writable
-from dist_moe.cli.options import ModelOptions, RunOptions
 from dist_moe.cli.prompt import read_prompt, read_tokenizer
 from dist_moe.cli.token_ids import read_ids
 from dist_moe.demo import demo_model_directory
@@ -25,12 +24,7 @@ from dist_moe.parallel.launcher import Launcher
 from dist_moe.store.inspection import inspect_path
 from dist_moe.store.reader import Store
 from dist_moe.text.tokenizer import Tokenizer
-
-MODEL = ModelOptions(None, None, "f16", None, "auto", 256, "fast", 0, None)
-RUN = RunOptions(
-    **vars(MODEL), prompt=None, prompt_file=None, prompt_ids=None, max_tokens=8, temperature=None, top_k=None,
-    top_p=None, min_p=None, seed=5, ignore_eos=False, ctx=None, logits=None, json=False, quiet=False,
-)  # fmt: skip
+from helpers.command_options import MODEL, RUN
 
 
 @pytest.fixture(scope="module")

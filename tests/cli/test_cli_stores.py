@@ -13,14 +13,12 @@ from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.cli.inspect import inspect
 from dist_moe.cli.main import execute
 from dist_moe.cli.models import find_model
-from dist_moe.cli.options import ModelOptions
 from dist_moe.demo import demo_model_directory
 from dist_moe.errors import PlaceError, StoreError, UsageError
 from dist_moe.store.reader import Store
+from helpers.command_options import MODEL
 from helpers.tiny_model import TinyModel
 from helpers.tiny_store import run_convert
-
-MODEL = ModelOptions(None, None, "f16", None, "auto", 256, "fast", 0, None)
 
 
 @pytest.fixture(scope="module")
