@@ -23,12 +23,15 @@ static int has_avx512(void) {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
+static int has_avx512vnni(void) { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
 static const level LADDER[] = {
     {&dm_kernels_portable, always},
     {&dm_kernels_avx2, has_avx2},
     {&dm_kernels_avx512, has_avx512},
+    {&dm_kernels_avx512vnni, has_avx512vnni},
 };
-static const char *const NAMES[] = {"portable", "avx2", "avx512", NULL};
+static const char *const NAMES[] = {"portable", "avx2", "avx512", "avx512vnni", NULL};
 
 #else
 

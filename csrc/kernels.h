@@ -89,6 +89,7 @@ typedef struct dm_kernels {
 extern const dm_kernels dm_kernels_portable;
 extern const dm_kernels dm_kernels_avx2;
 extern const dm_kernels dm_kernels_avx512;
+extern const dm_kernels dm_kernels_avx512vnni;
 extern const dm_kernels dm_kernels_neon;
 
 #endif

@@ -25,6 +25,7 @@
 #include "../portable/fixed_point.h"
 #include "../portable/silu.h"
 #include "../portable/matmul_float.h"
+#include "../portable/int_pairs.h"
 #include "../portable/matmul_int.h"
 #include "../portable/rope.h"
 #include "../portable/kv_store.h"

@@ -1,29 +1,6 @@
-/* matmul_int.h: q4 and q8 weights. Per 32 columns an exact int32 dot product and one fma (rule 6).
- *
- * Bytes are widened to int16 lanes, two per row: the even and the odd half of a dword's bytes. Bounds: q4 adds 16
- * products of at most 15 * 128 per lane = 30720; q8 adds 2 of at most 128 * 127 = 32512; both fit int16.
- */
+/* matmul_int.h: q4 and q8 weights. Per 32 columns an exact int32 dot product (int_pairs.h) and one fma (rule 6). */
 #ifndef DM_MATMUL_INT_H
 #define DM_MATMUL_INT_H
-
-/* The activations of T tokens in that order: dword 2j of a group holds columns 4j and 4j + 2, dword 2j + 1 columns
- * 4j + 1 and 4j + 3, as int16. */
-DM_INLINE void widen_pairs(uint32_t *pairs, const int8_t *q, size_t count) {
-    for (size_t j = 0; j < count; j++) {
-        pairs[2 * j] = (uint32_t)(uint16_t)q[4 * j] | (uint32_t)(uint16_t)q[4 * j + 2] << 16;
-        pairs[2 * j + 1] = (uint32_t)(uint16_t)q[4 * j + 1] | (uint32_t)(uint16_t)q[4 * j + 3] << 16;
-    }
-}
-
-/* One register of a packed vector: its bytes as int16, even ones and odd ones. */
-DM_INLINE u16v load_bytes(const uint8_t *vector) {
-    u16v bytes;
-    __builtin_memcpy(&bytes, vector, sizeof bytes);
-    return bytes;
-}
-
-DM_INLINE i16v even_bytes(i16v bytes) { return (i16v)((u16v)bytes << 8) >> 8; }
-DM_INLINE i16v odd_bytes(i16v bytes) { return bytes >> 8; }
 
 typedef void (*group_dot)(i32v *dot, const uint8_t *vectors, const uint32_t *pairs, const int32_t *sum,
                           size_t pair_stride, size_t sum_stride, size_t tokens);
@@ -43,20 +20,6 @@ DM_INLINE void dot_q4(i32v *dot, const uint8_t *vectors, const uint32_t *pairs, 
         }
     }
     for (size_t t = 0; t < tokens; t++) dot[t] = sum_pairs(total[t]) - all_i32(8 * sum[t * sum_stride]);
-}
-
-/* The same for signed bytes, after the offset (0x80 in every byte, or none) is taken away. */
-DM_INLINE void dot_bytes(i32v *dot, const uint8_t *vectors, const uint32_t *pairs, size_t pair_stride, size_t tokens,
-                         uint16_t offset) {
-    for (size_t t = 0; t < tokens; t++) dot[t] = (i32v){0};
-    for (size_t j = 0; j < 8; j++) {
-        i16v bytes = (i16v)(load_bytes(vectors + 64 * j) ^ offset);
-        i16v even = even_bytes(bytes), odd = odd_bytes(bytes);
-        for (size_t t = 0; t < tokens; t++) {
-            const uint32_t *x = pairs + t * pair_stride + 2 * j;
-            dot[t] += sum_pairs(even * all_pairs(x[0]) + odd * all_pairs(x[1]));
-        }
-    }
 }
 
 DM_INLINE void dot_q8(i32v *dot, const uint8_t *vectors, const uint32_t *pairs, const int32_t *sum, size_t pair_stride,

@@ -1,0 +1,41 @@
+/* avx512vnni/level.c: AVX-512 with VNNI (Ice Lake, Zen 4 and later): integer matrices by vpdpbusd. */
+#if defined(__x86_64__)
+#define DM_LEVEL avx512vnni
+#define DM_LANES 16
+
+#include <immintrin.h>
+
+#include "../formats.h"
+#include "../kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-width=512")
+#endif
+
+#include "../vector_types.h"
+#include "../avx512/primitives.h"
+#include "../lanes.h"
+#include "../portable/half.h"
+#include "../portable/pack.h"
+#include "../portable/embed.h"
+#include "../portable/rmsnorm.h"
+#include "../portable/quantize.h"
+#include "../portable/fixed_point.h"
+#include "../portable/silu.h"
+#include "../portable/matmul_float.h"
+#include "../portable/int_pairs.h"
+#include "matmul_int.h"
+#include "../portable/rope.h"
+#include "../portable/kv_store.h"
+#include "../portable/attention.h"
+#include "../portable/route.h"
+#include "../portable/vocabulary.h"
+#include "../table.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
