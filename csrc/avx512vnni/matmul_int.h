@@ -43,24 +43,28 @@ DM_INLINE __m512i dot_group(const __m512i weights[8], const int8_t *q, int32_t s
     return _mm512_add_epi32(even, odd);
 }
 
-/* A scale serves 2^shift groups of 32 columns. */
-DM_INLINE size_t scale_shift(size_t group) { return group == 0 ? 63 : (size_t)__builtin_ctzll(group / DM_GROUP); }
-
 /* One tile against `tokens` tokens from t on. */
 DM_INLINE void vnni_tile(float *out_TR, const uint8_t *tile, const dm_rows *x, size_t t, size_t tokens, size_t rows,
                          size_t out_stride, size_t group, int format) {
-    const size_t groups = dm_divide_up(x->columns, DM_GROUP), shift = scale_shift(group);
+    const size_t groups = dm_divide_up(x->columns, DM_GROUP);
+    const size_t groups_per_scale = group == 0 ? groups : group / DM_GROUP;
     const size_t group_bytes = format == DM_Q4 ? 256 : 512;
     const uint8_t *vectors = tile + dm_scale_bytes(x->columns, group);
     f32v sum[TILE_TOKENS];
     for (size_t i = 0; i < tokens; i++) sum[i] = (f32v){0};
+    const uint16_t *scales = (const uint16_t *)tile;
+    size_t left = groups_per_scale;
     for (size_t g = 0; g < groups; g++, vectors += group_bytes) {
         __m512i weights[8];
         if (format == DM_Q4)
             unpack_q4(weights, vectors);
         else
             unpack_q8(weights, vectors);
-        f32v scale = widen_f16((const uint16_t *)tile + (g >> shift) * 16);
+        f32v scale = widen_f16(scales);
+        if (--left == 0) {
+            scales += 16;
+            left = groups_per_scale;
+        }
         for (size_t i = 0; i < tokens; i++) {
             const size_t place = (t + i) * x->group_stride + g;
             __m512i dot = dot_group(weights, x->q + (t + i) * x->q_stride + g * DM_GROUP, x->sum[place],
