@@ -1,4 +1,4 @@
-"""Ctrl-C: the first ends a run after its step, with its text and summary; a second one, or one at the start, at once."""
+"""Ctrl-C: the first ends a run after its step, with text and summary; a second one, or one at the start, at once."""
 
 from __future__ import annotations
 
