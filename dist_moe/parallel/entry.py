@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from dist_moe.errors import DistMoeError
+from dist_moe.parallel.last_words import LastWords
 from dist_moe.parallel.launcher import Launcher, detect_launcher
 from dist_moe.parallel.lifeline import hold_lifeline
 from dist_moe.parallel.mpi import abort, running_mpi, tell_launcher
@@ -63,11 +64,13 @@ def guarded(main: Callable[[], int], environ: Mapping[str, str] | None = None) -
     environ = os.environ if environ is None else environ
     launcher = detect_launcher(environ)
     hold_lifeline(launcher)
+    last_words = LastWords(launcher, environ)
     try:
         ending = _Ending(main(), agreed=True)
         sys.stdout.flush()
     except BaseException as error:
         ending = _explain(error, _place(launcher))
+    last_words.spare()
     mpi = running_mpi()
     if mpi is None:
         return _leave_before_mpi(ending, launcher, environ)

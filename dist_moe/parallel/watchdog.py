@@ -15,8 +15,9 @@ import time
 from dataclasses import replace
 from types import ModuleType
 
+from dist_moe.parallel.last_words import death_line
 from dist_moe.parallel.lifeline import STALLED
-from dist_moe.parallel.mpi import end_from_thread, say
+from dist_moe.parallel.mpi import end_from_thread
 from dist_moe.parallel.progress import Progress
 from dist_moe.parallel.side_channel import (
     LEAVING,
@@ -36,9 +37,7 @@ TICK_S = 1.0
 _CONNECT_S = 5.0
 # Time in which this thread itself did not run (a suspended machine, a stopped job) is not held against others.
 _LONGEST_TICK_S = 2.0
-# When the launcher kills all ranks, this one dies within so long of the first, and should not call that a death.
-_ALL_KILLED_S = 0.0
-# A launcher ends the job of a dead rank by itself; where it does not, this one does after so long.
+# A launcher names a dead rank and ends the job by itself; where it does not, this rank does after so long.
 _LAUNCHER_ENDS_S = 3.0
 # A rank that fails has this long to print why and to end the job, longer than `guarded` takes.
 _LEAVING_S = 15.0
@@ -117,10 +116,6 @@ def _start_follower(world: World, timeout_s: float) -> _Follower:
     return follower
 
 
-def _death(rank: int, world: World) -> str:
-    return f"{name_ranks([rank], world.hosts)} has died (killed, perhaps for want of memory, or crashed)"
-
-
 class _Watcher(threading.Thread):
     """What rank 0 and the others have in common: a loop that listens and, once a second, looks."""
 
@@ -190,10 +185,8 @@ class _Leader(_Watcher):
         if self._leaving:
             return
         self.leave()
-        time.sleep(_ALL_KILLED_S)
-        say(_death(rank, self._world))
         time.sleep(_LAUNCHER_ENDS_S)
-        end_from_thread(self._mpi, STALLED)
+        self._end(death_line(name_ranks([rank], self._world.hosts)))
 
 
 class _Follower(_Watcher):
@@ -242,11 +235,8 @@ class _Follower(_Watcher):
         self._channel = None
         if self._leaving:
             return
-        first = self._world.rank == 1
-        time.sleep(_ALL_KILLED_S if first else _LAUNCHER_ENDS_S)
-        say(_death(0, self._world))
-        time.sleep(_LAUNCHER_ENDS_S)
-        end_from_thread(self._mpi, STALLED)
+        time.sleep(_LAUNCHER_ENDS_S + self._patience_s - self._timeout_s)
+        self._end(death_line(self._leader))
 
     @property
     def _here(self) -> str:

@@ -1,7 +1,8 @@
 """`dist-moe`, but one rank fails: python faulty.py ACT PHASE RANK -- arguments of dist-moe.
 
-ACT: none, slow (every decode takes long), raise, exit, kill, stop (SIGSTOP) or hang. PHASE: start (before MPI), join (after it), load, prefill, decode or
-exchange. Everything else is the product's own code.
+ACT: none, slow (every decode takes long), raise, exit, kill, stop (SIGSTOP) or hang.
+PHASE: start (before MPI), join (after it), load, prefill, decode or exchange.
+Everything else is the product's own code.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dist_moe.parallel.launcher import detect_launcher
 
 LAYER = 2
 DECODE_STEP = 4
+SLOW = "a slow step\n"
 
 
 def act(what: str) -> None:
@@ -32,6 +34,7 @@ def act(what: str) -> None:
     if what == "exit":
         sys.exit(5)
     if what == "slow":
+        os.write(2, SLOW.encode())
         time.sleep(0.05)
         return
     if what == "hang":
