@@ -65,7 +65,8 @@ def test_a_killed_rank(environment: dict[str, str], phase: str, rank: int) -> No
     if flavour() == "openmpi":
         assert f"process rank {rank} with PID" in ended.stderr
     else:
-        assert "BAD TERMINATION" in ended.stdout + ended.stderr  # Hydra kills all so soon that our line may be lost
+        assert "BAD TERMINATION" in ended.stdout + ended.stderr
+        assert ended.lines or phase == "start", ended  # Hydra names no rank: we do, once all ranks know each other
     for line in ended.lines:
         assert line.startswith(f"dist-moe: error: rank {rank} on "), ended
         assert line.endswith(" has died (killed, perhaps for want of memory, or crashed)")
