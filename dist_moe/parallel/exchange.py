@@ -41,11 +41,12 @@ def waiting(
     @functools.wraps(method)
     def noted(self: Any, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         progress: Progress = self.world.progress
-        progress.wait()
+        progress.exchanges += 1
+        progress.waiting += 1
         try:
             return method(self, *args, **kwargs)
         finally:
-            progress.go_on()
+            progress.waiting -= 1
 
     return noted
 

@@ -54,15 +54,6 @@ class Progress:
         """The step is done; from here on nothing is expected of this rank."""
         self.phase = Phase.IDLE
 
-    def wait(self) -> None:
-        """An exchange begins."""
-        self.exchanges += 1
-        self.waiting += 1
-
-    def go_on(self) -> None:
-        """The exchange is done."""
-        self.waiting -= 1
-
     def mark(self) -> tuple[int, int, int, int, int]:
         """A value that changes whenever this rank moves."""
         return self.step, self.layer, self.phase, self.exchanges, self.waiting

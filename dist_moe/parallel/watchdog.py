@@ -15,9 +15,8 @@ import time
 from dataclasses import replace
 from types import ModuleType
 
-from dist_moe.parallel.last_words import death_line
 from dist_moe.parallel.lifeline import STALLED
-from dist_moe.parallel.mpi import end_from_thread
+from dist_moe.parallel.mpi import end_from_thread, say
 from dist_moe.parallel.progress import Progress
 from dist_moe.parallel.side_channel import (
     LEAVING,
@@ -37,7 +36,9 @@ TICK_S = 1.0
 _CONNECT_S = 5.0
 # Time in which this thread itself did not run (a suspended machine, a stopped job) is not held against others.
 _LONGEST_TICK_S = 2.0
-# A launcher names a dead rank and ends the job by itself; where it does not, this rank does after so long.
+# When the launcher kills all ranks, this one dies within so long of the first, and should not call that a death.
+_ALL_KILLED_S = 0.02
+# A launcher ends the job of a dead rank by itself; where it does not, this rank does after so long.
 _LAUNCHER_ENDS_S = 3.0
 # A rank that fails has this long to print why and to end the job, longer than `guarded` takes.
 _LEAVING_S = 15.0
@@ -116,6 +117,10 @@ def _start_follower(world: World, timeout_s: float) -> _Follower:
     return follower
 
 
+def _death_line(who: str) -> str:
+    return f"{who} has died (killed, perhaps for want of memory, or crashed)"
+
+
 class _Watcher(threading.Thread):
     """What rank 0 and the others have in common: a loop that listens and, once a second, looks."""
 
@@ -144,7 +149,7 @@ class _Watcher(threading.Thread):
     def _look(self, own: Report, elapsed_s: float) -> None:
         raise NotImplementedError
 
-    def _end(self, line: str) -> None:
+    def _end(self, line: str = "") -> None:
         end_from_thread(self._mpi, STALLED, line)
 
 
@@ -185,8 +190,10 @@ class _Leader(_Watcher):
         if self._leaving:
             return
         self.leave()
+        time.sleep(_ALL_KILLED_S)
+        say(_death_line(name_ranks([rank], self._world.hosts)))
         time.sleep(_LAUNCHER_ENDS_S)
-        self._end(death_line(name_ranks([rank], self._world.hosts)))
+        self._end()
 
 
 class _Follower(_Watcher):
@@ -235,8 +242,10 @@ class _Follower(_Watcher):
         self._channel = None
         if self._leaving:
             return
-        time.sleep(_LAUNCHER_ENDS_S + self._patience_s - self._timeout_s)
-        self._end(death_line(self._leader))
+        time.sleep(_ALL_KILLED_S if self._world.rank == 1 else _LAUNCHER_ENDS_S)
+        say(_death_line(self._leader))
+        time.sleep(_LAUNCHER_ENDS_S)
+        self._end()
 
     @property
     def _here(self) -> str:

@@ -101,7 +101,7 @@ class Job:
         for process in self._processes():
             environ = _environ(process)
             rank = next((environ[name] for name in _RANK_VARIABLES if name in environ), None)
-            if rank is not None:
+            if rank is not None and process.name() != "sh":
                 found[int(rank)] = process.pid
         return found
 

@@ -14,6 +14,8 @@ from helpers.faulty import SLOW
 from helpers.jobs import Job, faulty, slow
 from helpers.launching import flavour
 
+pytestmark = pytest.mark.faults
+
 RANKS = 4
 MUST_END_WITHIN_S = 45
 

@@ -40,6 +40,8 @@ def end(env: dict[str, str], act: str, phase: str, rank: int, *arguments: str) -
     ("phase", "rank"),
     [("start", 2), ("join", 2), ("load", 2), ("prefill", 2), ("decode", 0), ("decode", 2), ("exchange", 2)],
 )
+
+pytestmark = pytest.mark.faults
 def test_an_exception_on_one_rank(environment: dict[str, str], phase: str, rank: int) -> None:
     ended = end(environment, "raise", phase, rank)
     assert ended.code == 1, ended
@@ -65,7 +67,8 @@ def test_a_killed_rank(environment: dict[str, str], phase: str, rank: int) -> No
     if flavour() == "openmpi":
         assert f"process rank {rank} with PID" in ended.stderr
     else:
-        assert "BAD TERMINATION" in ended.stdout + ended.stderr  # Hydra kills all so soon that our line may be lost
+        assert "BAD TERMINATION" in ended.stdout + ended.stderr
+        assert ended.lines or phase == "start", ended  # Hydra names no rank: we do, once all ranks know each other
     for line in ended.lines:
         assert line.startswith(f"dist-moe: error: rank {rank} on "), ended
         assert line.endswith(" has died (killed, perhaps for want of memory, or crashed)")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from helpers.random_kills import random_kills
+
+pytestmark = pytest.mark.faults
 
 
 def test_whoever_is_killed_whenever_the_job_ends_cleanly() -> None:
