@@ -11,6 +11,8 @@ from helpers import launching
 from helpers.jobs import STORY, Ended, Job, faulty, slow
 from helpers.launching import flavour
 
+pytestmark = pytest.mark.faults
+
 RANKS = 4
 STALL_S = 3
 START_S = 5
@@ -40,8 +42,6 @@ def end(env: dict[str, str], act: str, phase: str, rank: int, *arguments: str) -
     ("phase", "rank"),
     [("start", 2), ("join", 2), ("load", 2), ("prefill", 2), ("decode", 0), ("decode", 2), ("exchange", 2)],
 )
-
-pytestmark = pytest.mark.faults
 def test_an_exception_on_one_rank(environment: dict[str, str], phase: str, rank: int) -> None:
     ended = end(environment, "raise", phase, rank)
     assert ended.code == 1, ended
