@@ -20,6 +20,7 @@ from dist_moe.parallel.world import World
 from dist_moe.store.convert import convert
 from dist_moe.store.manifest import FORMAT_VERSION, MANIFEST_NAME, NUMERICS_VERSION, PROGRESS_NAME, read_manifest
 from dist_moe.store.plan import StoreOptions, source_name
+from dist_moe.store.synthetic import SyntheticModel, write_synthetic
 from dist_moe.store.verify import check_text_files
 
 DEFAULT_FORMAT = WeightFormat.Q4
@@ -29,10 +30,15 @@ DEMO_FORMAT = WeightFormat.Q8
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model before any weight is read; `format` is None for a store, which has its own."""
+    """A model before any weight is read; `format` is None for a store, which has its own.
+
+    A `synthetic` model has no weights to read: `directory` is where the store of its random ones is, or will be.
+    """
 
     directory: Path
     format: WeightFormat | None
+    synthetic: SyntheticModel | None = None
+    in_cache: bool = True  # of a synthetic model: a damaged store is ours to replace
 
     def read_config(self) -> ModelConfig:
         """The model's sizes; a store's small files are checked on the way, before one of them is parsed.
@@ -41,6 +47,8 @@ class ModelSource:
             StoreError: The store's manifest is damaged or of another version, or its tokenizer's files are damaged.
             CheckpointError: The checkpoint's config.json is damaged or of an unsupported model.
         """
+        if self.synthetic is not None:
+            return self.synthetic.config
         if self.format is None:
             manifest = read_manifest(self.directory / MANIFEST_NAME)
             check_text_files(self.directory, manifest)
@@ -103,8 +111,10 @@ def local_store(world: World, source: ModelSource, *, full_check: bool) -> Path:
     directory, error = Path(), None
     if world.local_rank == 0:
         try:
-            options = StoreOptions(format=source.format, wait=True, replace_damaged=True, full_check=full_check)
-            directory = _packed(source.directory, options, shows_progress=world.node == 0)
+            options = StoreOptions(
+                format=source.format, wait=True, replace_damaged=source.in_cache, full_check=full_check
+            )
+            directory = _packed(source, options, shows_progress=world.node == 0)
         except DistMoeError as own:
             error = own
     world.sleep_until_all()
@@ -112,18 +122,37 @@ def local_store(world: World, source: ModelSource, *, full_check: bool) -> Path:
     return Path(world.gather_texts(str(directory))[world.node_of_rank.index(world.node)])
 
 
-def _packed(source: Path, options: StoreOptions, *, shows_progress: bool) -> Path:
-    checkpoint = Checkpoint.open(source)
-    versions = f"{FORMAT_VERSION} {NUMERICS_VERSION} {options.group_size}"
-    key = f"{source.resolve()}\n{checkpoint.fingerprint()}\n{versions}"
-    name = f"{source_name(source)}-{options.format.label}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    directory = cache_directory() / name
+def synthetic_source(model: SyntheticModel, fmt: WeightFormat, directory: str | None) -> ModelSource:
+    """A model of random weights, kept in `directory` or, if that is None, in the cache directory.
+
+    Raises:
+        UsageError: There is no cache directory.
+    """
+    if directory is not None:
+        return ModelSource(Path(directory), fmt, model, in_cache=False)
+    return ModelSource(cache_directory() / _cache_name(model.name, fmt, model.fingerprint()), fmt, model)
+
+
+def _packed(source: ModelSource, options: StoreOptions, *, shows_progress: bool) -> Path:
     with ShardProgress(quiet=not shows_progress) as progress:
         try:
+            if source.synthetic is not None:
+                write_synthetic(source.synthetic, source.directory, options, progress)
+                return source.directory
+            checkpoint = Checkpoint.open(source.directory)
+            key = f"{source.directory.resolve()}\n{checkpoint.fingerprint()}"
+            directory = cache_directory() / _cache_name(source_name(source.directory), options.format, key)
             convert(checkpoint, directory, options, progress)
         except PlaceError as error:
-            raise PlaceError(f"{error} or set DIST_MOE_CACHE to another directory") from error
+            other = "set DIST_MOE_CACHE to another directory" if source.in_cache else "choose another --synthetic-dir"
+            raise PlaceError(f"{error} or {other}") from error
     return directory
+
+
+def _cache_name(name: str, fmt: WeightFormat, key: str) -> str:
+    """What a packed model is called in the cache directory: equal names have equal contents."""
+    text = f"{key}\n{FORMAT_VERSION} {NUMERICS_VERSION} {StoreOptions.group_size}"
+    return f"{name}-{fmt.label}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _require_format(store: Path, wanted: WeightFormat | None) -> None:
