@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dist_moe
-from dist_moe.checkpoint.reader import Checkpoint
+from dist_moe import files
+from dist_moe.checkpoint.source import Source
 from dist_moe.errors import UsageError
 from dist_moe.kernels.formats import WeightFormat
 from dist_moe.store.manifest import Manifest
@@ -30,7 +31,7 @@ class StoreOptions:
     threads: int = 0  # of the kernels that pack; 0 takes every CPU that this process may use
 
 
-def plan_store(source: Checkpoint, options: StoreOptions) -> Manifest:
+def plan_store(source: Source, options: StoreOptions) -> Manifest:
     """The manifest of the store that the options make of a checkpoint, before any file is written.
 
     Raises:
@@ -48,7 +49,7 @@ def plan_store(source: Checkpoint, options: StoreOptions) -> Manifest:
     routers = {source.source_dtype(name) for name in source.names() if name.endswith(".router")}
     return Manifest(
         config=config,
-        source_name=source_name(source.directory),
+        source_name=source_name(source.path),
         source_fingerprint=source.fingerprint(),
         format=options.format,
         group_size=options.group_size,
@@ -64,10 +65,12 @@ def plan_store(source: Checkpoint, options: StoreOptions) -> Manifest:
     )
 
 
-def source_name(directory: Path) -> str:
-    """What to call a checkpoint: its directory's name, or the repository's in a Hugging Face cache."""
-    path = directory.resolve()
-    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+def source_name(source: Path) -> str:
+    """What to call a model: its directory's or file's name, or the repository's in a Hugging Face cache."""
+    path = source.resolve()
+    if files.is_file(source):
+        name = source.stem
+    elif path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
         name = path.parent.parent.name.split("--")[-1]
     else:
         name = path.parent.name if path.name == "model" else path.name

@@ -64,7 +64,7 @@ def test_moe(dtype: str, layout: str, shards: int, make_source: MakeSource, tmp_
     assert checkpoint.total_bytes == sum(values.nbytes for values in source.values.values()) * (
         1 if dtype == "F32" else 0.5
     )
-    assert checkpoint.directory == tmp_path
+    assert checkpoint.path == tmp_path
 
 
 @pytest.mark.parametrize(

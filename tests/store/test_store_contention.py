@@ -110,8 +110,8 @@ def test_a_waiting_conversion_reports_and_finds_the_work_done(tmp_path: Path, ch
         thread.start()
         assert waiting.wait(10)
         plan = conversion.plan_store(checkpoint, StoreOptions(threads=1))
-        copied = {path.name: path for path in checkpoint.tokenizer_files()}
-        conversion._Run(checkpoint, directory, StoreOptions(threads=1), plan, ignore, 10**6).write(copied, ())
+        texts = checkpoint.text_files()
+        conversion._Run(checkpoint, directory, StoreOptions(threads=1), plan, ignore, 10**6).write(texts, ())
         finished = (directory / "manifest.json").stat()
     thread.join(10)
     assert (directory / "manifest.json").stat().st_mtime_ns == finished.st_mtime_ns
