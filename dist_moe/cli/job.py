@@ -54,7 +54,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a task is made from: the model's directory (not yet loaded), its sizes, the launcher, and Ctrl-C."""
+    """What a task is made from: the directory of the model's text files, its sizes, the launcher, and Ctrl-C."""
 
     directory: Path
     config: ModelConfig
@@ -101,8 +101,9 @@ def _run(
         config = source.read_config()
         require_heads(config, world.size)
     cores = _share_cores(world, launcher, options)
-    setting = Setting(source.directory, config, launcher, interrupts.requested)
-    task = _on_leader(world, lambda: make_task(options, setting))
+    task = _on_leader(
+        world, lambda: make_task(options, Setting(source.text_directory(), config, launcher, interrupts.requested))
+    )
     context = int(world.gather_texts(str(task.context if task else ""))[0])
     engine = _start_engine(world, source, options, cores, context)
     if task is None:
