@@ -81,7 +81,7 @@ def run_job(options: Options, make_task: Callable[[Options, Setting], Task]) -> 
         with world.together("starting the log"):
             start_logging(options.verbose, options.log_file, world.rank, world.hostname)
             name_bus_errors(world, abort_channel(launcher, os.environ))
-        watchdog = Watchdog(world, options.stall_timeout)
+        watchdog = Watchdog(world, launcher, options.stall_timeout)
     interrupts = Interrupts(leads=world.is_leader, end=lambda: end_interrupted(world.mpi))
     try:
         _run(world, launcher, options, make_task, interrupts)
