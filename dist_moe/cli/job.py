@@ -27,7 +27,7 @@ from dist_moe.parallel.cores import CoreShare, describe_cores, share_cores
 from dist_moe.parallel.cpu_limits import expected_threads
 from dist_moe.parallel.launcher import Launcher, detect_launcher
 from dist_moe.parallel.lifeline import start_deadline
-from dist_moe.parallel.mpi import abort_channel
+from dist_moe.parallel.mpi import abort_channel, end_interrupted
 from dist_moe.parallel.plan import make_plan
 from dist_moe.parallel.watchdog import Watchdog
 from dist_moe.parallel.world import AgreedError, UnfinishedStepError, World
@@ -81,8 +81,8 @@ def run_job(options: Options, make_task: Callable[[Options, Setting], Task]) -> 
         with world.together("starting the log"):
             start_logging(options.verbose, options.log_file, world.rank, world.hostname)
             name_bus_errors(world, abort_channel(launcher, os.environ))
-        watchdog = Watchdog(world, options.stall_timeout)
-    interrupts = Interrupts(leads=world.is_leader)
+        watchdog = Watchdog(world, launcher, options.stall_timeout)
+    interrupts = Interrupts(leads=world.is_leader, end=lambda: end_interrupted(world.mpi))
     try:
         _run(world, launcher, options, make_task, interrupts)
     finally:
