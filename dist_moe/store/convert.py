@@ -17,13 +17,15 @@ from dist_moe.store import state
 from dist_moe.store.layout import weight_files, weight_layout
 from dist_moe.store.lock import store_lock
 from dist_moe.store.manifest import MANIFEST_NAME, PROGRESS_NAME, Manifest, StoreFile
-from dist_moe.store.pack import Packer
-from dist_moe.store.plan import StoreOptions, plan_store
+from dist_moe.store.pack import Packer, UnitPacker
+from dist_moe.store.plan import StoreOptions, WeightSource, plan_store
 from dist_moe.store.weight_file import write_weight_file
 from dist_moe.store.writer import FileWriter, write_errors, write_text
 
 # Called with (finished bytes, all bytes, what is being done), often.
 Progress = Callable[[int, int, str], None]
+# What makes the units of one planned store.
+MakePacker = Callable[[Manifest, Kernels], UnitPacker]
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,13 @@ def convert(source: Source, destination: Path, options: StoreOptions, progress: 
         PlaceError: The destination holds something else, is locked, or cannot be written.
         StoreError: The destination holds another store, or weights are not finite.
     """
+    return write_store(source, lambda plan, kernels: Packer(source, plan, kernels), destination, options, progress)
+
+
+def write_store(
+    source: WeightSource, make_packer: MakePacker, destination: Path, options: StoreOptions, progress: Progress
+) -> Conversion:
+    """`convert` for any source whose units `make_packer` can make; raises as it does."""
     plan = plan_store(source, options)
     state.prepare_directory(destination)
     total_bytes = sum(weight_layout(plan, name).file_bytes for name in weight_files(plan))
@@ -70,7 +79,7 @@ def convert(source: Source, destination: Path, options: StoreOptions, progress: 
             return there  # another process has finished it meanwhile
         finished = _usable_files(destination, plan, texts, options)
         refuse_nonfinite(destination, replace(plan, files=finished).nonfinite, options)
-        run = _Run(source, destination, options, plan, progress, total_bytes)
+        run = _Run(make_packer, destination, options, plan, progress, total_bytes)
         return run.write(texts, finished)
 
 
@@ -124,14 +133,14 @@ class _Run:
 
     def __init__(
         self,
-        source: Source,
+        make_packer: MakePacker,
         directory: Path,
         options: StoreOptions,
         plan: Manifest,
         progress: Progress,
         total_bytes: int,
     ) -> None:
-        self._source = source
+        self._make_packer = make_packer
         self._directory = directory
         self._options = options
         self._plan = plan
@@ -157,7 +166,7 @@ class _Run:
         return Conversion(manifest, tuple(missing), tuple(name for name in names if name not in missing))
 
     def _pack(self, name: str, kernels: Kernels) -> StoreFile:
-        packer = Packer(self._source, self._plan, kernels)
+        packer = self._make_packer(self._plan, kernels)
 
         def on_written(count: int) -> None:
             self._done_bytes += count

@@ -7,8 +7,8 @@ D model dim, P head dim, F hidden units, w chunk width. Private memory stays nea
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,20 @@ Packed = npt.NDArray[np.uint8]
 _ALL = slice(None)
 _BLOCK_BYTES = 32 << 20  # f32 bytes of one piece of a long table
 _WHOLE_DOWN_BYTES = 256 << 20  # a down matrix up to this size is widened once for all of its chunks
+
+
+class UnitPacker(Protocol):
+    """What a weight file is made of, one unit or tensor at a time."""
+
+    @property
+    def nonfinite(self) -> Mapping[str, int]:
+        """The weights so far that could not be packed, per source tensor."""
+
+    def unit(self, kind: UnitKind, layer: int, index: int, counted: bool = True) -> Packed:
+        """One packed unit, uint8 [unit bytes]; `counted` says whether it enters `nonfinite`."""
+
+    def common(self, spec: TensorSpec) -> Iterator[npt.NDArray[Any]]:
+        """One tensor of the common file in pieces."""
 
 
 class Packer:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import dist_moe
 from dist_moe import files
-from dist_moe.checkpoint.source import Source
 from dist_moe.errors import UsageError
 from dist_moe.kernels.formats import WeightFormat
+from dist_moe.model_config import ModelConfig
 from dist_moe.store.manifest import Manifest
 from dist_moe.store.placement import EXPERT_LAYOUTS, place
 from dist_moe.store.units import check_format
@@ -31,7 +33,31 @@ class StoreOptions:
     threads: int = 0  # of the kernels that pack; 0 takes every CPU that this process may use
 
 
-def plan_store(source: Source, options: StoreOptions) -> Manifest:
+class WeightSource(Protocol):
+    """What the plan of a store asks of the model that it is made from; a `Checkpoint` is one."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+
+    @property
+    def path(self) -> Path:
+        """Where it comes from; the last part is its name."""
+
+    def names(self) -> list[str]:
+        """The logical names of its tensors."""
+
+    def source_dtype(self, name: str) -> str:
+        """What a tensor is kept as: "bf16", "f16" or "f32"."""
+
+    def fingerprint(self) -> str:
+        """A text that tells it apart from other models and other versions of itself."""
+
+    def text_files(self) -> Mapping[str, bytes]:
+        """Small files that a store takes along."""
+
+
+def plan_store(source: WeightSource, options: StoreOptions) -> Manifest:
     """The manifest of the store that the options make of a checkpoint, before any file is written.
 
     Raises:
