@@ -84,10 +84,12 @@ def find_model(options: ModelOptions) -> ModelSource:
         return ModelSource(directory, DEFAULT_FORMAT if wanted is None else wanted)
     if is_gguf(directory):
         return ModelSource(directory, default_format(open_source(directory)) if wanted is None else wanted)
-    found = {None: "does not exist", "directory": "holds neither"}.get(files.kind_of(directory), "is another file")
+    found = {None: "does not exist", "directory": "holds neither"}.get(
+        files.kind_of(directory), "is a file that does not begin with GGUF"
+    )
     raise UsageError(
-        f"-m {directory}: expected a store (with {MANIFEST_NAME}), a Hugging Face directory (with config.json) or a "
-        f"GGUF file, but it {found}"
+        f"-m {directory}: expected a store (with {MANIFEST_NAME}), a GGUF file or a Hugging Face directory (with "
+        f"config.json), but it {found}"
     )
 
 

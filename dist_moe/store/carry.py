@@ -60,7 +60,7 @@ def conversion_notes(source: Source, fmt: WeightFormat, group_size: int) -> list
         what = f"{len(found)} matrices of type {dtype.upper()} ({listed})"
         if is_carried(dtype, fmt, group_size):
             lines.append(f"{what}: integers and scales kept bit for bit as {fmt.label}")
-        elif fmt in (EXACT_FORMAT[dtype], WeightFormat.F32):
+        elif fmt == WeightFormat.F32 or (dtype not in _BITS and fmt == EXACT_FORMAT[dtype]):
             lines.append(f"{what}: every value kept exactly as {fmt.label}")
         else:
             exact = EXACT_FORMAT[dtype].label + (f" --group-size {GROUP}" if dtype in _BITS else "")
