@@ -16,7 +16,7 @@ from dist_moe.cli import config_file
 from dist_moe.cli.bench_output import Facts, render
 from dist_moe.cli.config_file import option
 from dist_moe.cli.job import Setting, run_job
-from dist_moe.cli.models import DEFAULT_FORMAT, ModelSource, find_model, synthetic_source
+from dist_moe.cli.models import ModelSource, find_model, synthetic_source
 from dist_moe.cli.options import BenchOptions, model_options
 from dist_moe.cli.values import Number, OneOf, PathName, Whole, WholeList, numbers
 from dist_moe.engine.bench import LARGEST_SHARE, Bench, BenchPlan, BenchReport, Case
@@ -128,7 +128,7 @@ def find(options: BenchOptions) -> ModelSource:
         raise UsageError("-m and --synthetic exclude each other: give one of them")
     path = Path(options.synthetic)
     model = synthetic_model(read_model_toml(path), path.stem, options.layers)
-    fmt = DEFAULT_FORMAT if options.quant is None else WeightFormat.parse(options.quant)
+    fmt = WeightFormat.parse(options.quant or "q4")
     return synthetic_source(model, fmt, options.synthetic_dir)
 
 

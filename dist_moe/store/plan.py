@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import dist_moe
+from dist_moe import files
 from dist_moe.errors import UsageError
 from dist_moe.kernels.formats import WeightFormat
 from dist_moe.model_config import ModelConfig
@@ -39,7 +41,7 @@ class WeightSource(Protocol):
         """The architecture."""
 
     @property
-    def directory(self) -> Path:
+    def path(self) -> Path:
         """Where it comes from; the last part is its name."""
 
     def names(self) -> list[str]:
@@ -51,7 +53,7 @@ class WeightSource(Protocol):
     def fingerprint(self) -> str:
         """A text that tells it apart from other models and other versions of itself."""
 
-    def tokenizer_files(self) -> list[Path]:
+    def text_files(self) -> Mapping[str, bytes]:
         """Small files that a store takes along."""
 
 
@@ -73,7 +75,7 @@ def plan_store(source: WeightSource, options: StoreOptions) -> Manifest:
     routers = {source.source_dtype(name) for name in source.names() if name.endswith(".router")}
     return Manifest(
         config=config,
-        source_name=source_name(source.directory),
+        source_name=source_name(source.path),
         source_fingerprint=source.fingerprint(),
         format=options.format,
         group_size=options.group_size,
@@ -89,10 +91,12 @@ def plan_store(source: WeightSource, options: StoreOptions) -> Manifest:
     )
 
 
-def source_name(directory: Path) -> str:
-    """What to call a checkpoint: its directory's name, or the repository's in a Hugging Face cache."""
-    path = directory.resolve()
-    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+def source_name(source: Path) -> str:
+    """What to call a model: its directory's or file's name, or the repository's in a Hugging Face cache."""
+    path = source.resolve()
+    if files.is_file(source):
+        name = source.stem
+    elif path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
         name = path.parent.parent.name.split("--")[-1]
     else:
         name = path.parent.name if path.name == "model" else path.name

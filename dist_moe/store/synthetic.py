@@ -55,7 +55,7 @@ class SyntheticModel:
     name: str
 
     @property
-    def directory(self) -> Path:
+    def path(self) -> Path:
         """A path that ends in the name; there is no such directory."""
         return Path(self.name)
 
@@ -72,9 +72,9 @@ class SyntheticModel:
         text = f"{VERSION} {SEED} {sorted(model_to_json(self.config).items())}"
         return "synthetic-" + hashlib.sha256(text.encode()).hexdigest()
 
-    def tokenizer_files(self) -> list[Path]:
+    def text_files(self) -> Mapping[str, bytes]:
         """None."""
-        return []
+        return {}
 
 
 def synthetic_model(config: ModelConfig, name: str, layers: int | None) -> SyntheticModel:

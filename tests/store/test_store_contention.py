@@ -117,9 +117,8 @@ def test_a_waiting_conversion_reports_and_finds_the_work_done(tmp_path: Path, ch
         def make_packer(plan: Manifest, kernels: Kernels) -> Packer:
             return Packer(checkpoint, plan, kernels)
 
-        copied = {path.name: path for path in checkpoint.tokenizer_files()}
         run = conversion._Run(make_packer, directory, StoreOptions(threads=1), plan, ignore, 10**6)
-        run.write(copied, ())
+        run.write(checkpoint.text_files(), ())
         finished = (directory / "manifest.json").stat()
     thread.join(10)
     assert (directory / "manifest.json").stat().st_mtime_ns == finished.st_mtime_ns
