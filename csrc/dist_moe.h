@@ -245,8 +245,8 @@ void dm_mapped_file_remove(dm_mapped_file *file);
 /* Which file and unit an address belongs to, as text that ends with 0; returns 0 if it is in none. */
 int dm_describe_address(char *out, size_t out_bytes, const void *address);
 /* From now on a SIGBUS in a remembered file waits for delay_ms, prints `before` and a sentence that names file and
- * unit, writes PMI-1's abort command to the file abort_fd (-1: none), and ends the process. Any other SIGBUS goes where
- * it went before. Returns 0 with errno set on failure. */
+ * unit, writes PMI-1's abort command to the file abort_fd (-1: none), and ends the process; so does a kernel that gets
+ * no memory. Any other SIGBUS goes where it went before. Returns 0 with errno set on failure. */
 int dm_catch_bus_errors(const char *before, int delay_ms, int exit_code, int abort_fd);
 
 #endif

@@ -73,14 +73,15 @@ def model_options(command: Decorated) -> Decorated:
             type=PathName(),
             metavar="PATH",
             show_default="the bundled demo model",
-            help="A store made by `dist-moe shard`, or a Hugging Face directory, which is packed once into the cache "
-            "directory ($DIST_MOE_CACHE, else $XDG_CACHE_HOME/dist-moe, else ~/.cache/dist-moe).",
+            help="A store made by `dist-moe shard`, or a Hugging Face directory or a GGUF file, which is packed once "
+            "into the cache directory ($DIST_MOE_CACHE, else $XDG_CACHE_HOME/dist-moe, else ~/.cache/dist-moe).",
         ),
         option(
             "--quant",
             type=OneOf(["f32", "bf16", "q8", "q4"]),
-            show_default="q4 for a Hugging Face directory, q8 for the small demo, as it is for a store",
-            help="Format of the weights when a Hugging Face directory is packed.",
+            show_default="q4 for a Hugging Face directory, what a GGUF file has, q8 for the small demo, as it is for a "
+            "store",
+            help="Format of the weights when a model is packed.",
         ),
         option("--kv", type=OneOf(["f32", "f16", "q8"]), default="f16", help="Format of the KV cache."),
         option(
