@@ -25,7 +25,6 @@ from dist_moe.store.reader import Store
 
 Bytes = npt.NDArray[np.uint8]
 TYPES = {WeightFormat.Q4: GGMLQuantizationType.Q4_0, WeightFormat.Q8: GGMLQuantizationType.Q8_0}
-ARCHITECTURES = {"Qwen3MoeForCausalLM": "qwen3moe", "Qwen3ForCausalLM": "qwen3"}
 
 
 @dataclass(frozen=True)
@@ -220,7 +219,7 @@ def rope_base(config: ModelConfig) -> float:
 def write_gguf(store: Store, path: Path) -> None:
     """Write the file; raises UsageError for a store that GGUF cannot hold bit for bit."""
     tensors = list(StoreTensors(store).all())
-    writer = GGUFWriter(path, ARCHITECTURES[store.config.architecture])
+    writer = GGUFWriter(path, "qwen3" if store.config.dense_layers else "qwen3moe")
     add_metadata(writer, store.config)
     for tensor in tensors:
         dtype = np.dtype(np.float32 if tensor.type == GGMLQuantizationType.F32 else np.uint8)
