@@ -24,12 +24,15 @@ class KvCache:
 
     Position block b of a sequence is one buffer [layers][local KV heads][K, then V of 64 positions], so that a
     sequence costs what it holds, not what it might hold.
+
+    Attributes:
+        layer_bytes: A layer's part of a block.
     """
 
     def __init__(self, kv_format: KvFormat, layers: int, kv_heads: int, head_dim: int) -> None:
         self._format = kv_format
-        self._layer_bytes = kv_heads * kv_block_bytes(kv_format, head_dim)
-        self._block_bytes = layers * self._layer_bytes
+        self.layer_bytes = kv_heads * kv_block_bytes(kv_format, head_dim)
+        self._block_bytes = layers * self.layer_bytes
         self._sequences: dict[int, _Sequence] = {}
 
     @property
@@ -53,10 +56,6 @@ class KvCache:
             blocks += self._grow(part.sequence, stop).addresses
             at = rows.stop
         return KvView(np.array(blocks, dtype=np.uint64), table_T, position_T, 0, self._format)
-
-    def layer_offset(self, layer: int) -> int:
-        """Bytes before the layer's part of a block."""
-        return layer * self._layer_bytes
 
     def _grow(self, name: int, positions: int) -> _Sequence:
         sequence = self._sequences.setdefault(name, _Sequence())
