@@ -62,12 +62,17 @@ class Setting:
     interrupted: Callable[[], bool]
 
 
-def run_job(options: Options, make_task: Callable[[Options, Setting], Task]) -> None:
+def run_job(
+    options: Options,
+    make_task: Callable[[Options, Setting], Task],
+    find: Callable[[Options], ModelSource] = find_model,
+) -> None:
     """Run one task on all ranks.
 
     Args:
         options: As parsed on this rank.
         make_task: Called on rank 0 before any weight is read: checks the input and makes the task.
+        find: Which model the options name.
 
     Raises:
         AgreedError: A planned error on some rank, raised on all ranks alike.
@@ -84,7 +89,7 @@ def run_job(options: Options, make_task: Callable[[Options, Setting], Task]) -> 
         watchdog = Watchdog(world, launcher, options.stall_timeout)
     interrupts = Interrupts(leads=world.is_leader, end=lambda: end_interrupted(world.mpi))
     try:
-        _run(world, launcher, options, make_task, interrupts)
+        _run(world, launcher, options, make_task, find, interrupts)
     finally:
         watchdog.leave()
 
@@ -94,10 +99,11 @@ def _run(
     launcher: Launcher,
     options: Options,
     make_task: Callable[[Options, Setting], Task],
+    find: Callable[[Options], ModelSource],
     interrupts: Interrupts,
 ) -> None:
     with world.together("reading the model"):
-        source = find_model(options)
+        source = find(options)
         config = source.read_config()
         require_heads(config, world.size)
     cores = _share_cores(world, launcher, options)

@@ -23,20 +23,28 @@ from dist_moe.store.carry import DEFAULT_FORMAT, conversion_notes, default_forma
 from dist_moe.store.convert import convert
 from dist_moe.store.manifest import FORMAT_VERSION, MANIFEST_NAME, NUMERICS_VERSION, PROGRESS_NAME, read_manifest
 from dist_moe.store.plan import StoreOptions, source_name
+from dist_moe.store.synthetic import SyntheticModel, write_synthetic
 from dist_moe.store.verify import check_text_files
 from dist_moe.store.writer import write_errors, write_text
 
 # Four bits cost a model as small as the demo visible quality, and save nothing worth having.
 DEMO_FORMAT = WeightFormat.Q8
 logger = logging.getLogger(__name__)
+# A packed model of the cache is made anew when one of these changes.
+_VERSIONS = f"{FORMAT_VERSION} {NUMERICS_VERSION} {StoreOptions.group_size}"
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model before any weight is read; `format` is None for a store, which has its own."""
+    """A model before any weight is read; `format` is None for a store, which has its own.
+
+    A `synthetic` model has no weights to read: `path` is where the store of its random ones is, or will be.
+    """
 
     path: Path  # a store's or checkpoint's directory, or a GGUF file
     format: WeightFormat | None
+    synthetic: SyntheticModel | None = None
+    in_cache: bool = True  # of a synthetic model: a damaged store is ours to replace
 
     def read_config(self) -> ModelConfig:
         """The model's sizes; a store's small files are checked on the way, before one of them is parsed.
@@ -45,6 +53,8 @@ class ModelSource:
             StoreError: The store's manifest is damaged or of another version, or its tokenizer's files are damaged.
             CheckpointError: The checkpoint's config.json or the GGUF file is damaged or of an unsupported model.
         """
+        if self.synthetic is not None:
+            return self.synthetic.config
         if self.format is None:
             manifest = read_manifest(self.path / MANIFEST_NAME)
             check_text_files(self.path, manifest)
@@ -120,8 +130,10 @@ def local_store(world: World, source: ModelSource, *, full_check: bool) -> Path:
     directory, error = Path(), None
     if world.local_rank == 0:
         try:
-            options = StoreOptions(format=source.format, wait=True, replace_damaged=True, full_check=full_check)
-            directory = _packed(source.path, options, shows_progress=world.node == 0)
+            options = StoreOptions(
+                format=source.format, wait=True, replace_damaged=source.in_cache, full_check=full_check
+            )
+            directory = _packed(source, options, shows_progress=world.node == 0)
         except DistMoeError as own:
             error = own
     world.sleep_until_all()
@@ -129,17 +141,32 @@ def local_store(world: World, source: ModelSource, *, full_check: bool) -> Path:
     return Path(world.gather_texts(str(directory))[world.node_of_rank.index(world.node)])
 
 
-def _packed(source: Path, options: StoreOptions, *, shows_progress: bool) -> Path:
-    model = open_source(source)
-    versions = f"{FORMAT_VERSION} {NUMERICS_VERSION} {options.group_size}"
-    directory = _cached(source, options.format.label, f"{model.fingerprint()}\n{versions}")
-    for line in conversion_notes(model, options.format, options.group_size):
-        logger.info("%s: %s", source, line)
+def synthetic_source(model: SyntheticModel, fmt: WeightFormat, directory: str | None) -> ModelSource:
+    """A model of random weights, kept in `directory` or, if that is None, in the cache directory.
+
+    Raises:
+        UsageError: There is no cache directory.
+    """
+    if directory is not None:
+        return ModelSource(Path(directory), fmt, model, in_cache=False)
+    return ModelSource(_cache_path(model.name, fmt.label, f"{model.fingerprint()}\n{_VERSIONS}"), fmt, model)
+
+
+def _packed(source: ModelSource, options: StoreOptions, *, shows_progress: bool) -> Path:
+    directory = source.path
     with ShardProgress(quiet=not shows_progress) as progress:
         try:
+            if source.synthetic is not None:
+                write_synthetic(source.synthetic, directory, options, progress)
+                return directory
+            model = open_source(source.path)
+            directory = _cached(source.path, options.format.label, f"{model.fingerprint()}\n{_VERSIONS}")
+            for line in conversion_notes(model, options.format, options.group_size):
+                logger.info("%s: %s", source.path, line)
             convert(model, directory, options, progress)
         except PlaceError as error:
-            raise PlaceError(f"{error} or set DIST_MOE_CACHE to another directory") from error
+            other = "set DIST_MOE_CACHE to another directory" if source.in_cache else "choose another --synthetic-dir"
+            raise PlaceError(f"{error} or {other}") from error
     return directory
 
 
@@ -155,8 +182,12 @@ def _write_texts(source: Path) -> Path:
 
 
 def _cached(source: Path, what: str, key: str) -> Path:
-    digest = hashlib.sha256(f"{source.resolve()}\n{key}".encode()).hexdigest()[:12]
-    return cache_directory() / f"{source_name(source)}-{what}-{digest}"
+    return _cache_path(source_name(source), what, f"{source.resolve()}\n{key}")
+
+
+def _cache_path(name: str, what: str, key: str) -> Path:
+    """Where something made of a model stands in the cache directory: equal names have equal contents."""
+    return cache_directory() / f"{name}-{what}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
 def _require_format(store: Path, wanted: WeightFormat | None) -> None:

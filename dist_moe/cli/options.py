@@ -11,7 +11,7 @@ from dist_moe.cli.values import Number, OneOf, PathName, Whole
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-COMMANDS_WITH_CONFIG = ("run", "logits")
+COMMANDS_WITH_CONFIG = ("run", "logits", "bench")
 DEFAULT_MAX_TOKENS = 256
 LARGEST_SEED = 2**63 - 1
 
@@ -62,6 +62,23 @@ class LogitsOptions(ModelOptions):
 
     ids: str
     output: str
+
+
+@dataclass(frozen=True)
+class BenchOptions(ModelOptions):
+    """`dist-moe bench`. Lists are texts such as "256,2048"."""
+
+    synthetic: str | None
+    layers: int | None
+    synthetic_dir: str | None
+    prefill: str
+    decode: int
+    depth: str | None
+    batch: str
+    repeat: int
+    format: str
+    read_gib: float
+    seed: int
 
 
 def model_options(command: Decorated) -> Decorated:
