@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
-from llama_process import Llama
+from llama_process import Llama, Setup
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -22,7 +22,8 @@ F64 = npt.NDArray[np.float64]
 LAYERS, DIM, HEADS, KV_HEADS, HEAD_DIM, EXPERTS, PICKED, HIDDEN, VOCABULARY = 4, 512, 8, 2, 64, 16, 4, 384, 8192
 POSITIONS = 300
 PEAK = 6.0  # standard deviation of the logits: sharp enough for a top-1 that means something
-LARGEST_KL, LEAST_TOP1 = 0.02, 0.9
+# Of another model the divergence is several nats; of this one, a flipped expert here and there decides.
+LARGEST_KL, LEAST_TOP1 = 0.05, 0.85
 
 
 def write_model(path: Path, seed: int) -> None:
@@ -114,7 +115,7 @@ def check(python: str, threads: int, seed: int = 1) -> str:
         np.save(ids, tokens)
         exact = our_logits(model, ids, directory / "f32.npy", "f32", "f32")
         ours = our_logits(model, ids, directory / "q4.npy", "q4", "f16")
-        llama = Llama(python, model, threads, repack=True)
+        llama = Llama(Setup(python, repack=False), model, threads)  # the weights as the file has them
         wanted = {"test": "logits", "ids": tokens.tolist(), "output": str(directory / "l.npy")}
         llama.ask({**wanted, "kv": "f16", "flash": True})
         llama.close()

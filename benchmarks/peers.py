@@ -10,7 +10,12 @@ STORE has q4 or q8 weights in groups of 32. It is written once as a GGUF file be
 is given its best: each case is first tried with weights repacked for this CPU and as they lie in the file, with and
 without flash attention, and the fastest of these enters the rounds. A round runs ours (`dist-moe bench`, a process of
 its own), then theirs (a process that sleeps meanwhile). Medians of the rounds are compared; min and max show the
-spread. Measure on an idle machine. `--peer-python` names the Python that has llama-cpp-python, if it is another one.
+spread. Measure on an idle machine. `--peer-python` names the Python that has llama-cpp-python, if it is another one;
+given several times, the fastest build counts.
+
+On CPUs with AMX, GCC before 12.5, 13.4 and 14 miscompiles llama.cpp's tile configuration (GCC bug 114098) and repacked
+weights crash; build llama-cpp-python with clang, or without AMX: CMAKE_ARGS="-DCMAKE_C_FLAGS=-mno-amx-int8
+-DCMAKE_CXX_FLAGS=-mno-amx-int8" pip install --no-binary llama-cpp-python llama-cpp-python
 """
 
 from __future__ import annotations
@@ -19,16 +24,15 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from llama_process import Llama, Variant
+from llama_process import Llama, PeerError, Setup, Variant
 
-PREFILL_TOKENS = 256
-PROBE_TOKENS = 8
+SHORT = {"prefill": 2048, "decode": 8}  # tokens of a probe at most
 
 
 @dataclass(frozen=True)
@@ -97,30 +101,45 @@ def their_rate(llama: Llama, case: Case, flash: bool) -> float:
     return case.rate(seconds)
 
 
-def probe(llamas: dict[bool, Llama], case: Case) -> Variant:
-    """The settings with which llama.cpp is fastest; a quantized V cache needs flash attention."""
-    short = Case(case.name, case.test, min(case.tokens, PROBE_TOKENS), case.batch, case.depth, case.kv)
-    if case.test == "prefill":
-        short = Case(case.name, case.test, min(case.tokens, PREFILL_TOKENS), case.batch, case.depth, case.kv)
-    flashes = (True,) if case.kv == "q8" else (True, False)
-    rates = {Variant(repack, flash): their_rate(llamas[repack], short, flash) for repack in llamas for flash in flashes}
-    best = max(rates, key=lambda variant: rates[variant])
-    for variant, rate in rates.items():
-        show(f"{case.name}: llama.cpp {variant}: {rate:.1f} tokens/s{' (chosen)' if variant == best else ''}")
-    return best
+def probe(setups: list[Setup], cases: list[Case], start: Callable[[Setup], Llama]) -> dict[str, Variant]:
+    """The settings with which llama.cpp is fastest, by the name of the case; builds that crash are left out."""
+    rates: dict[str, dict[Variant, float]] = {case.name: {} for case in cases}
+    for setup in setups:
+        llama = start(setup)
+        try:
+            for case in cases:
+                short = replace(case, tokens=min(case.tokens, SHORT[case.test]))
+                for flash in (True,) if case.kv == "q8" else (True, False):  # a quantized V needs flash attention
+                    variant = Variant(setup, flash)
+                    rates[case.name][variant] = rate = their_rate(llama, short, flash)
+                    show(f"{case.name}: llama.cpp with {variant}: {rate:.1f} tokens/s")
+        except PeerError as error:
+            show(f"llama.cpp of {setup}: {error}")
+        llama.close()
+    for case in cases:
+        if not rates[case.name]:
+            raise SystemExit(f"llama.cpp cannot run {case.name}")
+    return {name: max(found, key=lambda variant: found[variant]) for name, found in rates.items()}
 
 
-def compare(store: Path, llamas: dict[bool, Llama], cases: list[Case], arguments: argparse.Namespace) -> list[Result]:
-    """Choose llama.cpp's settings per case, then run the rounds."""
-    results = [Result(case, probe(llamas, case)) for case in cases]
-    for number in range(arguments.rounds):
+def compare(
+    store: Path, llamas: dict[Setup, Llama], results: list[Result], rounds: int, threads: int, read_gib: float
+) -> None:
+    """Run the rounds and fill in the results."""
+    for number in range(rounds):
         for result in results:
-            rate, result.share = our_rate(store, result.case, arguments.threads, arguments.read_gib)
+            rate, result.share = our_rate(store, result.case, threads, read_gib)
             result.ours.append(rate)
-            llama = llamas[result.variant.repack]
-            result.theirs.append(their_rate(llama, result.case, result.variant.flash))
+            result.theirs.append(their_rate(llamas[result.variant.setup], result.case, result.variant.flash))
             show(f"round {number + 1}: {result.case.name}: {rate:.1f} against {result.theirs[-1]:.1f} tokens/s")
-    return results
+
+
+def read_settings(path: Path | None) -> dict[str, Variant]:
+    """The settings that an earlier run has chosen and kept."""
+    if path is None or not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    return {name: Variant(Setup(**value["setup"]), value["flash"]) for name, value in found.items()}
 
 
 def table(results: list[Result], facts: dict[str, str]) -> str:
@@ -190,9 +209,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--read-gib", type=float, default=4.0, help="what dist-moe bench reads to know the machine")
-    parser.add_argument("--repack", choices=("both", "yes", "no"), default="both", help="llama.cpp's weights")
     parser.add_argument("--states", type=Path, help="where llama.cpp's filled KV caches are kept between runs")
-    parser.add_argument("--peer-python", default=sys.executable, help="a Python that has llama-cpp-python")
+    parser.add_argument("--settings", type=Path, help="keeps what was chosen for llama.cpp; another run trusts it")
+    parser.add_argument("--peer-python", action="append", help="one that has llama-cpp-python  [default: this]")
     parser.add_argument("--check", action="store_true", help="compare the logits of a small random model instead")
     parser.add_argument("-o", "--format", choices=("md", "json"), default="md")
     arguments = parser.parse_args(words)
@@ -204,20 +223,28 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Compare and print."""
     arguments = parse()
+    pythons = arguments.peer_python or [sys.executable]
     if arguments.check:
         from peer_check import check
 
-        print(check(arguments.peer_python, arguments.threads))
+        print(check(pythons[0], arguments.threads))
         return
-    cases = list(chosen_cases(arguments.only))
-    path = gguf_of(arguments.store, arguments.gguf)
-    wanted = {"both": (True, False), "yes": (True,), "no": (False,)}[arguments.repack]
-    llamas: dict[bool, Llama] = {}
+    cases, path = list(chosen_cases(arguments.only)), gguf_of(arguments.store, arguments.gguf)
+
+    def start(setup: Setup) -> Llama:
+        return Llama(setup, path, arguments.threads, arguments.states)
+
+    settings = read_settings(arguments.settings)
+    unknown = [case for case in cases if case.name not in settings]
+    if unknown:
+        settings |= probe([Setup(python, repack) for python in pythons for repack in (True, False)], unknown, start)
+    if arguments.settings is not None:
+        arguments.settings.write_text(json.dumps({name: asdict(variant) for name, variant in settings.items()}))
+    results = [Result(case, settings[case.name]) for case in cases]
+    llamas = {setup: start(setup) for setup in {result.variant.setup for result in results}}
     try:
-        for repack in wanted:
-            llamas[repack] = Llama(arguments.peer_python, path, arguments.threads, repack, arguments.states)
-        results = compare(arguments.store, llamas, cases, arguments)
-        facts: dict[str, Any] = {**llamas[wanted[0]].facts, "threads": str(arguments.threads)}
+        compare(arguments.store, llamas, results, arguments.rounds, arguments.threads, arguments.read_gib)
+        facts: dict[str, Any] = {**next(iter(llamas.values())).facts, "threads": str(arguments.threads)}
     finally:
         for llama in llamas.values():
             llama.close()
