@@ -129,7 +129,7 @@ def find(options: BenchOptions) -> ModelSource:
         raise UsageError("-m and --synthetic exclude each other: give one of them")
     path = Path(options.synthetic)
     model = synthetic_model(read_model_toml(path), path.stem, options.layers)
-    fmt = DEFAULT_FORMAT if options.quant is None else WeightFormat.parse(options.quant)
+    fmt = WeightFormat.parse(options.quant or "q4")
     return synthetic_source(model, fmt, options.synthetic_dir)
 
 
