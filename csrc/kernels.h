@@ -95,6 +95,11 @@ typedef struct dm_kernels {
     float (*softmax_term)(float x, float max, float temperature);
     /* a * b + c, rounded once. */
     float (*fma_one)(float a, float b, float c);
+
+    /* Measuring (machine.h): read every byte; do arithmetic on 256 numbers and return how many operations. */
+    int32_t (*read_bytes)(const uint8_t *data, size_t bytes, size_t streams, size_t ahead);
+    size_t (*f32_peak)(float *data, size_t rounds);
+    size_t (*int8_peak)(int32_t *data, size_t rounds);
 } dm_kernels;
 
 extern const dm_kernels dm_kernels_portable;
@@ -102,5 +107,7 @@ extern const dm_kernels dm_kernels_avx2;
 extern const dm_kernels dm_kernels_avx512;
 extern const dm_kernels dm_kernels_avx512vnni;
 extern const dm_kernels dm_kernels_neon;
+extern const dm_kernels dm_kernels_neondot;
+extern const dm_kernels dm_kernels_neoni8mm;
 
 #endif

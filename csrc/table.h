@@ -1,4 +1,6 @@
 /* table.h: the table of the level that is being compiled. The last include of every level.c. */
+#include "portable/machine.h"
+
 #define DM_JOIN_(a, b) a##b
 #define DM_JOIN(a, b) DM_JOIN_(a, b)
 #define DM_TEXT_(a) #a
@@ -27,4 +29,7 @@ const dm_kernels DM_JOIN(dm_kernels_, DM_LEVEL) = {
     .vocabulary = vocabulary,
     .softmax_term = softmax_term,
     .fma_one = fma_one,
+    .read_bytes = read_bytes,
+    .f32_peak = f32_peak,
+    .int8_peak = int8_peak,
 };

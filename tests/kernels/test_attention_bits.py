@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from helpers.attention_cases import CASES, CaseRun
 from dist_moe.kernels import KvFormat
+from helpers.attention_cases import CASES, CaseRun
 
 EXPECTED = json.loads((Path(__file__).parent / "attention_bits.json").read_text(encoding="utf-8"))
 
