@@ -42,8 +42,11 @@ void dm_pool_run(dm_pool *pool, dm_task task, void *job, size_t count);
 dm_worker *dm_pool_worker(dm_pool *pool, size_t index);
 
 /* At least `bytes` bytes, 64-byte aligned, not cleared, valid until the slot is asked for again. Grows on demand, so
- * that a steady state allocates nothing; ends the process with a message if memory runs out. */
+ * that a steady state allocates nothing; if memory runs out, dm_end_without_memory. */
 void *dm_scratch(dm_worker *worker, enum dm_scratch_slot slot, size_t bytes);
+
+/* Says that so many bytes could not be allocated, and ends process and job as dm_catch_bus_errors was told to. */
+_Noreturn void dm_end_without_memory(size_t bytes);
 
 /* Work below this many elementary steps is not worth waking a thread. */
 #define DM_SMALL_WORK 32768
