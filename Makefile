@@ -69,7 +69,8 @@ test-neon:
 	$(CC) $(CFLAGS_DRIVER) -Icsrc -o build/neon/here $(DRIVER_SOURCES) -lm
 	$(NEON_CC) $(CFLAGS_DRIVER) -Icsrc -static -o build/neon/there $(DRIVER_SOURCES) -lm
 	build/neon/here write build/neon/cases
-	for machine in max:portable,neon cortex-a53:portable,neon; do \
+	for machine in max:portable,neon,neondot,neoni8mm cortex-a76:portable,neon,neondot:neondot \
+	    cortex-a53:portable,neon:neon; do \
 	    echo "AArch64 machine: $${machine%%:*}"; \
 	    $(NEON_RUN) -cpu $${machine%%:*} build/neon/there replay build/neon/cases $$(echo $${machine#*:} | tr : ' ') \
 	        > build/neon/there.txt || { tail -n 40 build/neon/there.txt; exit 1; }; \

@@ -36,7 +36,7 @@ def text_files(where: str, metadata: Mapping[str, Any]) -> dict[str, bytes]:
     Raises:
         CheckpointError: The tokenizer is of another kind than Qwen's, or damaged.
     """
-    if PREFIX + "model" not in metadata:
+    if metadata.get(PREFIX + "model", "none") in ("none", "no_vocab"):
         return {}
     tokens, kinds = read_tokens(where, metadata)
     made: dict[str, dict[str, Any]] = {

@@ -150,9 +150,8 @@ class Measurer:
         for first in range(0, positions, _FILL_TOKENS):
             count = min(_FILL_TOKENS, positions - first)
             step = Step((Slice(sequence, first, (0,) * count),), (), (), False, 0)
-            view = model.cache.view(step)
             for layer in range(model.config.layers):
-                view.select_layer(model.cache.layer_offset(layer))
+                view = model.cache.view(step, layer)
                 kernels.kv_store(view, fault_T, kv_TR, 0, g * P, g, P, layer)
 
     # ---- together ----

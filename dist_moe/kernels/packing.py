@@ -12,7 +12,7 @@ from dist_moe.kernels.arrays import Array, U8Array, require_packed
 from dist_moe.kernels.formats import GROUP, TILE_ROWS, WeightFormat, packed_bytes
 from dist_moe.model_config import round_up
 
-_EMPTY_BYTE = {WeightFormat.Q4: 0x88, WeightFormat.Q8: 0x80}  # codes of weights that are 0
+ZERO_CODES = {WeightFormat.Q4: 0x88, WeightFormat.Q8: 0x80}  # a byte of weights that are 0
 
 
 def pack_codes(packed: U8Array, scale_RG: npt.NDArray[np.float16], codes_RG: Array, fmt: WeightFormat) -> int:
@@ -40,7 +40,7 @@ def pack_codes(packed: U8Array, scale_RG: npt.NDArray[np.float16], codes_RG: Arr
     tile_tb[:, :scale_bytes] = 0
     scales = _padded(np.where(finite_RG, scale_RG, np.float16(0)), tiles, 0)
     tile_tb[:, : groups * TILE_ROWS * 2].view(np.float16).reshape(tiles, groups, TILE_ROWS)[...] = scales.swapaxes(1, 2)
-    words = _padded(np.ascontiguousarray(codes_RG), tiles, _EMPTY_BYTE[fmt]).view(np.uint32)
+    words = _padded(np.ascontiguousarray(codes_RG), tiles, ZERO_CODES[fmt]).view(np.uint32)
     vectors = tile_tb[:, scale_bytes:].view(np.uint32).reshape(tiles, groups, words.shape[-1], TILE_ROWS)
     vectors[...] = words.transpose(0, 2, 3, 1)
     return GROUP * int(np.count_nonzero(~finite_RG))

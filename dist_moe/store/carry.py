@@ -7,9 +7,9 @@ from collections import defaultdict
 import numpy as np
 
 from dist_moe.checkpoint.source import Blocks, Source
-from dist_moe.kernels.arrays import U8Array
+from dist_moe.kernels.arrays import Array, U8Array
 from dist_moe.kernels.formats import GROUP, WeightFormat
-from dist_moe.kernels.packing import pack_codes
+from dist_moe.kernels.packing import ZERO_CODES, pack_codes
 
 # The smallest format that keeps every value of a source's type.
 EXACT_FORMAT = {
@@ -37,14 +37,34 @@ def is_carried(source_dtype: str, fmt: WeightFormat, group_size: int) -> bool:
     return _BITS[source_dtype] <= (4 if fmt == WeightFormat.Q4 else 8)
 
 
-def pack_blocks(packed: U8Array, blocks: Blocks, fmt: WeightFormat) -> int:
-    """Pack carried blocks; 4-bit values fit into q8 as they are. Arguments and result are those of `pack_codes`."""
+def pack_blocks(packed: U8Array, blocks: Blocks, fmt: WeightFormat, height: int) -> int:
+    """Pack carried blocks; 4-bit values fit into q8 as they are.
+
+    Args:
+        packed: Receives the packed matrix.
+        blocks: What the source has.
+        fmt: Q4 or Q8.
+        height: Rows to fill up to with zeros, if there are fewer.
+
+    Returns:
+        As `pack_codes`.
+    """
+    missing = max(0, height - len(blocks.scale_RG))
+    # The kernels give rows of zeros this scale: 0 / -8 for q4.
+    zero = np.float16(-0.0 if fmt == WeightFormat.Q4 else 0.0)
+    scale_RG = np.pad(blocks.scale_RG, ((0, missing), (0, 0)), constant_values=zero)
+    codes_RG = np.pad(_codes(blocks, fmt), ((0, missing), (0, 0), (0, 0)), constant_values=ZERO_CODES[fmt])
+    return pack_codes(packed, scale_RG, codes_RG, fmt)
+
+
+def _codes(blocks: Blocks, fmt: WeightFormat) -> Array:
+    """The integers as `pack_codes` wants them."""
     if fmt == WeightFormat.Q4:
-        return pack_codes(packed, blocks.scale_RG, blocks.codes_RG, fmt)
+        return blocks.codes_RG
     if blocks.bits == 8:
-        return pack_codes(packed, blocks.scale_RG, blocks.codes_RG.view(np.uint8) ^ np.uint8(0x80), fmt)
+        return blocks.codes_RG.view(np.uint8) ^ np.uint8(0x80)
     halves = (blocks.codes_RG & 15, blocks.codes_RG >> 4)
-    return pack_codes(packed, blocks.scale_RG, np.concatenate(halves, axis=2) + np.uint8(128 - 8), fmt)
+    return np.concatenate(halves, axis=2) + np.uint8(128 - 8)
 
 
 def conversion_notes(source: Source, fmt: WeightFormat, group_size: int) -> list[str]:

@@ -144,18 +144,18 @@ class Packer:
         self, name: str, packed: Packed, group: int, rows: slice = _ALL, columns: slice = _ALL, height: int = 0
     ) -> None:
         """Pack a slice of a matrix, zero-padded to `height` rows."""
-        if self._carry(name, packed, group, rows, columns):
+        if self._carry(name, packed, group, rows, columns, height):
             return
         values_RC = self._source.read(name, rows, None if columns == _ALL else columns)
         self._pack(name, packed, _padded(values_RC, max(height, len(values_RC)), values_RC.shape[1]), group)
 
-    def _carry(self, name: str, packed: Packed, group: int, rows: slice, columns: slice) -> bool:
+    def _carry(self, name: str, packed: Packed, group: int, rows: slice, columns: slice, height: int = 0) -> bool:
         """Pack a slice bit for bit if the source has it in this format."""
         if not is_carried(self._source.source_dtype(name), self._manifest.format, group):
             return False
         blocks = self._source.blocks(name, rows, columns)
         if blocks is not None:
-            self._count(name, pack_blocks(packed, blocks, self._manifest.format))
+            self._count(name, pack_blocks(packed, blocks, self._manifest.format, height))
         return blocks is not None
 
     def _pack(self, name: str, packed: Packed, weights_RC: Floats, group: int, scale_R: Floats | None = None) -> None:

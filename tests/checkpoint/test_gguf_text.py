@@ -80,7 +80,8 @@ def test_templates_come_with_the_file(demo_keys: dict[str, Any], tmp_path: Path)
 
 
 def test_a_file_without_a_tokenizer_has_no_texts() -> None:
-    assert text_files("m.gguf", {"general.architecture": "qwen3moe"}) == {}
+    for model in ({}, {"tokenizer.ggml.model": "none"}, {"tokenizer.ggml.model": "no_vocab"}):
+        assert text_files("m.gguf", {"general.architecture": "qwen3moe"} | model) == {}
 
 
 @pytest.mark.parametrize(
