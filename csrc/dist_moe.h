@@ -71,6 +71,60 @@ typedef struct dm_kv_view {
     int format;
 } dm_kv_view;
 
+/* What the layers of one rank's share have in common. */
+typedef struct dm_sizes {
+    size_t D, h, g, P, K;
+    size_t rank, ranks;
+    size_t chunk_read_cost; /* reading a chunk's weights costs as much as multiplying them with this many tokens */
+    size_t group;
+    size_t output_group; /* of o_proj's columns */
+    int format;
+    int router_format;
+    int norm_topk_prob;
+    float eps;
+    float score_scale;
+    const int32_t *kv_of_h;
+} dm_sizes;
+
+/* The buffers of a step that both halves of a layer work in; C = h * P, R = (h + 2 g) * P, N = T * K. */
+typedef struct dm_buffers {
+    float *x_TD;
+    int64_t *sums_TD;
+    int32_t *fault_T;
+    const dm_operand *normed;   /* D columns */
+    const dm_operand *attended; /* C columns */
+    float *qkv_TR;
+    float *cos_TP, *sin_TP;
+    float *router_TE;
+    int32_t *ids_TK;
+    float *weights_TK;
+    int32_t *offset_E1;
+    int32_t *token_N;
+    float *weight_N;
+    dm_chunk *chunks;
+} dm_buffers;
+
+/* One layer's attention: h + 2 g matrices of P rows, and each head's columns of o_proj. */
+typedef struct dm_attention_layer {
+    const float *norm_D, *q_norm_P, *k_norm_P;
+    const dm_matrix *qkv;
+    const float *qkv_bias_R; /* NULL: none */
+    const dm_matrix *o_units;
+    size_t cache_offset; /* bytes before the layer's part of a cache block */
+    int32_t layer;
+} dm_attention_layer;
+
+/* One layer's MLP. Chunk c of expert e is number e * chunks_per_expert + c. */
+typedef struct dm_experts_layer {
+    const float *norm_D;
+    const dm_matrix *router;   /* NULL: a dense MLP, one expert that every token picks with weight 1 */
+    const void *const *chunks; /* by number; NULL where this host has no copy */
+    const int64_t *owned;      /* numbers of this rank's chunks, ascending; NULL: each step deals them out */
+    size_t owned_count;
+    size_t experts, chunks_per_expert, width;
+    int32_t layer;
+} dm_experts_layer;
+
 /* How to draw one token. top_k = 0: no limit; temperature = 0: the best token. */
 typedef struct dm_sampling {
     float temperature;
@@ -175,6 +229,22 @@ void dm_experts(dm_context *context, int64_t *sums_TD, int32_t *fault_T, const d
                 const float *weight_N, const dm_operand *x, size_t chunk_count, size_t T, size_t D, size_t width,
                 int format, size_t group, int32_t layer);
 
+/* This rank's chunks of the experts that got tokens (offset_E1 as above), ascending: its own ones or, where chunks are
+ * dealt out, its run of all of them, cut into `ranks` runs of equal work. Returns how many. */
+size_t dm_pick_chunks(dm_chunk *chunks, const dm_experts_layer *weights, const int32_t *offset_E1, size_t rank,
+                      size_t ranks, size_t read_cost);
+
+/* ---- halves of a layer: from the residual to this rank's sums, which are then summed over ranks ---- */
+
+/* buffers->sums_TD = o_proj(attend(rope(norm(q)), rope(norm(k)), v)) of norm(x), over this rank's heads. The view's
+ * layer_offset is not read. */
+void dm_attention_half(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
+                       const dm_attention_layer *weights, const dm_kv_view *cache, size_t T);
+/* buffers->sums_TD = sum of weight * down(silu(gate(x)) * up(x)) of norm(x), over this rank's chunks of the experts
+ * that router(x) picks. */
+void dm_experts_half(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
+                     const dm_experts_layer *weights, size_t T);
+
 /* ---- logits and sampling (rules 13, 14) ---- */
 
 /* Per block of 128 rows: the largest logit and the sum of exp((logit - largest) / temperature). Columns from `valid`
@@ -248,5 +318,16 @@ int dm_describe_address(char *out, size_t out_bytes, const void *address);
  * unit, writes PMI-1's abort command to the file abort_fd (-1: none), and ends the process; so does a kernel that gets
  * no memory. Any other SIGBUS goes where it went before. Returns 0 with errno set on failure. */
 int dm_catch_bus_errors(const char *before, int delay_ms, int exit_code, int abort_fd);
+
+/* ---- measuring the machine (dist-moe bench); all threads work, and the clock runs from start to end ---- */
+
+/* Seconds to read `bytes` bytes, in pieces of up to 8 MiB of which each is `streams` runs side by side; every read is
+ * preceded by a prefetch `ahead` bytes before it (0: none). */
+double dm_read_seconds(dm_context *context, const void *data, size_t bytes, size_t streams, size_t ahead);
+/* Operations per second, two per multiply-add: bare int8 dot products, and bare f32 fused multiply-adds. */
+double dm_int8_peak(dm_context *context, size_t rounds);
+double dm_f32_peak(dm_context *context, size_t rounds);
+/* The same of the level's own matmul of T vectors, on a matrix [R, C] per thread that stays in its cache. */
+double dm_matmul_peak(dm_context *context, size_t R, size_t C, size_t T, int format, size_t group, size_t rounds);
 
 #endif

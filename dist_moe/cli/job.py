@@ -54,7 +54,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a task is made from: the model's directory (not yet loaded), its sizes, the launcher, and Ctrl-C."""
+    """What a task is made from: the directory of the model's text files, its sizes, the launcher, and Ctrl-C."""
 
     directory: Path
     config: ModelConfig
@@ -62,12 +62,17 @@ class Setting:
     interrupted: Callable[[], bool]
 
 
-def run_job(options: Options, make_task: Callable[[Options, Setting], Task]) -> None:
+def run_job(
+    options: Options,
+    make_task: Callable[[Options, Setting], Task],
+    find: Callable[[Options], ModelSource] = find_model,
+) -> None:
     """Run one task on all ranks.
 
     Args:
         options: As parsed on this rank.
         make_task: Called on rank 0 before any weight is read: checks the input and makes the task.
+        find: Which model the options name.
 
     Raises:
         AgreedError: A planned error on some rank, raised on all ranks alike.
@@ -84,7 +89,7 @@ def run_job(options: Options, make_task: Callable[[Options, Setting], Task]) -> 
         watchdog = Watchdog(world, launcher, options.stall_timeout)
     interrupts = Interrupts(leads=world.is_leader, end=lambda: end_interrupted(world.mpi))
     try:
-        _run(world, launcher, options, make_task, interrupts)
+        _run(world, launcher, options, make_task, find, interrupts)
     finally:
         watchdog.leave()
 
@@ -94,16 +99,18 @@ def _run(
     launcher: Launcher,
     options: Options,
     make_task: Callable[[Options, Setting], Task],
+    find: Callable[[Options], ModelSource],
     interrupts: Interrupts,
 ) -> None:
     with world.progress.loading():
         with world.together("reading the model"):
-            source = find_model(options)
+            source = find(options)
             config = source.read_config()
             require_heads(config, world.size)
         cores = _share_cores(world, launcher, options)
-    setting = Setting(source.directory, config, launcher, interrupts.requested)
-    task = _on_leader(world, lambda: make_task(options, setting))
+    task = _on_leader(
+        world, lambda: make_task(options, Setting(source.text_directory(), config, launcher, interrupts.requested))
+    )
     context = int(world.gather_texts(str(task.context if task else ""))[0])
     engine = _start_engine(world, source, options, cores, context)
     if task is None:

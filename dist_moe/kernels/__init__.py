@@ -18,6 +18,7 @@ from dist_moe.kernels.formats import (
     packed_bytes,
 )
 from dist_moe.kernels.hashing import hash_floats
+from dist_moe.kernels.layer_kernels import AttentionLayer, ExpertsLayer, LayerBuffers, LayerSizes
 from dist_moe.kernels.mapped_files import MappedFile, MappedTensor, catch_bus_errors, describe_address
 from dist_moe.kernels.native import Kernels
 from dist_moe.kernels.node import NODE_RANK_BYTES, NodeMemory
@@ -31,11 +32,15 @@ __all__ = [
     "NO_FAULT",
     "TILE_ROWS",
     "VOCABULARY_BLOCK",
+    "AttentionLayer",
     "ChunkList",
+    "ExpertsLayer",
     "FaultKind",
     "Kernels",
     "KvFormat",
     "KvView",
+    "LayerBuffers",
+    "LayerSizes",
     "MappedFile",
     "MappedTensor",
     "MatrixList",

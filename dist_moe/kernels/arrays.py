@@ -58,6 +58,7 @@ I8 = ElementType(np.int8, "int8_t[]")
 I32 = ElementType(np.int32, "int32_t[]")
 I64 = ElementType(np.int64, "int64_t[]")
 U8 = ElementType(np.uint8, "uint8_t[]")
+U64 = ElementType(np.uint64, "uint64_t[]")
 U16 = ElementType(np.uint16, "uint16_t[]")
 
 

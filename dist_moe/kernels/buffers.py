@@ -104,8 +104,8 @@ class ChunkList:
     def __init__(self, capacity: int) -> None:
         """Make room for `capacity` chunks."""
         self.capacity = capacity
-        self._words: U64Array = np.zeros((capacity, 3), np.uint64)
-        self.struct: Pointer = ffi.from_buffer("dm_chunk[]", self._words, require_writable=True)
+        self.words: U64Array = np.zeros((capacity, 3), np.uint64)
+        self.struct: Pointer = ffi.from_buffer("dm_chunk[]", self.words, require_writable=True)
 
     def set(self, addresses: U64Array, first: np.ndarray, count: np.ndarray) -> None:
         """Overwrite the first n chunks.
@@ -116,9 +116,9 @@ class ChunkList:
             count: Integers [n], how many entries it has; zero is allowed.
         """
         n = len(addresses)
-        self._words[:n, 0] = addresses
-        self._words[:n, 1] = first
-        self._words[:n, 2] = count
+        self.words[:n, 0] = addresses
+        self.words[:n, 1] = first
+        self.words[:n, 2] = count
 
 
 class KvView:
@@ -139,11 +139,12 @@ class KvView:
                 uint64 [n], kept alive by the caller.
             table_T: int64 [T]; entry `table_T[t] + b` of `blocks` is position block b of token t's sequence.
             position_T: int64 [T], each token's position.
-            layer_offset: Bytes from a block's begin to the layer's part; see `select_layer`.
+            layer_offset: Bytes from a block's begin to the layer's part (a whole half layer brings its own).
             fmt: How the cache keeps numbers.
         """
         self.format = fmt
         self.tokens = len(position_T)
+        self.position_T = position_T
         if isinstance(blocks, np.ndarray):
             self._addresses = np.ascontiguousarray(blocks, np.uint64)
         else:
@@ -160,7 +161,3 @@ class KvView:
             I64.read(position_T, self.tokens),
         )
         self.struct: Pointer = ffi.new("dm_kv_view *", (*self._kept[1:], layer_offset, int(fmt)))
-
-    def select_layer(self, layer_offset: int) -> None:
-        """Move the view to another layer: its part begins `layer_offset` bytes into every block."""
-        self.struct.layer_offset = layer_offset

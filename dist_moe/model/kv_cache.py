@@ -24,12 +24,15 @@ class KvCache:
 
     Position block b of a sequence is one buffer [layers][local KV heads][K, then V of 64 positions], so that a
     sequence costs what it holds, not what it might hold.
+
+    Attributes:
+        layer_bytes: A layer's part of a block.
     """
 
     def __init__(self, kv_format: KvFormat, layers: int, kv_heads: int, head_dim: int) -> None:
         self._format = kv_format
-        self._layer_bytes = kv_heads * kv_block_bytes(kv_format, head_dim)
-        self._block_bytes = layers * self._layer_bytes
+        self.layer_bytes = kv_heads * kv_block_bytes(kv_format, head_dim)
+        self._block_bytes = layers * self.layer_bytes
         self._sequences: dict[int, _Sequence] = {}
 
     @property
@@ -37,8 +40,8 @@ class KvCache:
         """Bytes that all sequences hold now."""
         return sum(len(sequence.buffers) for sequence in self._sequences.values()) * self._block_bytes
 
-    def view(self, step: Step) -> KvView:
-        """Where the step's tokens read and write; releases and allocates blocks first."""
+    def view(self, step: Step, layer: int = 0) -> KvView:
+        """Where the step's tokens read and write in a layer; releases and allocates blocks first."""
         for sequence in step.released:
             self._sequences.pop(sequence, None)
         blocks: list[int] = []
@@ -52,11 +55,7 @@ class KvCache:
             position_T[rows] = np.arange(part.position, stop)
             blocks += self._grow(part.sequence, stop).addresses
             at = rows.stop
-        return KvView(np.array(blocks, dtype=np.uint64), table_T, position_T, 0, self._format)
-
-    def layer_offset(self, layer: int) -> int:
-        """Bytes before the layer's part of a block."""
-        return layer * self._layer_bytes
+        return KvView(np.array(blocks, dtype=np.uint64), table_T, position_T, layer * self.layer_bytes, self._format)
 
     def _grow(self, name: int, positions: int) -> _Sequence:
         sequence = self._sequences.setdefault(name, _Sequence())

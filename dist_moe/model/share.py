@@ -5,46 +5,51 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from dist_moe.kernels import Kernels, WeightFormat
+from dist_moe.kernels import LayerSizes, WeightFormat
 from dist_moe.model_config import ModelConfig
-from dist_moe.parallel.plan import Plan
+from dist_moe.parallel.plan import CHUNK_READ_COST_TOKENS, Plan
 from dist_moe.store.reader import Store
 from dist_moe.store.units import output_group
 
 
 @dataclass(frozen=True)
 class Share:
-    """The model, this rank's part of it, and the kernels that compute it."""
+    """The model, this rank's part of it, and what the kernels of a layer need to know of both."""
 
     config: ModelConfig
     plan: Plan
-    kernels: Kernels
     format: WeightFormat
     group_size: int
-    output_group: int  # of o_proj's columns, which never cross a head
-    router_format: WeightFormat
-    kv_of_h: npt.NDArray[np.int32]  # the local KV head of each local query head
+    sizes: LayerSizes
 
     @property
     def quantized(self) -> bool:
         """Whether matrices read int8 activations."""
-        return self.format in (WeightFormat.Q8, WeightFormat.Q4)
+        return self.format.quantized
 
 
-def make_share(store: Store, plan: Plan, kernels: Kernels) -> Share:
+def make_share(store: Store, plan: Plan) -> Share:
     """This rank's share of an open store."""
     config, manifest = store.config, store.manifest
     first_kv_head = plan.kv_heads.start
     kv_of_h = [head // config.heads_per_kv_head - first_kv_head for head in plan.heads]
-    return Share(
-        config=config,
-        plan=plan,
-        kernels=kernels,
+    sizes = LayerSizes(
+        model_dim=config.model_dim,
+        heads=len(plan.heads),
+        kv_heads=len(plan.kv_heads),
+        head_dim=config.head_dim,
+        experts_per_token=config.experts_per_token,
+        rank=plan.rank,
+        ranks=plan.ranks,
+        chunk_read_cost=CHUNK_READ_COST_TOKENS,
         format=manifest.format,
-        group_size=manifest.group_size,
+        group=manifest.group_size,
         output_group=output_group(config, manifest.group_size),
         router_format=manifest.router_format,
+        norm_topk_prob=config.norm_topk_prob,
+        eps=config.eps,
+        score_scale=config.score_scale,
         kv_of_h=np.array(kv_of_h, dtype=np.int32),
     )
+    return Share(config, plan, manifest.format, manifest.group_size, sizes)

@@ -52,6 +52,10 @@ class Step:
         """T, the tokens of all slices."""
         return sum(len(part.ids) for part in self.slices)
 
+    def flat_ids(self) -> npt.NDArray[np.int32]:
+        """The ids of all slices in order, int32 [T]."""
+        return np.array([token for part in self.slices for token in part.ids], dtype=np.int32)
+
     def pack(self) -> npt.NDArray[np.int64]:
         """The step as words: counts, then slices, ids, logit rows, temperatures (as f32 bits), released sequences."""
         temperatures = np.array(self.temperatures, dtype=np.float32).view(np.uint32)

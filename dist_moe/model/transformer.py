@@ -12,13 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_moe.kernels import NO_FAULT, Kernels, KvFormat, KvView, hash_floats
-from dist_moe.model.attention import attention_sums
 from dist_moe.model.kv_cache import KvCache
-from dist_moe.model.moe import expert_sums
 from dist_moe.model.share import make_share
 from dist_moe.model.step import MAX_LOGIT_ROWS, Step
 from dist_moe.model.weights import load_weights
-from dist_moe.model.workspace import Workspace, make_workspace
+from dist_moe.model.workspace import make_workspace
 from dist_moe.parallel.exchange import Exchange
 from dist_moe.parallel.plan import Plan
 from dist_moe.parallel.progress import Phase
@@ -49,64 +47,65 @@ class Transformer:
         Raises:
             StoreError: A unit that this rank needs is missing.
         """
-        self.share = make_share(store, plan, kernels)
         self.config = store.config
+        self.share = make_share(store, plan)
         self.kernels = kernels
         self.exchange = exchange
-        self.weights = load_weights(store, plan)
         self.cache = KvCache(kv_format, self.config.layers, len(plan.kv_heads), self.config.head_dim)
+        self.weights = load_weights(store, self.share, self.cache.layer_bytes)
         self.observer: Observer | None = None
         self.state_hash = 0  # of what every rank holds alike; 0 on one rank alone
         self._hashes_state = exchange.world.size > 1
-        self._workspace = make_workspace(
-            self.config,
-            plan,
-            quantized=self.share.quantized,
-            max_tokens=max_tokens,
-            max_chunks=max(len(layer.experts.addresses) for layer in self.weights.layers),
-            vocabulary_rows=len(plan.vocabulary_rows),
-        )
-        self._step_buffers = self._workspace
+        most_chunks = max(layer.experts.chunk_count for layer in self.weights.layers)
+        self._workspace = make_workspace(self.share, max_tokens=max_tokens, max_chunks=most_chunks)
+        self._buffers = self._workspace.of_a_layer(self.share.sizes)
+        self._tokens = 0  # of the last step
 
     @property
     def fault_T(self) -> npt.NDArray[np.int32]:
         """The last step's fault of each token on this rank, NO_FAULT if there is none."""
-        return self._step_buffers.fault_T
+        return self._workspace.fault_T[: self._tokens]
+
+    @property
+    def picked_TK(self) -> npt.NDArray[np.int32]:
+        """The experts of the last layer that was routed, int32 [T, K]; for an observer."""
+        return self._workspace.ids_TK[: self._tokens]
 
     def run_layers(self, step: Step) -> None:
         """Embed the step's tokens and run all layers; the residual stays in the workspace for `logits`."""
-        buffers = self._step_buffers = self._workspace.first(step.tokens)
-        buffers.fault_T.fill(NO_FAULT)
+        buffers = self._workspace
+        T = self._tokens = step.tokens
+        assert buffers.max_tokens >= T
+        x_TD, sums_TD = buffers.x_TD[:T], buffers.sums_TD[:T]
+        buffers.fault_T[:T] = NO_FAULT
         cache = self.cache.view(step)
-        ids_T = np.concatenate([np.array(part.ids, dtype=np.int32) for part in step.slices])
-        self.kernels.embed(buffers.x_TD, self.weights.embedding_VD, ids_T)
-        position_T = np.concatenate([np.arange(len(part.ids)) + part.position for part in step.slices])
+        self.kernels.embed(x_TD, self.weights.embedding_VD, step.flat_ids())
         self.kernels.rope_angles(
-            buffers.cos_TP, buffers.sin_TP, position_T, self.config.inv_freq, self.config.attention_factor
+            buffers.cos_TP, buffers.sin_TP, cache.position_T, self.config.inv_freq, self.config.attention_factor
         )
         for layer in range(self.config.layers):
-            self._layer(layer, buffers, cache)
-        self._hash_state(buffers.x_TD)
+            self._layer(layer, x_TD, sums_TD, cache)
+        self._hash_state(x_TD)
 
-    def _layer(self, layer: int, buffers: Workspace, cache: KvView) -> None:
-        weights = self.weights.layers[layer]
-        progress = self.exchange.world.progress
+    def _layer(self, layer: int, x_TD: Floats, sums_TD: npt.NDArray[np.int64], cache: KvView) -> None:
+        """X += exact(allreduce(attention(norm(x)))), then x += exact(allreduce(experts(norm(x))))."""
+        kernels, exchange, buffers, weights = self.kernels, self.exchange, self._buffers, self.weights.layers[layer]
+        progress = exchange.world.progress
         progress.layer = layer
-        cache.select_layer(self.cache.layer_offset(layer))
 
         progress.phase = Phase.ATTENTION
-        sums_TD = attention_sums(self.share, weights.attention, buffers, cache, layer)
-        self.exchange.sum_exact(sums_TD)
-        self.kernels.add_exact(buffers.x_TD, buffers.fault_T, sums_TD, weights.attention.o_bias_D, layer)
-        self._observe(layer, "attention", buffers)
+        kernels.attention_half(buffers, weights.attention, cache)
+        exchange.sum_exact(sums_TD)
+        kernels.add_sums(buffers, weights.attention, len(x_TD))
+        self._observe(layer, "attention", x_TD)
 
         progress.phase = Phase.EXPERTS
-        sums_TD = expert_sums(self.share, weights.experts, buffers, layer)
-        self.exchange.sum_exact(sums_TD)
-        self.kernels.add_exact(buffers.x_TD, buffers.fault_T, sums_TD, None, layer)
-        if weights.experts.router is not None:
-            self._hash_state(buffers.weights_TK)
-        self._observe(layer, "experts", buffers)
+        kernels.experts_half(buffers, weights.experts, len(x_TD))
+        exchange.sum_exact(sums_TD)
+        kernels.add_sums(buffers, weights.experts, len(x_TD))
+        if weights.experts.routed:
+            self._hash_state(self._workspace.weights_TK[: len(x_TD)])
+        self._observe(layer, "experts", x_TD)
 
     def logits(self, rows: Sequence[int]) -> Floats:
         """This rank's logits of some tokens of the last step.
@@ -118,7 +117,7 @@ class Transformer:
             f32 [N, v], valid until the next call.
         """
         assert len(rows) <= MAX_LOGIT_ROWS
-        share, buffers = self.share, self._step_buffers
+        share, buffers = self.share, self._workspace
         N = len(rows)
         self.exchange.world.progress.phase = Phase.LOGITS
         x_ND = buffers.head_x_ND[:N]
@@ -135,13 +134,15 @@ class Transformer:
 
     def add_faults(self, rows: Sequence[int], fault_N: npt.NDArray[np.int32]) -> None:
         """Note faults that were found in the logits of some tokens; the lowest one of each token stays."""
-        fault_T = self._step_buffers.fault_T
-        np.minimum.at(fault_T, list(rows), fault_N)
+        fault_T = self._workspace.fault_T
+        for row, fault in zip(rows, fault_N.tolist(), strict=True):
+            if fault < fault_T[row]:
+                fault_T[row] = fault
 
     def _hash_state(self, values: Floats) -> None:
         if self._hashes_state:
             self.state_hash = hash_floats(values, self.state_hash)
 
-    def _observe(self, layer: int, half: str, buffers: Workspace) -> None:
+    def _observe(self, layer: int, half: str, x_TD: Floats) -> None:
         if self.observer is not None:
-            self.observer(layer, half, buffers.x_TD)
+            self.observer(layer, half, x_TD)

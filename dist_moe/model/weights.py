@@ -1,6 +1,6 @@
 """This rank's weights: views into the mapped store, laid out as the maths reads them.
 
-Shape suffixes: D model dim, P head dim, h local query heads, g local KV heads, E experts.
+Shape suffixes: V vocabulary, D model dim.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dist_moe.kernels import MatrixList, packed_bytes
+from dist_moe.kernels import AttentionLayer, ExpertsLayer, MatrixList, packed_bytes
+from dist_moe.model.share import Share
 from dist_moe.parallel.plan import Plan
 from dist_moe.split import VOCABULARY_BLOCK
 from dist_moe.store.reader import Store
@@ -20,37 +21,11 @@ Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class AttentionWeights:
-    """One layer's attention: q, k and v rows of the local heads, and each head's columns of o_proj."""
-
-    norm_D: Floats
-    q_norm_P: Floats
-    k_norm_P: Floats
-    qkv: MatrixList
-    qkv_bias: Floats | None  # [(h + 2 g) P], in the order of the qkv rows
-    o_units: MatrixList
-    o_bias_D: Floats | None
-
-
-@dataclass(frozen=True)
-class ExpertWeights:
-    """One layer's MLP: the router and the addresses of its expert chunks; a dense MLP is one expert, unrouted."""
-
-    norm_D: Floats
-    router: MatrixList | None
-    experts: int
-    width: int
-    chunks_per_expert: int
-    addresses: npt.NDArray[np.uint64]  # [experts * chunks_per_expert], 0 where this host has no copy
-    owned: npt.NDArray[np.int64] | None  # this rank's chunks, or None if each step deals them out
-
-
-@dataclass(frozen=True)
 class LayerWeights:
     """Both halves of a layer."""
 
-    attention: AttentionWeights
-    experts: ExpertWeights
+    attention: AttentionLayer
+    experts: ExpertsLayer
 
 
 @dataclass(frozen=True)
@@ -64,26 +39,31 @@ class ModelWeights:
     vocabulary: MatrixList
 
 
-def load_weights(store: Store, plan: Plan) -> ModelWeights:
+def load_weights(store: Store, share: Share, cache_layer_bytes: int) -> ModelWeights:
     """Map this rank's share of a store.
 
+    Args:
+        store: The store.
+        share: What is this rank's.
+        cache_layer_bytes: A layer's part of a block of the KV cache.
+
     Raises:
-        StoreError: A unit that the plan needs is not in the files of this host.
+        StoreError: A unit that the share needs is not in the files of this host.
     """
     return ModelWeights(
         store=store,
         embedding_VD=store.common("embedding"),
         layers=tuple(
-            LayerWeights(_attention(store, plan, layer), _experts(store, plan, layer))
+            LayerWeights(_attention(store, share, layer, layer * cache_layer_bytes), _experts(store, share, layer))
             for layer in range(store.config.layers)
         ),
         final_norm_D=store.common("final_norm"),
-        vocabulary=_vocabulary(store, plan),
+        vocabulary=_vocabulary(store, share.plan),
     )
 
 
-def _attention(store: Store, plan: Plan, layer: int) -> AttentionWeights:
-    config, manifest = store.config, store.manifest
+def _attention(store: Store, share: Share, layer: int, cache_offset: int) -> AttentionLayer:
+    config, manifest, plan = store.config, store.manifest, share.plan
     store.require("head", layer, plan.heads)
     store.require("kv_head", layer, plan.kv_heads)
     row_bytes = head_row_bytes(config, manifest.format, manifest.group_size)
@@ -93,12 +73,15 @@ def _attention(store: Store, plan: Plan, layer: int) -> AttentionWeights:
     rows += [kv_head[:row_bytes] for kv_head in kv_heads]
     rows += [kv_head[row_bytes:] for kv_head in kv_heads]
     name = f"layers.{layer}."
-    return AttentionWeights(
+    return AttentionLayer(
+        share.sizes,
+        layer,
+        cache_offset,
         norm_D=store.common(name + "attention_norm"),
         q_norm_P=store.common(name + "q_norm"),
         k_norm_P=store.common(name + "k_norm"),
         qkv=MatrixList([(unit, config.head_dim, i * config.head_dim) for i, unit in enumerate(rows)]),
-        qkv_bias=_qkv_bias(store, plan, name),
+        qkv_bias_R=_qkv_bias(store, plan, name),
         o_units=MatrixList([(head[row_bytes:], config.model_dim, 0) for head in heads]),
         o_bias_D=store.common(name + "o_bias") if config.attention_bias else None,
     )
@@ -114,23 +97,24 @@ def _qkv_bias(store: Store, plan: Plan, name: str) -> Floats | None:
     return np.concatenate([bias[heads.start * head_dim : heads.stop * head_dim] for bias, heads in parts])
 
 
-def _experts(store: Store, plan: Plan, layer: int) -> ExpertWeights:
+def _experts(store: Store, share: Share, layer: int) -> ExpertsLayer:
     config, manifest = store.config, store.manifest
     experts = config.layer_experts(layer)
     chunks = chunks_per_expert(config, manifest.group_size, layer)
-    owned = plan.owned_chunks(experts, chunks)
+    owned = share.plan.owned_chunks(experts, chunks)
     store.require("chunk", layer, range(experts * chunks) if owned is None else owned.tolist())
     router = None
     if not config.is_dense(layer):
         router = MatrixList([(store.common(f"layers.{layer}.router"), experts, 0)])
-    return ExpertWeights(
+    return ExpertsLayer(
+        share.sizes,
+        layer,
         norm_D=store.common(f"layers.{layer}.mlp_norm"),
         router=router,
-        experts=experts,
-        width=layer_chunk_width(config, manifest.group_size, layer),
-        chunks_per_expert=chunks,
         addresses=store.unit_addresses("chunk", layer),
         owned=owned,
+        experts=experts,
+        width=layer_chunk_width(config, manifest.group_size, layer),
     )
 
 

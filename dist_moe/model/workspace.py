@@ -6,12 +6,13 @@ token, N = T * K choices, v local vocabulary rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from dist_moe.kernels import GROUP, ChunkList, Operand, aligned_empty
+from dist_moe.kernels import GROUP, ChunkList, LayerBuffers, LayerSizes, Operand, aligned_empty
+from dist_moe.model.share import Share
 from dist_moe.model.step import MAX_LOGIT_ROWS
 from dist_moe.model_config import ModelConfig
 from dist_moe.parallel.plan import Plan
@@ -46,36 +47,37 @@ class Workspace:
     head_fault_N: Int32s
     logits_Nv: Floats
 
-    def first(self, tokens: int) -> Workspace:
-        """The same buffers, cut to a step's tokens."""
-        assert tokens <= self.max_tokens
-        return replace(
-            self,
-            x_TD=self.x_TD[:tokens],
-            fault_T=self.fault_T[:tokens],
-            qkv_TR=self.qkv_TR[:tokens],
-            cos_TP=self.cos_TP[:tokens],
-            sin_TP=self.sin_TP[:tokens],
-            sums_TD=self.sums_TD[:tokens],
-            router_TE=self.router_TE[:tokens],
-            ids_TK=self.ids_TK[:tokens],
-            weights_TK=self.weights_TK[:tokens],
+    def of_a_layer(self, sizes: LayerSizes) -> LayerBuffers:
+        """What a layer works in, as its kernels take it."""
+        return LayerBuffers(
+            sizes,
+            x_TD=self.x_TD,
+            sums_TD=self.sums_TD,
+            fault_T=self.fault_T,
+            normed=self.normed,
+            attended=self.attended,
+            qkv_TR=self.qkv_TR,
+            cos_TP=self.cos_TP,
+            sin_TP=self.sin_TP,
+            router_TE=self.router_TE,
+            ids_TK=self.ids_TK,
+            weights_TK=self.weights_TK,
+            offset_E1=self.offset_E1,
+            token_N=self.token_N,
+            weight_N=self.weight_N,
+            chunks=self.chunks,
         )
 
 
-def make_workspace(
-    config: ModelConfig, plan: Plan, *, quantized: bool, max_tokens: int, max_chunks: int, vocabulary_rows: int
-) -> Workspace:
+def make_workspace(share: Share, *, max_tokens: int, max_chunks: int) -> Workspace:
     """Allocate the buffers of one rank.
 
     Args:
-        config: The model.
-        plan: This rank's share.
-        quantized: Whether matrices read int8 activations (q8 and q4 stores).
+        share: This rank's share.
         max_tokens: Tokens of the largest step.
         max_chunks: Chunks of the layer that has most.
-        vocabulary_rows: Rows of lm_head on this rank.
     """
+    config, plan, quantized = share.config, share.plan, share.quantized
     T, D, P = max_tokens, config.model_dim, config.head_dim
     E, K = max(config.experts, 1), max(config.experts_per_token, 1)
     columns = (len(plan.heads) + 2 * len(plan.kv_heads)) * P
@@ -100,7 +102,7 @@ def make_workspace(
         head_x_ND=aligned_empty((MAX_LOGIT_ROWS, D), floats),
         head=Operand(MAX_LOGIT_ROWS, D, quantized),
         head_fault_N=aligned_empty((MAX_LOGIT_ROWS,), ints),
-        logits_Nv=aligned_empty((MAX_LOGIT_ROWS, vocabulary_rows), floats),
+        logits_Nv=aligned_empty((MAX_LOGIT_ROWS, len(plan.vocabulary_rows)), floats),
     )
 
 

@@ -15,7 +15,7 @@ from dist_moe.split import VOCABULARY_BLOCK, contiguous, head_range_kv_heads, sl
 
 EXPERT_LAYOUTS = ("whole", "sliced", "shared")
 
-# Reading a chunk's weights costs as much as multiplying them with about this many tokens.
+# Where each step's chunks are dealt out: reading one's weights costs as much as multiplying them with this many tokens.
 CHUNK_READ_COST_TOKENS = 8
 
 
@@ -71,26 +71,3 @@ def make_plan(*, heads: int, heads_per_kv_head: int, vocabulary: int, rank: int,
         vocabulary_rows=range(first_row, min(blocks.stop * VOCABULARY_BLOCK, vocabulary)),
         layout=layout,
     )
-
-
-def shared_chunks(
-    tokens_of_expert_E: npt.NDArray[np.int64], chunks_per_expert: int, rank: int, ranks: int
-) -> npt.NDArray[np.int64]:
-    """This rank's run of the chunks that a step picked: all of them in order, cut into `ranks` runs of equal work.
-
-    Args:
-        tokens_of_expert_E: Tokens routed to each expert, equal on every rank.
-        chunks_per_expert: Chunks of each expert.
-        rank: Whose run.
-        ranks: How many runs.
-
-    Returns:
-        Linear chunk indices, ascending. A chunk belongs to the run in which the middle of its work lies.
-    """
-    picked_experts = np.flatnonzero(tokens_of_expert_E)
-    work = np.repeat(tokens_of_expert_E[picked_experts] + CHUNK_READ_COST_TOKENS, chunks_per_expert)
-    end = np.cumsum(work)
-    run = (2 * end - work) * ranks // (2 * end[-1:])
-    chunks = (picked_experts[:, None] * chunks_per_expert + np.arange(chunks_per_expert)).ravel()
-    own: npt.NDArray[np.int64] = chunks[run == rank]
-    return own

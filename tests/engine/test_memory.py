@@ -62,7 +62,7 @@ def arrays_of(workspace: object) -> list[np.ndarray]:
         elif isinstance(value, np.ndarray):
             found.append(value)
         elif entry.name == "chunks":
-            found.append(value._words)
+            found.append(value.words)
     return found
 
 

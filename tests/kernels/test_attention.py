@@ -85,9 +85,7 @@ class Cache:
         rows_TR = self.bench.of(np.stack([self.rows[s][p] for s, p in tokens]))
         table_T = self.bench.of(np.array([self.first_block[s] for s, _ in tokens], np.int64))
         position_T = self.bench.of(np.array([p for _, p in tokens], np.int64))
-        view = KvView(self.blocks, table_T, position_T, 0, self.fmt)
-        view.select_layer(LAYER * self.g * self.block_bytes)
-        return rows_TR, view
+        return rows_TR, KvView(self.blocks, table_T, position_T, LAYER * self.g * self.block_bytes, self.fmt)
 
     def store(self, kernels, tokens):
         """Write K and V of the tokens; returns the faults."""

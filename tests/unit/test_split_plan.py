@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from itertools import chain
 
-import numpy as np
 import pytest
 
 from dist_moe import split
 from dist_moe.errors import UsageError
 from dist_moe.kernels import VOCABULARY_BLOCK
-from dist_moe.parallel.plan import CHUNK_READ_COST_TOKENS, Plan, make_plan, shared_chunks
+from dist_moe.parallel.plan import Plan, make_plan
 from dist_moe.split import contiguous, head_range_kv_heads, sliced_chunks, whole_chunks
 
 
@@ -65,27 +64,6 @@ def test_a_rank_may_own_no_vocabulary() -> None:
 def test_more_ranks_than_heads_are_refused() -> None:
     with pytest.raises(UsageError, match=r"33 ranks.*32 query heads.*mpirun -n 32"):
         plans(33)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
-def test_shared_runs_tile_the_picked_chunks(ranks: int) -> None:
-    tokens_E = np.array([0, 3, 0, 1, 1, 40, 0, 2])
-    runs = [shared_chunks(tokens_E, 6, rank, ranks) for rank in range(ranks)]
-    picked = [e * 6 + c for e in (1, 3, 4, 5, 7) for c in range(6)]
-    assert list(np.concatenate(runs)) == picked
-
-
-def test_shared_runs_have_equal_work() -> None:
-    tokens_E = np.zeros(128, dtype=np.int64)
-    tokens_E[[3, 17, 40, 41, 77, 90, 101, 127]] = 1
-    runs = [shared_chunks(tokens_E, 6, rank, 4) for rank in range(4)]
-    assert [len(run) for run in runs] == [12, 12, 12, 12]
-    heavy_E = np.array([100, 1, 1])
-    work = [
-        int((heavy_E[run // 2] + CHUNK_READ_COST_TOKENS).sum())
-        for run in (shared_chunks(heavy_E, 2, r, 2) for r in (0, 1))
-    ]
-    assert work == [108, 144]
 
 
 def test_the_block_of_the_split_is_the_block_of_the_kernels() -> None:

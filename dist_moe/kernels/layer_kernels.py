@@ -1,0 +1,260 @@
+"""Each half of a layer as one call, and the C structures that it reads, which are built once.
+
+Legend: T tokens, D model dim, h query heads and g KV heads of this rank, P head dim, C = h * P, R = (h + 2 g) * P,
+E experts, K experts per token, N = T * K. See native.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dist_moe.kernels.arrays import F32, I32, I64, U64, F32Array, I32Array, I64Array, Pointer, U64Array
+from dist_moe.kernels.buffers import ChunkList, KvView, MatrixList, Operand
+from dist_moe.kernels.context import Context
+from dist_moe.kernels.formats import WeightFormat
+from dist_moe.kernels.library import ffi, lib
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """What the layers of one rank's share have in common (`dm_sizes`)."""
+
+    model_dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    experts_per_token: int
+    rank: int
+    ranks: int
+    chunk_read_cost: int  # in tokens
+    format: WeightFormat
+    group: int
+    output_group: int  # of o_proj's columns, which never cross a head
+    router_format: WeightFormat
+    norm_topk_prob: bool
+    eps: np.float32
+    score_scale: np.float32
+    kv_of_h: I32Array  # the local KV head of each local query head
+
+    def struct(self) -> Pointer:
+        """The C structure; it points to kv_of_h, which must stay alive."""
+        return ffi.new(
+            "dm_sizes *",
+            {
+                "D": self.model_dim,
+                "h": self.heads,
+                "g": self.kv_heads,
+                "P": self.head_dim,
+                "K": self.experts_per_token,
+                "rank": self.rank,
+                "ranks": self.ranks,
+                "chunk_read_cost": self.chunk_read_cost,
+                "format": self.format,
+                "group": self.group,
+                "output_group": self.output_group,
+                "router_format": self.router_format,
+                "norm_topk_prob": self.norm_topk_prob,
+                "eps": self.eps,
+                "score_scale": self.score_scale,
+                "kv_of_h": I32.read(self.kv_of_h, self.heads),
+            },
+        )
+
+
+class LayerBuffers:
+    """The buffers of a step that both halves of a layer work in (`dm_buffers`), checked against the sizes."""
+
+    def __init__(
+        self,
+        sizes: LayerSizes,
+        *,
+        x_TD: F32Array,
+        sums_TD: I64Array,
+        fault_T: I32Array,
+        normed: Operand,
+        attended: Operand,
+        qkv_TR: F32Array,
+        cos_TP: F32Array,
+        sin_TP: F32Array,
+        router_TE: F32Array,
+        ids_TK: I32Array,
+        weights_TK: F32Array,
+        offset_E1: I32Array,
+        token_N: I32Array,
+        weight_N: F32Array,
+        chunks: ChunkList,
+    ) -> None:
+        """Point at the arrays, which are kept alive; T is the length of x_TD."""
+        self.max_tokens = T = len(x_TD)
+        self.experts = E = router_TE.shape[1]
+        self.chunk_capacity = chunks.capacity
+        self.model_dim = D = sizes.model_dim
+        h, P, K = sizes.heads, sizes.head_dim, max(1, sizes.experts_per_token)
+        if normed.columns != D or attended.columns != h * P:
+            raise TypeError(f"operands of {normed.columns} and {attended.columns} columns, not {D} and {h * P}")
+        self._kept = {
+            "x_TD": F32.write(x_TD, T, D),
+            "sums_TD": I64.write(sums_TD, T, D),
+            "fault_T": I32.write(fault_T, T),
+            "normed": normed.for_format(sizes.format, T),
+            "attended": attended.for_format(sizes.format, T),
+            "qkv_TR": F32.write(qkv_TR, T, (h + 2 * sizes.kv_heads) * P),
+            "cos_TP": F32.write(cos_TP, T, P // 2),
+            "sin_TP": F32.write(sin_TP, T, P // 2),
+            "router_TE": F32.write(router_TE, T, E),
+            "ids_TK": I32.write(ids_TK, T, K),
+            "weights_TK": F32.write(weights_TK, T, K),
+            "offset_E1": I32.write(offset_E1, E + 1),
+            "token_N": I32.write(token_N, T * K),
+            "weight_N": F32.write(weight_N, T * K),
+            "chunks": chunks.struct,
+        }
+        self._objects = (normed, attended, chunks)
+        self.sizes: Pointer = sizes.struct()
+        self._kv_of_h = sizes.kv_of_h
+        self.struct: Pointer = ffi.new("dm_buffers *", self._kept)
+        self.residual = (self._kept["x_TD"], self._kept["fault_T"], self._kept["sums_TD"])
+
+
+class AttentionLayer:
+    """One layer's attention (`dm_attention_layer`)."""
+
+    def __init__(
+        self,
+        sizes: LayerSizes,
+        layer: int,
+        cache_offset: int,
+        *,
+        norm_D: F32Array,
+        q_norm_P: F32Array,
+        k_norm_P: F32Array,
+        qkv: MatrixList,
+        qkv_bias_R: F32Array | None,
+        o_units: MatrixList,
+        o_bias_D: F32Array | None,
+    ) -> None:
+        """Take q, k and v rows of the local heads, and each head's columns of o_proj.
+
+        Args:
+            sizes: Of all layers.
+            layer: For the faults.
+            cache_offset: Bytes before the layer's part of a cache block.
+            norm_D: The norm's gain.
+            q_norm_P: The gain of the norm of each query head.
+            k_norm_P: The gain of the norm of each KV head.
+            qkv: h + 2 g matrices [P, D].
+            qkv_bias_R: In the order of the qkv rows.
+            o_units: h matrices [D, P].
+            o_bias_D: Added once, after the exact sum over ranks.
+        """
+        h, D, P = sizes.heads, sizes.model_dim, sizes.head_dim
+        rows = (h + 2 * sizes.kv_heads) * P
+        if qkv.count * P != rows or qkv.out_columns != rows or o_units.count != h or not o_units.row_counts <= {D}:
+            raise TypeError(f"layer {layer}: {qkv.count} matrices of q, k and v, {o_units.count} of o for {h} heads")
+        self._matrices = (qkv, o_units)
+        self._kept = {
+            "norm_D": F32.read(norm_D, D),
+            "q_norm_P": F32.read(q_norm_P, P),
+            "k_norm_P": F32.read(k_norm_P, P),
+            "qkv": qkv.for_columns(D, sizes.format, sizes.group),
+            "qkv_bias_R": ffi.NULL if qkv_bias_R is None else F32.read(qkv_bias_R, rows),
+            "o_units": o_units.for_columns(P, sizes.format, sizes.output_group),
+        }
+        self.layer = layer
+        self.bias_D: Pointer = ffi.NULL if o_bias_D is None else F32.read(o_bias_D, D)
+        values = {**self._kept, "cache_offset": cache_offset, "layer": layer}
+        self.struct: Pointer = ffi.new("dm_attention_layer *", values)
+
+
+class ExpertsLayer:
+    """One layer's MLP (`dm_experts_layer`)."""
+
+    def __init__(
+        self,
+        sizes: LayerSizes,
+        layer: int,
+        *,
+        norm_D: F32Array,
+        router: MatrixList | None,
+        addresses: U64Array,
+        owned: I64Array | None,
+        experts: int,
+        width: int,
+    ) -> None:
+        """Take the router and the addresses of the chunks, whose memory the caller keeps alive.
+
+        Args:
+            sizes: Of all layers.
+            layer: For the faults.
+            norm_D: The norm's gain.
+            router: One matrix [E, D]; None: a dense MLP, one expert that every token picks with weight 1.
+            addresses: uint64 [E * chunks per expert], 0 where this host has no copy.
+            owned: int64, the numbers of this rank's chunks, ascending; None: each step deals them out.
+            experts: E.
+            width: Hidden units per chunk.
+        """
+        self.layer = layer
+        self.bias_D: Pointer = ffi.NULL
+        self.routed = router is not None
+        self.experts = experts
+        self.chunk_count = len(addresses)
+        if len(addresses) % experts or (owned is not None and len(owned) and int(owned.max()) >= len(addresses)):
+            raise TypeError(f"layer {layer}: {len(addresses)} chunks of {experts} experts")
+        if router is not None and (router.count, router.out_columns) != (1, experts):
+            raise TypeError(f"layer {layer}: a router of {router.out_columns} rows for {experts} experts")
+        self._router = router
+        self._kept = {
+            "norm_D": F32.read(norm_D, sizes.model_dim),
+            "router": ffi.NULL if router is None else router.for_columns(sizes.model_dim, sizes.router_format, 0),
+            "chunks": ffi.cast("void **", U64.read(addresses, len(addresses))),
+            "owned": ffi.NULL if owned is None else I64.read(owned, len(owned)),
+        }
+        self._arrays = (addresses, owned)
+        numbers = {
+            "owned_count": 0 if owned is None else len(owned),
+            "experts": experts,
+            "chunks_per_expert": len(addresses) // experts,
+            "width": width,
+            "layer": layer,
+        }
+        self.struct: Pointer = ffi.new("dm_experts_layer *", {**self._kept, **numbers})
+
+
+class LayerKernels(Context):
+    """The chapter "halves of a layer" of dist_moe.h."""
+
+    def attention_half(self, buffers: LayerBuffers, layer: AttentionLayer, view: KvView) -> None:
+        """sums_TD = o_proj(attend(rope(norm(q)), rope(norm(k)), v)) of norm(x), over this rank's heads (rules 6, 10).
+
+        The view's tokens are the first T rows of the buffers.
+        """
+        if view.tokens > buffers.max_tokens:
+            raise TypeError(f"{view.tokens} tokens in buffers of {buffers.max_tokens}")
+        lib.dm_attention_half(self._context, buffers.struct, buffers.sizes, layer.struct, view.struct, view.tokens)
+
+    def experts_half(self, buffers: LayerBuffers, layer: ExpertsLayer, tokens: int) -> None:
+        """sums_TD = sum of weight * down(silu(gate x) * up x) of norm(x), over this rank's chunks (rules 6, 7, 11)."""
+        fits = layer.chunk_count <= buffers.chunk_capacity and layer.experts <= buffers.experts
+        if not fits or tokens > buffers.max_tokens:
+            raise TypeError(f"{tokens} tokens and {layer.chunk_count} chunks do not fit the buffers")
+        lib.dm_experts_half(self._context, buffers.struct, buffers.sizes, layer.struct, tokens)
+
+    def add_sums(self, buffers: LayerBuffers, half: AttentionLayer | ExpertsLayer, tokens: int) -> None:
+        """Residual: x_TD += f32((sums_TD + o_proj's bias, if any) * 2^-32), after the sum over ranks (rule 7)."""
+        assert tokens <= buffers.max_tokens
+        x, fault, sums = buffers.residual
+        lib.dm_add_exact(self._context, x, fault, sums, half.bias_D, tokens, buffers.model_dim, half.layer)
+
+    @staticmethod
+    def pick_chunks(layer: ExpertsLayer, offset_E1: I32Array, rank: int, ranks: int, read_cost: int) -> U64Array:
+        """The chunks that a rank computes in a step whose tokens are grouped as offset_E1 (int32 [E + 1]) says.
+
+        Returns:
+            uint64 [n, 3]: each chunk's address, the first of its entries and how many, as in `ChunkList`.
+        """
+        chunks = ChunkList(layer.chunk_count)
+        offset = I32.read(offset_E1, layer.experts + 1)
+        count = lib.dm_pick_chunks(chunks.struct, layer.struct, offset, rank, ranks, read_cost)
+        return chunks.words[:count]

@@ -1,0 +1,85 @@
+"""Which chunks of the experts that got tokens a rank computes: its own ones, or its run of all of them."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from dist_moe.kernels import ExpertsLayer, Kernels, LayerSizes, WeightFormat
+from dist_moe.parallel.plan import CHUNK_READ_COST_TOKENS as READ_COST
+
+Int64s = npt.NDArray[np.int64]
+SIZES = LayerSizes(
+    model_dim=32,
+    heads=1,
+    kv_heads=1,
+    head_dim=32,
+    experts_per_token=1,
+    rank=0,
+    ranks=1,
+    chunk_read_cost=READ_COST,
+    format=WeightFormat.Q4,
+    group=32,
+    output_group=32,
+    router_format=WeightFormat.BF16,
+    norm_topk_prob=True,
+    eps=np.float32(1e-6),
+    score_scale=np.float32(1),
+    kv_of_h=np.zeros(1, np.int32),
+)
+
+
+def picked(tokens_E: Int64s, chunks_per_expert: int, rank: int, ranks: int, owned: Int64s | None = None) -> list[int]:
+    """Numbers of the chunks that C picks; a chunk's address is its number times 64. Checks each one's entries."""
+    experts = len(tokens_E)
+    layer = ExpertsLayer(
+        SIZES,
+        0,
+        norm_D=np.ones(32, np.float32),
+        router=None,
+        addresses=np.arange(experts * chunks_per_expert, dtype=np.uint64) * 64,
+        owned=owned,
+        experts=experts,
+        width=32,
+    )
+    offset_E1 = np.concatenate([[0], np.cumsum(tokens_E)]).astype(np.int32)
+    words = Kernels.pick_chunks(layer, offset_E1, rank, ranks, READ_COST).astype(np.int64)
+    numbers = words[:, 0] // 64
+    expert = numbers // chunks_per_expert
+    assert (words[:, 1] == offset_E1[expert]).all()
+    assert (words[:, 2] == tokens_E[expert]).all()
+    return numbers.tolist()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
+def test_shared_runs_tile_the_chunks_that_got_tokens(ranks: int) -> None:
+    tokens_E = np.array([0, 3, 0, 1, 1, 40, 0, 2])
+    runs = [picked(tokens_E, 6, rank, ranks) for rank in range(ranks)]
+    assert list(chain(*runs)) == [e * 6 + c for e in (1, 3, 4, 5, 7) for c in range(6)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_a_shared_chunk_belongs_to_the_run_with_the_middle_of_its_work(ranks: int) -> None:
+    tokens_E = np.random.default_rng(3).integers(0, 20, 128) * (np.arange(128) % 3 == 0)
+    work = np.repeat(np.where(tokens_E > 0, tokens_E + READ_COST, 0), 4)
+    middle = np.cumsum(work) - work / 2
+    run = np.floor(middle * ranks / work.sum()).astype(int)
+    for rank in range(ranks):
+        assert picked(tokens_E, 4, rank, ranks) == np.flatnonzero((work > 0) & (run == rank)).tolist()
+
+
+def test_shared_runs_have_equal_work() -> None:
+    tokens_E = np.zeros(128, dtype=np.int64)
+    tokens_E[[3, 17, 40, 41, 77, 90, 101, 127]] = 1
+    assert [len(picked(tokens_E, 6, rank, 4)) for rank in range(4)] == [12, 12, 12, 12]
+    heavy_E = np.array([100, 1, 1])
+    work = [sum(int(heavy_E[n // 2]) + READ_COST for n in picked(heavy_E, 2, rank, 2)) for rank in (0, 1)]
+    assert work == [108, 144]
+
+
+def test_own_chunks_without_tokens_are_left_out() -> None:
+    owned = np.array([0, 3, 4, 9, 11])
+    assert picked(np.array([5, 0, 1, 0, 0, 2]), 2, 1, 3, owned) == [0, 4, 11]
