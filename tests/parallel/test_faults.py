@@ -100,13 +100,22 @@ def test_a_rank_that_hangs(environment: dict[str, str], phase: str, rank: int, p
     assert f", layer 1, {place}" in line
 
 
+def test_a_rank_that_hangs_while_it_loads(environment: dict[str, str]) -> None:
+    ended = end(environment, "hang", "load", 2)
+    assert ended.code == 75, ended
+    (line,) = ended.lines
+    assert f"nothing has moved for {STALL_S} s (--stall-timeout): all wait for rank 2 on " in line, ended
+    assert line.endswith(", which is stuck in loading the model")
+
+
 @pytest.mark.parametrize(("act", "phase"), [("stop", "start"), ("hang", "start"), ("stop", "join")])
 def test_a_rank_that_never_arrives(environment: dict[str, str], act: str, phase: str) -> None:
     ended = end(environment, act, phase, 2, "--start-timeout", str(START_S))
     assert ended.code == 75, ended
     (line,) = ended.lines
     assert line.startswith("dist-moe: error: rank 0 on "), ended
-    assert f"MPI did not start within {START_S} s: some of the {RANKS} ranks did not arrive" in line
+    assert f"MPI did not start within {START_S} s: some of the {RANKS} ranks did not arrive (" in line
+    assert ("(rank 2 on this host is stopped)" in line) == (act == "stop")
 
 
 @pytest.mark.parametrize("victim", ["mpirun", "proxy"])
