@@ -11,11 +11,12 @@
 #define ROUNDING_MAGIC 0x1.8p52 /* its last mantissa bit is worth 1 */
 #define ROUNDING_MAGIC_BITS UINT64_C(0x4338000000000000)
 
-/* A register of doubles, and as many floats. */
 #define WIDE_LANES (DM_LANES / 2)
-typedef double f64v __attribute__((vector_size(4 * DM_LANES)));
-typedef uint64_t u64v __attribute__((vector_size(4 * DM_LANES)));
-typedef float f32_half __attribute__((vector_size(2 * DM_LANES)));
+
+#ifndef DM_HAS_F64_CONVERSIONS
+DM_INLINE f64v widen_f64(f32_half x) { return __builtin_convertvector(x, f64v); }
+DM_INLINE f32_half narrow_f64(f64v x) { return __builtin_convertvector(x, f32_half); }
+#endif
 
 DM_INLINE u64v load_u64(const int64_t *from) {
     u64v x;
@@ -45,7 +46,7 @@ static int add_fixed(int64_t *sum_D, const float *x_D, float weight, size_t D) {
         for (; d + WIDE_LANES <= D; d += WIDE_LANES) {
             f32_half x;
             __builtin_memcpy(&x, x_D + d, sizeof x);
-            f64v shifted = __builtin_convertvector(x * weight, f64v) * 0x1p32 + ROUNDING_MAGIC;
+            f64v shifted = widen_f64(x * weight) * 0x1p32 + ROUNDING_MAGIC;
             u64v sum = load_u64(sum_D + d) + ((u64v)shifted - ROUNDING_MAGIC_BITS);
             __builtin_memcpy(sum_D + d, &sum, sizeof sum);
         }
@@ -84,7 +85,7 @@ static int add_exact(float *x_D, const int64_t *sum_D, const float *bias_D, size
     if (sums_in_range(sum_D, D)) {
         for (; d + WIDE_LANES <= D; d += WIDE_LANES) {
             f64v shifted = (f64v)(load_u64(sum_D + d) + ROUNDING_MAGIC_BITS);
-            f32_half x, delta = __builtin_convertvector((shifted - ROUNDING_MAGIC) * 0x1p-32, f32_half);
+            f32_half x, delta = narrow_f64((shifted - ROUNDING_MAGIC) * 0x1p-32);
             if (bias_D != NULL) {
                 f32_half bias;
                 __builtin_memcpy(&bias, bias_D + d, sizeof bias);
