@@ -13,7 +13,7 @@
 #include "dist_moe.h"
 
 /* Tokens that one pass of a matmul works on, and the bytes of scratch it needs for them. */
-#define DM_TOKEN_BLOCK 16
+#define DM_TOKEN_BLOCK 64
 #define DM_MATMUL_SCRATCH(columns) (DM_TOKEN_BLOCK * (((columns) + 31) / 32 * 32) * sizeof(int16_t))
 
 /* T vectors of `columns` values, or a range of columns of wider ones. Strides are in elements. */
@@ -96,7 +96,8 @@ typedef struct dm_kernels {
     /* a * b + c, rounded once. */
     float (*fma_one)(float a, float b, float c);
 
-    /* Measuring (machine.h): read every byte; do arithmetic on 256 numbers and return how many operations. */
+    /* Measuring (machine.h): the xor of all words in whole 256-byte steps of each of `streams` equal runs; arithmetic
+     * on 256 numbers, which returns how many operations it did. */
     int32_t (*read_bytes)(const uint8_t *data, size_t bytes, size_t streams, size_t ahead);
     size_t (*f32_peak)(float *data, size_t rounds);
     size_t (*int8_peak)(int32_t *data, size_t rounds);
@@ -104,6 +105,7 @@ typedef struct dm_kernels {
 
 extern const dm_kernels dm_kernels_portable;
 extern const dm_kernels dm_kernels_avx2;
+extern const dm_kernels dm_kernels_avxvnni;
 extern const dm_kernels dm_kernels_avx512;
 extern const dm_kernels dm_kernels_avx512vnni;
 extern const dm_kernels dm_kernels_neon;

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from dist_moe.parallel.launcher import Launcher
+from dist_moe.parallel.launcher import Launcher, detect_launcher
 from dist_moe.parallel.mpi import end_from_thread, running_mpi, say, tell_launcher
 
 STALLED = 75
@@ -57,15 +57,33 @@ def _launcher_process() -> int | None:
     """The nearest ancestor that is an MPI launcher; None if this cannot be seen."""
     pid = os.getppid()
     while pid > 1:
-        try:
-            status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return None
-        fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+        fields = _status(pid)
         if fields.get("Name") in _LAUNCHER_PROGRAMS:
             return pid
         pid = int(fields.get("PPid", "0"))
     return None
+
+
+def stopped_ranks(launcher_pid: int | None) -> list[int]:
+    """The ranks among a launcher's own children that are stopped (SIGSTOP, a debugger), as far as that can be seen."""
+    ranks = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        fields = _status(int(directory.name))
+        if launcher_pid is None or fields.get("PPid") != str(launcher_pid) or fields.get("State", "")[:1] not in "Tt":
+            continue
+        with contextlib.suppress(OSError):
+            entries = (directory / "environ").read_bytes().decode(errors="replace").split("\0")
+            ranks.append(detect_launcher(dict(entry.split("=", 1) for entry in entries if "=" in entry)).rank)
+    return sorted(ranks)
+
+
+def _status(pid: int) -> dict[str, str]:
+    """A process as the kernel describes it; empty if it is gone or hidden."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    return dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
 
 
 @contextlib.contextmanager
@@ -95,9 +113,11 @@ def start_deadline(launcher: Launcher, timeout_s: float, environ: Mapping[str, s
 
 
 def _end_start(launcher: Launcher, timeout_s: float, environ: Mapping[str, str]) -> None:
+    stopped = ", ".join(f"rank {rank} on this host is stopped" for rank in stopped_ranks(_launcher_process()))
     line = (
         f"rank {launcher.rank} on {socket.gethostname()}: MPI did not start within {timeout_s:g} s: some of the "
-        f"{launcher.size or 'other'} ranks did not arrive (stopped, its host is down, or a firewall is in the way); "
+        f"{launcher.size or 'other'} ranks did not arrive "
+        f"({stopped or 'stopped, its host is down, or a firewall is in the way'}); "
         "where starting takes long, raise --start-timeout"
     )
     mpi = running_mpi()
