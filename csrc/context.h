@@ -34,11 +34,16 @@ struct dm_context {
 /* One item of a job. Items may run in any order on any thread: none may change another's bits. */
 typedef void (*dm_task)(void *job, size_t item, dm_worker *worker);
 
+/* The same for a run of units. */
+typedef void (*dm_range_task)(void *job, size_t first, size_t last, dm_worker *worker);
+
 /* spin: whether waiting threads spin before they sleep. NULL if memory or threads are lacking. */
 dm_pool *dm_pool_create(size_t threads, int spin);
 void dm_pool_destroy(dm_pool *pool);
 /* Runs task(job, i, worker) for all i < count and returns when all are done. Not reentrant. */
 void dm_pool_run(dm_pool *pool, dm_task task, void *job, size_t count);
+/* Runs the task over all of [0, units), cut into runs: large ones first, of at least `least` units at the end. */
+void dm_pool_share(dm_pool *pool, dm_range_task task, void *job, size_t units, size_t least);
 dm_worker *dm_pool_worker(dm_pool *pool, size_t index);
 
 /* At least `bytes` bytes, 64-byte aligned, not cleared, valid until the slot is asked for again. Grows on demand, so
