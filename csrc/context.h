@@ -23,12 +23,14 @@ typedef struct dm_worker {
     void *scratch[DM_SCRATCH_COUNT];
     size_t scratch_bytes[DM_SCRATCH_COUNT];
     dm_pool *pool;
+    uint64_t sums_serial; /* the job that its own sums belong to */
 } dm_worker;
 
 struct dm_context {
     const dm_kernels *kernels;
     dm_pool *pool;
     size_t threads;
+    uint64_t serial; /* of the last job with sums per thread */
 };
 
 /* One item of a job. Items may run in any order on any thread: none may change another's bits. */
@@ -49,6 +51,11 @@ dm_worker *dm_pool_worker(dm_pool *pool, size_t index);
 /* At least `bytes` bytes, 64-byte aligned, not cleared, valid until the slot is asked for again. Grows on demand, so
  * that a steady state allocates nothing; ends the process with a message if memory runs out. */
 void *dm_scratch(dm_worker *worker, enum dm_scratch_slot slot, size_t bytes);
+
+/* A thread's own sums of a job, cleared when it asks first: sums_N for the caller's thread, scratch for the others. */
+int64_t *dm_thread_sums(dm_worker *worker, int64_t *sums_N, uint64_t serial, size_t count);
+/* Adds the other threads' own sums, of those that took part in the job, to the caller's. */
+void dm_add_thread_sums(dm_context *context, int64_t *sums_N, uint64_t serial, size_t count);
 
 /* Work below this many elementary steps is not worth waking a thread. */
 #define DM_SMALL_WORK 32768
