@@ -56,7 +56,6 @@ DM_INLINE void vnni_tile(float *out_TR, const uint8_t *tile, const dm_rows *x, s
     size_t left = groups_per_scale;
     for (size_t g = 0; g < groups; g++, vectors += group_bytes) {
         __m512i weights[8];
-        for (size_t i = 0; i < group_bytes; i += 64) _mm_prefetch((const char *)vectors + 1536 + i, _MM_HINT_T0);
         if (format == DM_Q4)
             unpack_q4(weights, vectors);
         else
