@@ -13,15 +13,24 @@ OPENMPI_HERE := OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
 
 CC ?= cc
 CFLAGS_NUMERICS := -ffp-contract=off -fno-fast-math -fno-associative-math -fno-reciprocal-math
+CFLAGS_DRIVER := -std=c11 -O3 -Wall -Wextra -Werror -Wno-psabi -pthread $(CFLAGS_NUMERICS)
 CFLAGS_SANITIZE := -std=c11 -O1 -g -Wall -Wextra -Werror -Wno-psabi -pthread \
                    -fsanitize=address,undefined -fno-sanitize-recover=all $(CFLAGS_NUMERICS)
+DRIVER_SOURCES := csrc/*.c csrc/*/level.c csrc/tests/*.c
 
-.PHONY: help demo test test-unit test-openmpi test-faults test-sanitize lint format wheel clean
+# The AArch64 kernels on an x86 machine. On an AArch64 machine `make test-sanitize` runs them.
+NEON_CC := aarch64-linux-gnu-gcc
+NEON_RUN := qemu-aarch64
+NEON_CC_HERE := $(shell command -v $(NEON_CC))
+NEON_HERE := $(and $(NEON_CC_HERE),$(shell command -v $(NEON_RUN)))
+
+.PHONY: help demo test test-unit test-openmpi test-faults test-sanitize test-neon lint format wheel clean
 
 help:
 	@echo "make demo   set everything up and tell a story on four ranks"
 	@echo "make test   set everything up and run every test, under MPICH and Open MPI"
 	@echo "make test-faults  kill, stop and interrupt jobs in every phase, under both MPIs (minutes)"
+	@echo "make test-neon    the AArch64 kernels under qemu, against the bits of this machine"
 	@echo "make lint   ruff, mypy, clang-format, codespell, and the C compiler with -Werror"
 	@echo "make wheel  build dist/*.whl, which runs without a compiler"
 	@echo "make clean  remove what the other targets made"
@@ -29,7 +38,7 @@ help:
 demo: $(VENV)/installed
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" mpirun -n 4 dist-moe run --prompt "Once upon a time"
 
-test: test-unit test-openmpi test-sanitize
+test: test-unit test-openmpi test-sanitize test-neon
 
 test-unit: $(VENV)/installed
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" pytest -m "not faults"
@@ -45,9 +54,29 @@ test-faults: $(VENV)/installed $(OPENMPI_VENV)/installed
 
 test-sanitize:
 	mkdir -p build
-	$(CC) $(CFLAGS_SANITIZE) -Icsrc -o build/sanitize csrc/*.c csrc/*/level.c csrc/tests/*.c -lm
+	$(CC) $(CFLAGS_SANITIZE) -Icsrc -o build/sanitize $(DRIVER_SOURCES) -lm
 	build/sanitize > build/sanitize.txt || { tail -n 40 build/sanitize.txt; exit 1; }
 	tail -n 2 build/sanitize.txt
+
+# This machine writes inputs and expected bits; AArch64 machines must give them: one that has all instructions, one
+# without i8mm, and one without dotprod either.
+ifeq ($(NEON_HERE),)
+test-neon:
+	@echo "test-neon: SKIPPED, because $(NEON_CC) or $(NEON_RUN) is missing (Debian: gcc-aarch64-linux-gnu, qemu-user)"
+else
+test-neon:
+	mkdir -p build/neon
+	$(CC) $(CFLAGS_DRIVER) -Icsrc -o build/neon/here $(DRIVER_SOURCES) -lm
+	$(NEON_CC) $(CFLAGS_DRIVER) -Icsrc -static -o build/neon/there $(DRIVER_SOURCES) -lm
+	build/neon/here write build/neon/cases
+	for machine in max:portable,neon,neondot,neoni8mm cortex-a76:portable,neon,neondot:neondot \
+	    cortex-a53:portable,neon:neon; do \
+	    echo "AArch64 machine: $${machine%%:*}"; \
+	    $(NEON_RUN) -cpu $${machine%%:*} build/neon/there replay build/neon/cases $$(echo $${machine#*:} | tr : ' ') \
+	        > build/neon/there.txt || { tail -n 40 build/neon/there.txt; exit 1; }; \
+	    grep -v numbers build/neon/there.txt; done
+	rm build/neon/cases
+endif
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -58,6 +87,10 @@ lint: $(VENV)/installed
 	mkdir -p build
 	for file in $$(git ls-files 'csrc/*.c'); do \
 	    $(CC) -std=c11 -O2 -Wall -Wextra -Werror $(CFLAGS_NUMERICS) -Icsrc -c -o build/lint.o $$file || exit 1; done
+ifneq ($(NEON_CC_HERE),)
+	for file in $$(git ls-files 'csrc/*.c'); do \
+	    $(NEON_CC) -std=c11 -O2 -Wall -Wextra -Werror $(CFLAGS_NUMERICS) -Icsrc -c -o build/lint.o $$file || exit 1; done
+endif
 
 format: $(VENV)/installed
 	$(VENV)/bin/ruff format .

@@ -1,6 +1,6 @@
 /* bus_error.c: a mapped file that shrinks, or whose disk or memory fails, becomes a SIGBUS in the middle of a kernel.
  * The handler says in one line which file and unit that was, and ends the process. It and all that it calls are
- * async-signal-safe: no allocation, no lock, no stdio.
+ * async-signal-safe: no allocation, no lock, no stdio. A kernel that gets no memory ends the process the same way.
  *
  * The list of mapped files and the handler belong to the process, as mappings and signals do.
  */
@@ -12,7 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "dist_moe.h"
+#include "context.h"
 
 /* The launcher needs this long to pass the line on before it is told that the process has ended. */
 #define FORWARD_MS 500
@@ -24,7 +24,7 @@ static struct {
     int delay_ms, exit_code, abort_fd;
     struct sigaction previous;
     atomic_flag taken;
-} ending = {.taken = ATOMIC_FLAG_INIT};
+} ending = {.before = "dist-moe: error: ", .exit_code = 2, .abort_fd = -1, .taken = ATOMIC_FLAG_INIT};
 
 /* A text that is cut where its buffer ends, always with a 0 at the end. */
 typedef struct text {
@@ -117,7 +117,9 @@ static void write_whole(int fd, const char *from, size_t bytes) {
 }
 
 /* Hydra takes a failed process for a killed one, unless it is told the code that mpirun is to end with. */
-static void end_process(void) {
+static _Noreturn void end_process(const text *line, const char *first) {
+    nap(ending.delay_ms);
+    write_whole(STDERR_FILENO, first, (size_t)(line->at - first));
     nap(FORWARD_MS);
     if (ending.abort_fd >= 0) {
         char command[64];
@@ -131,6 +133,14 @@ static void end_process(void) {
     _exit(ending.exit_code);
 }
 
+/* Only one thread gets out of here: it ends the process. */
+static text begin_line(char *line, size_t bytes) {
+    while (atomic_flag_test_and_set(&ending.taken)) nap(1000);
+    text to = {line, line + bytes};
+    put_string(&to, ending.before);
+    return to;
+}
+
 static void on_bus_error(int number, siginfo_t *info, void *context) {
     (void)context;
     char place[4608], line[6144];
@@ -140,18 +150,23 @@ static void on_bus_error(int number, siginfo_t *info, void *context) {
         if (sent) raise(number);
         return;
     }
-    while (atomic_flag_test_and_set(&ending.taken)) nap(1000); /* another thread ends the process */
-    text to = {line, line + sizeof line};
-    put_string(&to, ending.before);
+    text to = begin_line(line, sizeof line);
     put_string(&to, place);
     put_string(&to, info->si_code == BUS_ADRERR
                         ? " can no longer be read: the file became shorter or its disk failed while it was mapped; "
                           "bring the whole file back and start again\n"
                         : " can no longer be read: this host's memory is damaged there; check it (dmesg, a memory "
                           "test) and start again\n");
-    nap(ending.delay_ms);
-    write_whole(STDERR_FILENO, line, (size_t)(to.at - line));
-    end_process();
+    end_process(&to, line);
+}
+
+void dm_end_without_memory(size_t bytes) {
+    char line[1024];
+    text to = begin_line(line, sizeof line);
+    put_string(&to, "out of memory: a kernel could not get ");
+    put_number(&to, bytes);
+    put_string(&to, " bytes of working space; lower --prefill-chunk or --ctx, free memory, or start on more hosts\n");
+    end_process(&to, line);
 }
 
 int dm_catch_bus_errors(const char *before, int delay_ms, int exit_code, int abort_fd) {

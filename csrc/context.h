@@ -49,13 +49,16 @@ void dm_pool_share(dm_pool *pool, dm_range_task task, void *job, size_t units, s
 dm_worker *dm_pool_worker(dm_pool *pool, size_t index);
 
 /* At least `bytes` bytes, 64-byte aligned, not cleared, valid until the slot is asked for again. Grows on demand, so
- * that a steady state allocates nothing; ends the process with a message if memory runs out. */
+ * that a steady state allocates nothing; if memory runs out, dm_end_without_memory. */
 void *dm_scratch(dm_worker *worker, enum dm_scratch_slot slot, size_t bytes);
 
 /* A thread's own sums of a job, cleared when it asks first: sums_N for the caller's thread, scratch for the others. */
 int64_t *dm_thread_sums(dm_worker *worker, int64_t *sums_N, uint64_t serial, size_t count);
 /* Adds the other threads' own sums, of those that took part in the job, to the caller's. */
 void dm_add_thread_sums(dm_context *context, int64_t *sums_N, uint64_t serial, size_t count);
+
+/* Says that so many bytes could not be allocated, and ends process and job as dm_catch_bus_errors was told to. */
+_Noreturn void dm_end_without_memory(size_t bytes);
 
 /* Work below this many elementary steps is not worth waking a thread. */
 #define DM_SMALL_WORK 32768

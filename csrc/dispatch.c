@@ -2,6 +2,9 @@
 #include "dispatch.h"
 
 #include <string.h>
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
 
 typedef struct level {
     const dm_kernels *kernels;
@@ -35,11 +38,18 @@ static const char *const NAMES[] = {"portable", "avx2", "avx512", "avx512vnni", 
 
 #else
 
+/* Bits of Linux's AT_HWCAP and AT_HWCAP2: what the kernel knows of all cores. Source: arch/arm64, uapi/asm/hwcap.h. */
+static int has_dotprod(void) { return (getauxval(AT_HWCAP) >> 20 & 1) != 0; }
+
+static int has_i8mm(void) { return has_dotprod() && (getauxval(AT_HWCAP2) >> 13 & 1) != 0; }
+
 static const level LADDER[] = {
     {&dm_kernels_portable, always},
     {&dm_kernels_neon, always},
+    {&dm_kernels_neondot, has_dotprod},
+    {&dm_kernels_neoni8mm, has_i8mm},
 };
-static const char *const NAMES[] = {"portable", "neon", NULL};
+static const char *const NAMES[] = {"portable", "neon", "neondot", "neoni8mm", NULL};
 
 #endif
 

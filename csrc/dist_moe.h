@@ -315,8 +315,19 @@ void dm_mapped_file_remove(dm_mapped_file *file);
 /* Which file and unit an address belongs to, as text that ends with 0; returns 0 if it is in none. */
 int dm_describe_address(char *out, size_t out_bytes, const void *address);
 /* From now on a SIGBUS in a remembered file waits for delay_ms, prints `before` and a sentence that names file and
- * unit, writes PMI-1's abort command to the file abort_fd (-1: none), and ends the process. Any other SIGBUS goes where
- * it went before. Returns 0 with errno set on failure. */
+ * unit, writes PMI-1's abort command to the file abort_fd (-1: none), and ends the process; so does a kernel that gets
+ * no memory. Any other SIGBUS goes where it went before. Returns 0 with errno set on failure. */
 int dm_catch_bus_errors(const char *before, int delay_ms, int exit_code, int abort_fd);
+
+/* ---- measuring the machine (dist-moe bench); all threads work, and the clock runs from start to end ---- */
+
+/* Seconds to read `bytes` bytes, in pieces of up to 8 MiB of which each is `streams` runs side by side; every read is
+ * preceded by a prefetch `ahead` bytes before it (0: none). */
+double dm_read_seconds(dm_context *context, const void *data, size_t bytes, size_t streams, size_t ahead);
+/* Operations per second, two per multiply-add: bare int8 dot products, and bare f32 fused multiply-adds. */
+double dm_int8_peak(dm_context *context, size_t rounds);
+double dm_f32_peak(dm_context *context, size_t rounds);
+/* The same of the level's own matmul of T vectors, on a matrix [R, C] per thread that stays in its cache. */
+double dm_matmul_peak(dm_context *context, size_t R, size_t C, size_t T, int format, size_t group, size_t rounds);
 
 #endif

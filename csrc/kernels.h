@@ -38,16 +38,20 @@ typedef struct dm_pack_job {
     size_t group;
 } dm_pack_job;
 
-/* One query head of one token: its sequence's blocks, where its KV head stands in them, and its position. */
-typedef struct dm_attention_job {
+/* Query heads that share a KV head, of consecutive tokens of one sequence whose positions lie in one block. Its rows
+ * are ordered by token; row t * heads + i has its record (attention_query) at queries + row * dm_query_bytes(P).
+ * Records behind the last one, up to a multiple of 16, are zeros. offset: from a block's begin to the KV head's part.
+ */
+typedef struct dm_attention_tile {
     uint8_t *const *blocks;
     size_t offset;
-    int64_t position;
-    float score_scale;
+    size_t first_position;
+    size_t tokens;
+    size_t heads;
     size_t P;
-} dm_attention_job;
-
-#define DM_ATTENTION_SCRATCH(P) ((5 * (((P) + 31) / 32 * 32) + 64) * sizeof(float))
+    float score_scale;
+    const void *queries;
+} dm_attention_tile;
 
 typedef struct dm_kernels {
     const char *name;
@@ -74,7 +78,15 @@ typedef struct dm_kernels {
                         size_t half_P);
     void (*norm_rope)(float *head_P, const float *gain_P, const float *cos_P, const float *sin_P, float eps, size_t P);
     int (*kv_store[DM_KV_FORMAT_COUNT])(uint8_t *block, const float *k_P, const float *v_P, size_t place, size_t P);
-    int (*attention[DM_KV_FORMAT_COUNT])(float *out_P, const float *q_P, const dm_attention_job *job, void *scratch);
+    /* One row of a tile in the form that the cache's format needs. */
+    int (*attention_query[DM_KV_FORMAT_COUNT])(void *record, const float *q_P, size_t P);
+    /* Blocks [first, last) merged into the tile's state, which need not be set before block 0; or, if triples is not
+     * NULL, each block's triple. States and triples are dm_triple_floats(), scratch dm_attention_scratch(). */
+    void (*attention[DM_KV_FORMAT_COUNT])(float *state, float *triples, const dm_attention_tile *tile, size_t first,
+                                          size_t last, void *scratch);
+    /* One row of `count` triples into the same row of a state; the end: out = o / l. */
+    void (*attention_merge)(float *state, const float *triples, size_t count, size_t row, size_t rows, size_t P);
+    void (*attention_finish)(float *out_P, const float *state, size_t row, size_t rows, size_t P);
 
     int (*route)(int32_t *ids_K, float *weights_K, const float *logits_E, size_t E, size_t K, int norm_topk_prob,
                  float *scratch_E);
@@ -84,6 +96,11 @@ typedef struct dm_kernels {
     float (*softmax_term)(float x, float max, float temperature);
     /* a * b + c, rounded once. */
     float (*fma_one)(float a, float b, float c);
+
+    /* Measuring (machine.h): read every byte; do arithmetic on 256 numbers and return how many operations. */
+    int32_t (*read_bytes)(const uint8_t *data, size_t bytes, size_t streams, size_t ahead);
+    size_t (*f32_peak)(float *data, size_t rounds);
+    size_t (*int8_peak)(int32_t *data, size_t rounds);
 } dm_kernels;
 
 extern const dm_kernels dm_kernels_portable;
@@ -91,5 +108,7 @@ extern const dm_kernels dm_kernels_avx2;
 extern const dm_kernels dm_kernels_avx512;
 extern const dm_kernels dm_kernels_avx512vnni;
 extern const dm_kernels dm_kernels_neon;
+extern const dm_kernels dm_kernels_neondot;
+extern const dm_kernels dm_kernels_neoni8mm;
 
 #endif

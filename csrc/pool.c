@@ -11,7 +11,6 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -237,11 +236,8 @@ void *dm_scratch(dm_worker *worker, enum dm_scratch_slot slot, size_t bytes) {
     /* Growing by half keeps the number of reallocations logarithmic. */
     size_t wanted = dm_round_up(bytes + bytes / 2 + 1, 64);
     free(worker->scratch[slot]);
-    worker->scratch[slot] = aligned_alloc(64, wanted);
+    worker->scratch[slot] = wanted < bytes ? NULL : aligned_alloc(64, wanted);
     worker->scratch_bytes[slot] = wanted;
-    if (worker->scratch[slot] == NULL) {
-        fprintf(stderr, "dist-moe: out of memory: %zu bytes of kernel scratch could not be allocated\n", wanted);
-        abort();
-    }
+    if (worker->scratch[slot] == NULL) dm_end_without_memory(wanted < bytes ? bytes : wanted);
     return worker->scratch[slot];
 }

@@ -35,3 +35,9 @@ class Interrupted(DistMoeError):
     """The user stopped the job (exit code 130)."""
 
     exit_code = 130
+
+
+class BoundError(DistMoeError):
+    """A measurement beats what the machine allows, so that one of our figures is wrong (exit code 1: our bug)."""
+
+    exit_code = 1

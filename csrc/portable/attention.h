@@ -1,200 +1,327 @@
-/* attention.h: one query head of one token over its KV head's blocks (rule 10).
+/* attention.h: a tile of queries over the position blocks of their KV head (rule 10).
  *
- * Scores have positions as lanes, values have dims as lanes. A block's triple (m, l, o) starts from nothing; triples
- * are merged in ascending order. Positions behind the token's own are not read, except that a register of 16 positions
- * is loaded whole; those lanes are masked.
+ * Rows are the tile's query heads, token by token. Scores have positions as lanes, values have dims as lanes; K and V
+ * are read once for all rows. A block's triple (m, l, o) starts from nothing; triples are merged in ascending order.
+ * Positions behind a token's own do not count, but a register block of the written tiles is loaded whole.
  */
 #ifndef DM_ATTENTION_H
 #define DM_ATTENTION_H
+#include "row_products.h"
+#ifndef DM_KEY_DOTS_H
+#include "key_dots.h"
+#endif
 
-/* The query in the form that the keys' format needs. */
-typedef struct attention_query {
-    const float *q_P;
-    const uint32_t *pairs;
-    const float *scale_G;
-} attention_query;
+/* One block at work: its parts, what is fetched meanwhile, and arrays per row. */
+typedef struct block_work {
+    const dm_attention_tile *tile;
+    const uint8_t *keys, *values, *ahead_keys, *ahead_values;
+    size_t rows, o_stride, shortest;
+    float *score, *m, *l, *alpha, *beta, *panel;
+    int merges;
+} block_work;
 
-/* score[i] = q . k_i for 16 positions of one K tile. */
-typedef void (*score_tile)(float *score, const attention_query *query, const uint8_t *keys, size_t tile, size_t P);
-/* Values of DM_LANES dims (n of them exist) of position j. */
-typedef f32v (*value_loader)(const uint8_t *values, size_t j, size_t p, size_t n, size_t P);
+/* Positions of the block that count for a row. */
+DM_INLINE size_t row_count(const block_work *work, size_t row) {
+    const size_t count = work->shortest + row / work->tile->heads;
+    return count < DM_BLOCK_POSITIONS ? count : DM_BLOCK_POSITIONS;
+}
 
-DM_INLINE void score_f32(float *score, const attention_query *query, const uint8_t *keys, size_t tile, size_t P) {
-    const float *key = (const float *)keys + tile * 16 * P;
-    f32x16 sum = zero_f32x16();
-    for (size_t p = 0; p < P; p++) {
-        f32v q = all_f32(query->q_P[p]);
-        for (size_t part = 0; part < DM_PARTS; part++) {
-            sum.part[part] = fma_lanes(q, load_f32(key + p * 16 + part * DM_LANES), sum.part[part]);
+/* Rows [row, last) in groups of `rows`, for all chunks of positions that count. */
+DM_INLINE void score_pass(const block_work *work, size_t row, size_t last, size_t rows, column_loader load,
+                          size_t bytes) {
+    const size_t width = DM_PRODUCT_WIDTH(rows), chunk = width * DM_LANES, P = work->tile->P;
+    const size_t reach = row_count(work, work->rows - 1), stride = dm_query_bytes(P) / sizeof(float);
+    for (size_t c = 0; c < reach; c += chunk) {
+        for (size_t r = row; r < last; r += rows) {
+            f32v sum[DM_PRODUCT_SUMS];
+            multiply_rows(sum, (const float *)work->tile->queries + r * stride, stride, work->keys, P, c, DM_LANES, P,
+                          work->ahead_keys + c * P * bytes, chunk * bytes, rows, width, load);
+            for (size_t i = 0; i < rows * width; i++) {
+                store_f32(work->score + (r + i / width) * DM_BLOCK_POSITIONS + c + i % width * DM_LANES, sum[i]);
+            }
         }
     }
-    for (size_t part = 0; part < DM_PARTS; part++) store_f32(score + part * DM_LANES, sum.part[part]);
 }
 
-DM_INLINE void score_f16(float *score, const attention_query *query, const uint8_t *keys, size_t tile, size_t P) {
-    const uint16_t *key = (const uint16_t *)keys + tile * 16 * P;
-    f32x16 sum = zero_f32x16();
-    for (size_t p = 0; p < P; p++) {
-        f32v q = all_f32(query->q_P[p]);
-        for (size_t part = 0; part < DM_PARTS; part++) {
-            sum.part[part] = fma_lanes(q, widen_f16(key + p * 16 + part * DM_LANES), sum.part[part]);
+/* Queries and weights are padded with rows of zeros, so a remainder takes the next power of two. */
+DM_INLINE void all_scores(const block_work *work, column_loader load, size_t bytes) {
+    const size_t rest = work->rows % DM_PRODUCT_ROWS;
+    const size_t whole = work->rows - rest + (rest > DM_PRODUCT_ROWS / 2 ? DM_PRODUCT_ROWS : 0);
+    score_pass(work, 0, whole, DM_PRODUCT_ROWS, load, bytes);
+    if (whole >= work->rows) return;
+    if (rest > 2)
+        score_pass(work, whole, whole + 1, 4, load, bytes);
+    else if (rest == 2)
+        score_pass(work, whole, whole + 1, 2, load, bytes);
+    else
+        score_pass(work, whole, whole + 1, 1, load, bytes);
+}
+
+static void all_scores_q8(const block_work *work) {
+    const size_t P = work->tile->P, stride = dm_query_bytes(P), tile_bytes = dm_key_bytes(DM_KV_Q8, P) / 4;
+    const size_t reach = row_count(work, work->rows - 1);
+    for (size_t c = 0; c < reach; c += 16) {
+        const uint8_t *tile = work->keys + c / 16 * tile_bytes, *ahead = work->ahead_keys + c / 16 * tile_bytes;
+        size_t r = 0;
+        for (; r + DM_PRODUCT_ROWS / 2 < work->rows; r += DM_PRODUCT_ROWS) {
+            dot_keys(work->score + r * DM_BLOCK_POSITIONS + c, (const uint8_t *)work->tile->queries + r * stride,
+                     stride, tile, P, ahead, DM_PRODUCT_ROWS);
+        }
+        for (; r < work->rows; r++) {
+            dot_keys(work->score + r * DM_BLOCK_POSITIONS + c, (const uint8_t *)work->tile->queries + r * stride,
+                     stride, tile, P, ahead, 1);
         }
     }
-    for (size_t part = 0; part < DM_PARTS; part++) store_f32(score + part * DM_LANES, sum.part[part]);
 }
 
-DM_INLINE void score_q8(float *score, const attention_query *query, const uint8_t *keys, size_t tile, size_t P) {
-    size_t groups = dm_divide_up(P, DM_GROUP);
-    const uint8_t *key = keys + tile * groups * DM_KEY_GROUP_BYTES;
-    for (size_t part = 0; part < 16; part += DM_LANES) {
-        f32v sum = {0};
-        for (size_t g = 0; g < groups; g++) {
-            const uint8_t *vectors = key + g * DM_KEY_GROUP_BYTES;
-            i32v dot;
-            dot_bytes(&dot, vectors + 4 * part, query->pairs + 16 * g, 0, 1, 0);
-            f32v factor = load_f32((const float *)(vectors + 512) + part) * all_f32(query->scale_G[g]);
-            sum = fma_lanes(factor, __builtin_convertvector(dot, f32v), sum);
-        }
-        store_f32(score + part, sum);
-    }
+/* The scaled scores of the positions that count; -infinity behind them. */
+DM_INLINE f32v scaled_score(const float *score, size_t i, size_t count, float scale) {
+    const f32v scaled = load_f32(score + i) * scale;
+    if (i + DM_LANES <= count) return scaled;
+    const int32_t present = (int32_t)(i < count ? count - i : 0);
+    return select_f32(lane_numbers() < present, scaled, all_f32(-__builtin_inff()));
 }
 
-DM_INLINE f32v value_f32(const uint8_t *values, size_t j, size_t p, size_t n, size_t P) {
-    return load_f32_part((const float *)values + j * P + p, n);
-}
-
-DM_INLINE f32v value_f16(const uint8_t *values, size_t j, size_t p, size_t n, size_t P) {
-    const uint16_t *value = (const uint16_t *)values + j * P + p;
-    if (n >= DM_LANES) return widen_f16(value);
-    uint16_t part[DM_LANES] = {0};
-    for (size_t i = 0; i < n; i++) part[i] = value[i];
-    return widen_f16(part);
-}
-
-/* Rows of int8 are padded to 32, so a whole register can be read. */
-DM_INLINE f32v value_q8(const uint8_t *values, size_t j, size_t p, size_t n, size_t P) {
-    (void)n;
-    size_t groups = dm_divide_up(P, DM_GROUP);
-    const float *scale = (const float *)(values + DM_BLOCK_POSITIONS * groups * DM_GROUP);
-    i32v q = load_i8((const int8_t *)values + j * groups * DM_GROUP + p);
-    return all_f32(scale[j * groups + p / DM_GROUP]) * __builtin_convertvector(q, f32v);
-}
-
-/* Scores of `count` written positions, scaled; the others are -infinity. Returns the largest. */
-DM_INLINE float block_scores(float score[DM_BLOCK_POSITIONS], const attention_query *query, const uint8_t *keys,
-                             size_t count, float score_scale, size_t P, score_tile compute) {
+/* One row: p = exp(s - m) in place of the scores, its maximum m and 16-lane sum l. */
+static void row_weights(const block_work *work, size_t row) {
+    const size_t count = row_count(work, row), whole = dm_round_up(count, 16);
+    float *score = work->score + row * DM_BLOCK_POSITIONS;
     f32v best = all_f32(-__builtin_inff());
-    for (size_t first = 0; first < DM_BLOCK_POSITIONS; first += 16) {
-        if (first < count) compute(score + first, query, keys, first / 16, P);
-        for (size_t i = first; i < first + 16; i += DM_LANES) {
-            int32_t present = (int32_t)(i < count ? count - i : 0);
-            f32v scaled = load_f32(score + i) * score_scale;
-            scaled = select_f32(lane_numbers() < present, scaled, all_f32(-__builtin_inff()));
-            store_f32(score + i, scaled);
-            best = max_f32(best, scaled);
-        }
+    for (size_t i = 0; i < whole; i += DM_LANES) {
+        const f32v scaled = scaled_score(score, i, count, work->tile->score_scale);
+        store_f32(score + i, scaled);
+        best = max_f32(best, scaled);
     }
-    return highest_f32(best);
-}
-
-/* p = exp(s - m) in place of the scores, masked ones +0; returns their 16-lane sum. */
-DM_INLINE float block_weights(float score[DM_BLOCK_POSITIONS], float max, size_t count) {
+    const float m = highest_f32(best);
     f32x16 sum = zero_f32x16();
-    for (size_t first = 0; first < DM_BLOCK_POSITIONS; first += 16) {
+    for (size_t first = 0; first < whole; first += 16) {
         for (size_t part = 0; part < DM_PARTS; part++) {
-            size_t i = first + part * DM_LANES;
-            int32_t present = (int32_t)(i < count ? count - i : 0);
-            f32v weight = select_f32(lane_numbers() < present, exp_f32(load_f32(score + i) - max), (f32v){0});
+            const size_t i = first + part * DM_LANES;
+            f32v weight = exp_f32(load_f32(score + i) - m);
+            if (i + DM_LANES > count) {
+                const int32_t present = (int32_t)(i < count ? count - i : 0);
+                weight = select_f32(lane_numbers() < present, weight, (f32v){0});
+            }
             store_f32(score + i, weight);
             sum.part[part] += weight;
         }
     }
-    return sum_tree(sum);
+    work->m[row] = m;
+    work->l[row] = sum_tree(sum);
 }
 
-/* o[p] = fma(weight_j, v_j[p], o[p]), j ascending. `chains` registers at a time hide the latency of fma. */
-DM_INLINE void weigh_values(float *o_P, const float *weight, const uint8_t *values, size_t count, size_t p,
-                            size_t chains, size_t P, value_loader load) {
-    f32v sum[4] = {{0}, {0}, {0}, {0}};
-    for (size_t j = 0; j < count; j++) {
-        f32v factor = all_f32(weight[j]);
-        for (size_t i = 0; i < chains; i++) {
-            size_t first = p + i * DM_LANES;
-            sum[i] = fma_lanes(factor, load(values, j, first, P - first, P), sum[i]);
+/* The state's m and l take in the block's; alpha and beta of every row are kept for o. */
+static void merge_sums(const block_work *work, float *m_R, float *l_R) {
+    for (size_t r = 0; r < work->rows; r += DM_LANES) {
+        const f32v m = load_f32(m_R + r), block_m = load_f32(work->m + r);
+        const f32v max = max_f32(m, block_m);
+        const f32v alpha = exp_f32(m - max), beta = exp_f32(block_m - max);
+        store_f32(work->alpha + r, alpha);
+        store_f32(work->beta + r, beta);
+        store_f32(l_R + r, fma_lanes(load_f32(work->l + r), beta, load_f32(l_R + r) * alpha));
+        store_f32(m_R + r, max);
+    }
+}
+
+/* Dims [p, p + width registers) of rows [row, row + rows): o = sum over j < count, merged if the state has begun. */
+DM_INLINE void value_group(const block_work *work, float *o_RP, size_t row, size_t count, size_t p, size_t n,
+                           size_t bytes, size_t rows, size_t width, column_loader load) {
+    f32v sum[DM_PRODUCT_SUMS];
+    multiply_rows(sum, work->score + row * DM_BLOCK_POSITIONS, DM_BLOCK_POSITIONS, work->values, count, p, n,
+                  work->tile->P, work->ahead_values + p * DM_BLOCK_POSITIONS * bytes, width * DM_LANES * bytes, rows,
+                  width, load);
+    for (size_t r = 0; r < rows; r++) {
+        float *o = o_RP + (row + r) * work->o_stride + p;
+        for (size_t i = 0; i < width; i++) {
+            f32v value = sum[r * width + i];
+            if (work->merges) {
+                const f32v before = load_f32(o + i * DM_LANES) * work->alpha[row + r];
+                value = fma_lanes(value, all_f32(work->beta[row + r]), before);
+            }
+            store_f32(o + i * DM_LANES, value);
         }
     }
-    for (size_t i = 0; i < chains; i++) store_f32_part(o_P + p + i * DM_LANES, sum[i], P - p - i * DM_LANES);
 }
 
-DM_INLINE void block_values(float *o_P, const float *weight, const uint8_t *values, size_t count, size_t P,
-                            value_loader load) {
+DM_INLINE void value_pass(const block_work *work, float *o_RP, size_t row, size_t last, size_t count, size_t rows,
+                          column_loader load, size_t bytes) {
+    const size_t width = DM_PRODUCT_WIDTH(rows), chunk = width * DM_LANES, P = work->tile->P;
     size_t p = 0;
-    for (; p + 4 * DM_LANES <= P; p += 4 * DM_LANES) weigh_values(o_P, weight, values, count, p, 4, P, load);
-    for (; p < P; p += DM_LANES) weigh_values(o_P, weight, values, count, p, 1, P, load);
-}
-
-/* (m, l, o) takes in the block's triple. */
-DM_INLINE void merge_block(float *o_P, float *m, float *l, const float *block_o_P, float block_m, float block_l,
-                           size_t P) {
-    float max = block_m > *m ? block_m : *m;
-    float alpha = exp_one(*m - max);
-    float beta = exp_one(block_m - max);
-    *l = fma_lanes(all_f32(block_l), all_f32(beta), all_f32(*l * alpha))[0];
-    for (size_t p = 0; p < P; p += DM_LANES) {
-        f32v o = load_f32_part(o_P + p, P - p) * alpha;
-        store_f32_part(o_P + p, fma_lanes(load_f32_part(block_o_P + p, P - p), all_f32(beta), o), P - p);
+    for (; p + chunk <= P; p += chunk) {
+        for (size_t r = row; r < last; r += rows)
+            value_group(work, o_RP, r, count, p, DM_LANES, bytes, rows, width, load);
     }
-    *m = max;
-}
-
-DM_INLINE void attend(float *out_P, const attention_query *query, const dm_attention_job *job, int format,
-                      float *scratch, score_tile compute, value_loader load) {
-    size_t P = job->P;
-    float *score = scratch;
-    float *block_o_P = scratch + DM_BLOCK_POSITIONS;
-    float m = 0.0f, l = 0.0f;
-    size_t written = (size_t)job->position + 1;
-    for (size_t b = 0; b * DM_BLOCK_POSITIONS < written; b++) {
-        size_t count = written - b * DM_BLOCK_POSITIONS;
-        count = count < DM_BLOCK_POSITIONS ? count : DM_BLOCK_POSITIONS;
-        const uint8_t *keys = job->blocks[b] + job->offset;
-        const uint8_t *values = keys + dm_key_bytes(format, P);
-        float block_m = block_scores(score, query, keys, count, job->score_scale, P, compute);
-        float block_l = block_weights(score, block_m, count);
-        block_values(b == 0 ? out_P : block_o_P, score, values, count, P, load);
-        if (b == 0) {
-            m = block_m;
-            l = block_l;
-        } else {
-            merge_block(out_P, &m, &l, block_o_P, block_m, block_l, P);
+    for (; p < P; p += DM_LANES) {
+        const size_t n = P - p;
+        for (size_t r = row; r < last; r += rows) {
+            if (n >= DM_LANES)
+                value_group(work, o_RP, r, count, p, DM_LANES, bytes, rows, 1, load);
+            else
+                value_group(work, o_RP, r, count, p, n, bytes, rows, 1, load);
         }
     }
-    for (size_t p = 0; p < P; p++) out_P[p] /= l;
 }
 
-static int attention_f32(float *out_P, const float *q_P, const dm_attention_job *job, void *scratch) {
-    attention_query query = {.q_P = q_P};
-    attend(out_P, &query, job, DM_KV_F32, scratch, score_f32, value_f32);
+/* Rows [row, last) with the same count. `padded`: rows behind the last may be overwritten. */
+DM_INLINE void value_rows(const block_work *work, float *o_RP, size_t row, size_t last, size_t count, int padded,
+                          column_loader load, size_t bytes) {
+    size_t rest = (last - row) % DM_PRODUCT_ROWS, whole = last - rest;
+    if (padded && rest > DM_PRODUCT_ROWS / 2) {
+        whole += DM_PRODUCT_ROWS;
+        rest = 0;
+    }
+    value_pass(work, o_RP, row, whole, count, DM_PRODUCT_ROWS, load, bytes);
+    if (rest >= 4) {
+        value_pass(work, o_RP, whole, whole + 1, count, 4, load, bytes);
+        whole += 4;
+        rest -= 4;
+    }
+    if (rest >= 2) {
+        value_pass(work, o_RP, whole, whole + 1, count, 2, load, bytes);
+        whole += 2;
+        rest -= 2;
+    }
+    if (rest > 0) value_pass(work, o_RP, whole, whole + 1, count, 1, load, bytes);
+}
+
+DM_INLINE void all_values(const block_work *work, float *o_RP, column_loader load, size_t bytes) {
+    const size_t heads = work->tile->heads, shortest = row_count(work, 0);
+    if (shortest == row_count(work, work->rows - 1)) {
+        value_rows(work, o_RP, 0, work->rows, shortest, 1, load, bytes);
+        return;
+    }
+    for (size_t row = 0; row < work->rows; row += heads) {
+        value_rows(work, o_RP, row, row + heads, row_count(work, row), 0, load, bytes);
+    }
+}
+
+/* n floats of a panel that serves all rows. */
+static void widen_panel(float *panel, const uint8_t *from, size_t n) {
+    for (size_t i = 0; i < n; i += DM_LANES) store_f32(panel + i, widen_f16((const uint16_t *)from + i));
+}
+
+static void widen_values_q8(float *panel, const uint8_t *values, size_t P) {
+    for (size_t j = 0; j < DM_BLOCK_POSITIONS; j++) {
+        for (size_t p = 0; p < P; p += DM_LANES) {
+            store_f32_part(panel + j * P + p, value_q8(values, j, p, DM_LANES, P), P - p);
+        }
+    }
+}
+
+static void scores_f32(block_work *work) { all_scores(work, key_f32, sizeof(float)); }
+static void scores_f16(block_work *work) {
+    if (work->rows <= DM_PRODUCT_ROWS) {
+        all_scores(work, key_f16, sizeof(uint16_t));
+        return;
+    }
+    const size_t n = DM_BLOCK_POSITIONS * work->tile->P;
+    widen_panel(work->panel, work->keys, n);
+    work->keys = work->ahead_keys = (const uint8_t *)work->panel;
+    scores_f32(work);
+}
+static void scores_q8(block_work *work) { all_scores_q8(work); }
+
+static void values_f32(block_work *work, float *o_RP) { all_values(work, o_RP, value_f32, sizeof(float)); }
+static void values_f16(block_work *work, float *o_RP) {
+    if (work->rows <= DM_PRODUCT_ROWS) {
+        all_values(work, o_RP, value_f16, sizeof(uint16_t));
+        return;
+    }
+    widen_panel(work->panel, work->values, DM_BLOCK_POSITIONS * work->tile->P);
+    work->values = work->ahead_values = (const uint8_t *)work->panel;
+    values_f32(work, o_RP);
+}
+static void values_q8(block_work *work, float *o_RP) {
+    if (work->rows <= DM_PRODUCT_ROWS) {
+        all_values(work, o_RP, value_q8, sizeof(int8_t));
+        return;
+    }
+    widen_values_q8(work->panel, work->values, work->tile->P);
+    work->values = work->ahead_values = (const uint8_t *)work->panel;
+    values_f32(work, o_RP);
+}
+
+/* Blocks [first, last): each one's triple into `triples`, or, if that is NULL, merged into the state. */
+DM_INLINE void attend(float *state, float *triples, const dm_attention_tile *tile, size_t first, size_t last,
+                      void *scratch, int format, void (*scores)(block_work *), void (*values)(block_work *, float *)) {
+    const size_t rows = tile->tokens * tile->heads, R = dm_round_up(rows, 16),
+                 key_bytes = dm_key_bytes(format, tile->P);
+    float *arrays = scratch;
+    block_work work = {.tile = tile,
+                       .rows = rows,
+                       .o_stride = dm_round_up(tile->P, 16),
+                       .m = arrays,
+                       .l = arrays + R,
+                       .alpha = arrays + 2 * R,
+                       .beta = arrays + 3 * R,
+                       .score = arrays + 4 * R,
+                       .panel = arrays + (4 + DM_BLOCK_POSITIONS) * R};
+    for (size_t i = rows; i < R; i++) work.m[i] = work.l[i] = 0.0f;
+    for (size_t i = rows * DM_BLOCK_POSITIONS; i < R * DM_BLOCK_POSITIONS; i++) work.score[i] = 0.0f;
+    for (size_t b = first; b < last; b++) {
+        work.keys = tile->blocks[b] + tile->offset;
+        work.values = work.keys + key_bytes;
+        work.ahead_keys = tile->blocks[b + 1 < last ? b + 1 : b] + tile->offset;
+        work.ahead_values = work.ahead_keys + key_bytes;
+        work.shortest = tile->first_position + 1 - b * DM_BLOCK_POSITIONS;
+        work.merges = triples == NULL && b > 0;
+        float *to = triples == NULL ? state : triples + (b - first) * dm_triple_floats(rows, tile->P);
+        scores(&work);
+        for (size_t row = 0; row < rows; row++) row_weights(&work, row);
+        if (work.merges) {
+            merge_sums(&work, to, to + R);
+        } else {
+            __builtin_memcpy(to, work.m, R * sizeof(float));
+            __builtin_memcpy(to + R, work.l, R * sizeof(float));
+        }
+        values(&work, to + 2 * R);
+    }
+}
+
+static void attention_f32(float *state, float *triples, const dm_attention_tile *tile, size_t first, size_t last,
+                          void *scratch) {
+    attend(state, triples, tile, first, last, scratch, DM_KV_F32, scores_f32, values_f32);
+}
+
+static void attention_f16(float *state, float *triples, const dm_attention_tile *tile, size_t first, size_t last,
+                          void *scratch) {
+    attend(state, triples, tile, first, last, scratch, DM_KV_F16, scores_f16, values_f16);
+}
+
+static void attention_q8(float *state, float *triples, const dm_attention_tile *tile, size_t first, size_t last,
+                         void *scratch) {
+    attend(state, triples, tile, first, last, scratch, DM_KV_Q8, scores_q8, values_q8);
+}
+
+/* The query record of f32 and f16 caches. */
+static int query_f32(void *record, const float *q_P, size_t P) {
+    __builtin_memcpy(record, q_P, P * sizeof(float));
     return 0;
 }
 
-static int attention_f16(float *out_P, const float *q_P, const dm_attention_job *job, void *scratch) {
-    attention_query query = {.q_P = q_P};
-    attend(out_P, &query, job, DM_KV_F16, scratch, score_f16, value_f16);
-    return 0;
+/* One row of `count` triples into the state. */
+static void attention_merge(float *state, const float *triples, size_t count, size_t row, size_t rows, size_t P) {
+    const size_t R = dm_round_up(rows, 16), o_stride = dm_round_up(P, 16), stride = dm_triple_floats(rows, P);
+    float m = state[row], l = state[R + row], *o_P = state + 2 * R + row * o_stride;
+    for (size_t b = 0; b < count; b++, triples += stride) {
+        const float block_m = triples[row], *block_o_P = triples + 2 * R + row * o_stride;
+        const float max = block_m > m ? block_m : m;
+        const f32v alpha = exp_f32(all_f32(m - max)), beta = exp_f32(all_f32(block_m - max));
+        l = fma_lanes(all_f32(triples[R + row]), beta, l * alpha)[0];
+        for (size_t p = 0; p < P; p += DM_LANES) {
+            store_f32(o_P + p, fma_lanes(load_f32(block_o_P + p), beta, load_f32(o_P + p) * alpha));
+        }
+        m = max;
+    }
+    state[row] = m;
+    state[R + row] = l;
 }
 
-static int attention_q8(float *out_P, const float *q_P, const dm_attention_job *job, void *scratch) {
-    size_t groups = dm_divide_up(job->P, DM_GROUP);
-    float *scale_G = (float *)scratch + DM_BLOCK_POSITIONS + groups * DM_GROUP;
-    int32_t *sum_G = (int32_t *)(scale_G + groups);
-    uint32_t *pairs = (uint32_t *)(sum_G + groups);
-    int8_t *q = (int8_t *)(pairs + 16 * groups);
-    int fault = quantize(q, scale_G, sum_G, q_P, job->P);
-    widen_pairs(pairs, q, 8 * groups);
-    attention_query query = {.pairs = pairs, .scale_G = scale_G};
-    attend(out_P, &query, job, DM_KV_Q8, scratch, score_q8, value_q8);
-    return fault;
+static void attention_finish(float *out_P, const float *state, size_t row, size_t rows, size_t P) {
+    const size_t R = dm_round_up(rows, 16);
+    const float *o_P = state + 2 * R + row * dm_round_up(P, 16);
+    const f32v l = all_f32(state[R + row]);
+    for (size_t p = 0; p < P; p += DM_LANES) store_f32_part(out_P + p, load_f32(o_P + p) / l, P - p);
 }
 
 #endif

@@ -48,7 +48,7 @@ class Checkpoint:
 
     def __init__(self, directory: Path, config: ModelConfig, tensors: TensorFiles) -> None:
         """Takes a checked config and the opened files; use `open`."""
-        self.directory = directory
+        self.path = directory
         self.config = config
         self._tensors = tensors
         self._locations = locations(config, tensors)
@@ -85,6 +85,14 @@ class Checkpoint:
         shape = place.tensor_shape[1:] if place.expert is not None else place.tensor_shape
         return shape if place.rows is None else (place.rows, *shape[1:])
 
+    def preferred_dtype(self) -> str | None:
+        """None: a store of it is quantized unless its user wants otherwise."""
+        return None
+
+    def blocks(self, name: str, rows: slice, columns: slice) -> None:
+        """None: no matrix of such a checkpoint is quantized."""
+        return None
+
     def source_dtype(self, name: str) -> str:
         """The dtype in the file: "bf16", "f16" or "f32"."""
         return DTYPES[self._tensors.entry(self._locations[name].tensor).dtype]
@@ -114,9 +122,14 @@ class Checkpoint:
         used = {place.tensor for place in self._locations.values()}
         return sum(self._tensors.entry(tensor).nbytes for tensor in used)
 
-    def tokenizer_files(self) -> list[Path]:
-        """The files that exist among those of tokenizer, chat template and generation, and config.json."""
-        return [self.directory / name for name in TEXT_FILES if files.is_file(self.directory / name)]
+    def text_files(self) -> dict[str, bytes]:
+        """The files that exist among those of tokenizer, chat template and generation, and config.json.
+
+        Raises:
+            UsageError: One of them cannot be read.
+        """
+        names = [name for name in TEXT_FILES if files.is_file(self.path / name)]
+        return {name: files.read_bytes(self.path / name) for name in names}
 
     def fingerprint(self) -> str:
         """A SHA-256 (hex) of config.json, every file's name, size and header, and 16 pages of its tensors.
@@ -124,7 +137,7 @@ class Checkpoint:
         Cheap at any size, and the same for a copy elsewhere. It tells apart what people mix up (models, versions,
         fine-tunes); it does not find a changed bit.
         """
-        digest = hashlib.sha256(files.read_bytes(self.directory / "config.json"))
+        digest = hashlib.sha256(files.read_bytes(self.path / "config.json"))
         for name, file in sorted(self._tensors.files.items()):
             digest.update(f"\n{name} {file.file_bytes} ".encode() + file.header)
             for sample in range(SAMPLES):
@@ -146,7 +159,7 @@ class Checkpoint:
             )
         if missing:
             raise CheckpointError(
-                f"{self.directory}: tensor {missing[0]} is missing ({len(missing)} of {len(places)} are);"
+                f"{self.path}: tensor {missing[0]} is missing ({len(missing)} of {len(places)} are);"
                 f" {missing_advice(missing)}"
             )
         if extra:

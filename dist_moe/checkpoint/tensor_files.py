@@ -88,7 +88,10 @@ def weight_map(index: Path) -> dict[str, str]:
 
 def no_weights(directory: Path) -> str:
     """One sentence on a directory without readable weights."""
-    other = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for path in directory.glob(pattern))
+    gguf = sorted(path.name for path in directory.glob("*.gguf"))
+    if gguf:
+        return f"{directory}: expected {SINGLE} or {INDEX}, found {gguf[0]}; give that file: {directory / gguf[0]}"
+    other = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
     if other:
         return (
             f"{directory}: expected {SINGLE} or {INDEX}, found {other[0]}, which dist-moe does not read;"

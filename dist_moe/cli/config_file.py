@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from dist_moe.checkpoint.model_toml import TABLE
 from dist_moe.cli.environment import PREFIX, environment_warnings
 from dist_moe.cli.text_files import read_text
 from dist_moe.cli.values import CONFIG_KEYS, PathName, YesNo
@@ -81,6 +82,8 @@ def config_options(*commands: str) -> Callable[[Decorated], Decorated]:
 def read_config(path: Path, known: Iterable[str]) -> dict[str, str]:
     """A TOML file's options as the strings that the flags would have, under the names that stand in the file.
 
+    A table [architecture], which bench --synthetic reads, is passed over.
+
     Args:
         path: The file.
         known: Option names that may stand in it, with underscores.
@@ -94,6 +97,8 @@ def read_config(path: Path, known: Iterable[str]) -> dict[str, str]:
     except ValueError as error:
         raise UsageError(f"--config: {path} is not valid TOML: {error}") from error
     names, seen = sorted(known), set[str]()
+    if isinstance(entries.get(TABLE), dict):
+        del entries[TABLE]
     for key, value in entries.items():
         if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
             raise UsageError(

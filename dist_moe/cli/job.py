@@ -27,7 +27,7 @@ from dist_moe.parallel.cores import CoreShare, describe_cores, share_cores
 from dist_moe.parallel.cpu_limits import expected_threads
 from dist_moe.parallel.launcher import Launcher, detect_launcher
 from dist_moe.parallel.lifeline import start_deadline
-from dist_moe.parallel.mpi import abort_channel
+from dist_moe.parallel.mpi import abort_channel, end_interrupted
 from dist_moe.parallel.plan import make_plan
 from dist_moe.parallel.watchdog import Watchdog
 from dist_moe.parallel.world import AgreedError, UnfinishedStepError, World
@@ -54,7 +54,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a task is made from: the model's directory (not yet loaded), its sizes, the launcher, and Ctrl-C."""
+    """What a task is made from: the directory of the model's text files, its sizes, the launcher, and Ctrl-C."""
 
     directory: Path
     config: ModelConfig
@@ -62,12 +62,17 @@ class Setting:
     interrupted: Callable[[], bool]
 
 
-def run_job(options: Options, make_task: Callable[[Options, Setting], Task]) -> None:
+def run_job(
+    options: Options,
+    make_task: Callable[[Options, Setting], Task],
+    find: Callable[[Options], ModelSource] = find_model,
+) -> None:
     """Run one task on all ranks.
 
     Args:
         options: As parsed on this rank.
         make_task: Called on rank 0 before any weight is read: checks the input and makes the task.
+        find: Which model the options name.
 
     Raises:
         AgreedError: A planned error on some rank, raised on all ranks alike.
@@ -81,10 +86,10 @@ def run_job(options: Options, make_task: Callable[[Options, Setting], Task]) -> 
         with world.together("starting the log"):
             start_logging(options.verbose, options.log_file, world.rank, world.hostname)
             name_bus_errors(world, abort_channel(launcher, os.environ))
-        watchdog = Watchdog(world, options.stall_timeout)
-    interrupts = Interrupts(leads=world.is_leader)
+        watchdog = Watchdog(world, launcher, options.stall_timeout)
+    interrupts = Interrupts(leads=world.is_leader, end=lambda: end_interrupted(world.mpi))
     try:
-        _run(world, launcher, options, make_task, interrupts)
+        _run(world, launcher, options, make_task, find, interrupts)
     finally:
         watchdog.leave()
 
@@ -94,15 +99,17 @@ def _run(
     launcher: Launcher,
     options: Options,
     make_task: Callable[[Options, Setting], Task],
+    find: Callable[[Options], ModelSource],
     interrupts: Interrupts,
 ) -> None:
     with world.together("reading the model"):
-        source = find_model(options)
+        source = find(options)
         config = source.read_config()
         require_heads(config, world.size)
     cores = _share_cores(world, launcher, options)
-    setting = Setting(source.directory, config, launcher, interrupts.requested)
-    task = _on_leader(world, lambda: make_task(options, setting))
+    task = _on_leader(
+        world, lambda: make_task(options, Setting(source.text_directory(), config, launcher, interrupts.requested))
+    )
     context = int(world.gather_texts(str(task.context if task else ""))[0])
     engine = _start_engine(world, source, options, cores, context)
     if task is None:

@@ -22,6 +22,7 @@ COMMANDS = {
     "run": "Continue a text.",
     "logits": "Write the logits at every position of a list of tokens.",
     "shard": "Make a store, in shards for one or more nodes, from a Hugging Face directory.",
+    "bench": "Measure prefill and decode, each as a share of what the machine allows.",
     "inspect": "List what a store or a shard holds, and verify it.",
     "doctor": "Examine this machine, or all hosts of a job: what is wrong, and the fix.",
 }

@@ -1,15 +1,17 @@
-"""What `-m` names: a store, a Hugging Face directory (packed once into the cache directory), or the bundled demo."""
+"""What `-m` names: a store, a model to pack once into the cache directory (Hugging Face, GGUF), or the bundled demo."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import dist_moe
 from dist_moe import files
 from dist_moe.checkpoint.hf_config import read_hf_config
-from dist_moe.checkpoint.reader import Checkpoint
+from dist_moe.checkpoint.source import is_gguf, open_source
 from dist_moe.cli.options import ModelOptions
 from dist_moe.cli.shard import ShardProgress
 from dist_moe.demo import demo_model_directory
@@ -17,39 +19,60 @@ from dist_moe.errors import DistMoeError, PlaceError, UsageError
 from dist_moe.kernels import WeightFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.parallel.world import World
+from dist_moe.store.carry import DEFAULT_FORMAT, conversion_notes, default_format
 from dist_moe.store.convert import convert
 from dist_moe.store.manifest import FORMAT_VERSION, MANIFEST_NAME, NUMERICS_VERSION, PROGRESS_NAME, read_manifest
 from dist_moe.store.plan import StoreOptions, source_name
+from dist_moe.store.synthetic import SyntheticModel, write_synthetic
 from dist_moe.store.verify import check_text_files
+from dist_moe.store.writer import write_errors, write_text
 
-DEFAULT_FORMAT = WeightFormat.Q4
 # Four bits cost a model as small as the demo visible quality, and save nothing worth having.
 DEMO_FORMAT = WeightFormat.Q8
+logger = logging.getLogger(__name__)
+# A packed model of the cache is made anew when one of these changes.
+_VERSIONS = f"{FORMAT_VERSION} {NUMERICS_VERSION} {StoreOptions.group_size}"
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model before any weight is read; `format` is None for a store, which has its own."""
+    """A model before any weight is read; `format` is None for a store, which has its own.
 
-    directory: Path
+    A `synthetic` model has no weights to read: `path` is where the store of its random ones is, or will be.
+    """
+
+    path: Path  # a store's or checkpoint's directory, or a GGUF file
     format: WeightFormat | None
+    synthetic: SyntheticModel | None = None
+    in_cache: bool = True  # of a synthetic model: a damaged store is ours to replace
 
     def read_config(self) -> ModelConfig:
         """The model's sizes; a store's small files are checked on the way, before one of them is parsed.
 
         Raises:
             StoreError: The store's manifest is damaged or of another version, or its tokenizer's files are damaged.
-            CheckpointError: The checkpoint's config.json is damaged or of an unsupported model.
+            CheckpointError: The checkpoint's config.json or the GGUF file is damaged or of an unsupported model.
         """
+        if self.synthetic is not None:
+            return self.synthetic.config
         if self.format is None:
-            manifest = read_manifest(self.directory / MANIFEST_NAME)
-            check_text_files(self.directory, manifest)
+            manifest = read_manifest(self.path / MANIFEST_NAME)
+            check_text_files(self.path, manifest)
             return manifest.config
-        return read_hf_config(self.directory)
+        return open_source(self.path).config if is_gguf(self.path) else read_hf_config(self.path)
+
+    def text_directory(self) -> Path:
+        """Where tokenizer and generation settings lie; those of a GGUF file are written to the cache directory.
+
+        Raises:
+            CheckpointError: The GGUF file has a tokenizer of another kind.
+            PlaceError: The cache directory cannot be written.
+        """
+        return _write_texts(self.path) if is_gguf(self.path) else self.path
 
 
 def find_model(options: ModelOptions) -> ModelSource:
-    """Tell the three forms of `-m` apart.
+    """Tell the forms of `-m` apart.
 
     Raises:
         UsageError: The path is none of them, or --quant contradicts the store.
@@ -69,10 +92,14 @@ def find_model(options: ModelOptions) -> ModelSource:
         )
     if files.is_file(directory / "config.json"):
         return ModelSource(directory, DEFAULT_FORMAT if wanted is None else wanted)
-    found = {None: "does not exist", "directory": "holds neither"}.get(files.kind_of(directory), "is a file")
+    if is_gguf(directory):
+        return ModelSource(directory, default_format(open_source(directory)) if wanted is None else wanted)
+    found = {None: "does not exist", "directory": "holds neither"}.get(
+        files.kind_of(directory), "is a file that does not begin with GGUF"
+    )
     raise UsageError(
-        f"-m {directory}: expected a store (with {MANIFEST_NAME}) or a Hugging Face directory (with config.json), "
-        f"but it {found}"
+        f"-m {directory}: expected a store (with {MANIFEST_NAME}), a GGUF file or a Hugging Face directory (with "
+        f"config.json), but it {found}"
     )
 
 
@@ -99,12 +126,14 @@ def local_store(world: World, source: ModelSource, *, full_check: bool) -> Path:
         AgreedError: Some node could not pack it.
     """
     if source.format is None:
-        return source.directory
+        return source.path
     directory, error = Path(), None
     if world.local_rank == 0:
         try:
-            options = StoreOptions(format=source.format, wait=True, replace_damaged=True, full_check=full_check)
-            directory = _packed(source.directory, options, shows_progress=world.node == 0)
+            options = StoreOptions(
+                format=source.format, wait=True, replace_damaged=source.in_cache, full_check=full_check
+            )
+            directory = _packed(source, options, shows_progress=world.node == 0)
         except DistMoeError as own:
             error = own
     world.sleep_until_all()
@@ -112,18 +141,53 @@ def local_store(world: World, source: ModelSource, *, full_check: bool) -> Path:
     return Path(world.gather_texts(str(directory))[world.node_of_rank.index(world.node)])
 
 
-def _packed(source: Path, options: StoreOptions, *, shows_progress: bool) -> Path:
-    checkpoint = Checkpoint.open(source)
-    versions = f"{FORMAT_VERSION} {NUMERICS_VERSION} {options.group_size}"
-    key = f"{source.resolve()}\n{checkpoint.fingerprint()}\n{versions}"
-    name = f"{source_name(source)}-{options.format.label}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    directory = cache_directory() / name
+def synthetic_source(model: SyntheticModel, fmt: WeightFormat, directory: str | None) -> ModelSource:
+    """A model of random weights, kept in `directory` or, if that is None, in the cache directory.
+
+    Raises:
+        UsageError: There is no cache directory.
+    """
+    if directory is not None:
+        return ModelSource(Path(directory), fmt, model, in_cache=False)
+    return ModelSource(_cache_path(model.name, fmt.label, f"{model.fingerprint()}\n{_VERSIONS}"), fmt, model)
+
+
+def _packed(source: ModelSource, options: StoreOptions, *, shows_progress: bool) -> Path:
+    directory = source.path
     with ShardProgress(quiet=not shows_progress) as progress:
         try:
-            convert(checkpoint, directory, options, progress)
+            if source.synthetic is not None:
+                write_synthetic(source.synthetic, directory, options, progress)
+                return directory
+            model = open_source(source.path)
+            directory = _cached(source.path, options.format.label, f"{model.fingerprint()}\n{_VERSIONS}")
+            for line in conversion_notes(model, options.format, options.group_size):
+                logger.info("%s: %s", source.path, line)
+            convert(model, directory, options, progress)
         except PlaceError as error:
-            raise PlaceError(f"{error} or set DIST_MOE_CACHE to another directory") from error
+            other = "set DIST_MOE_CACHE to another directory" if source.in_cache else "choose another --synthetic-dir"
+            raise PlaceError(f"{error} or {other}") from error
     return directory
+
+
+def _write_texts(source: Path) -> Path:
+    model = open_source(source)
+    directory = _cached(source, "text", f"{model.fingerprint()}\n{dist_moe.__version__}")
+    with write_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    for name, text in model.text_files().items():
+        if not files.is_file(directory / name) or files.read_bytes(directory / name) != text:
+            write_text(directory, name, text)
+    return directory
+
+
+def _cached(source: Path, what: str, key: str) -> Path:
+    return _cache_path(source_name(source), what, f"{source.resolve()}\n{key}")
+
+
+def _cache_path(name: str, what: str, key: str) -> Path:
+    """Where something made of a model stands in the cache directory: equal names have equal contents."""
+    return cache_directory() / f"{name}-{what}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
 def _require_format(store: Path, wanted: WeightFormat | None) -> None:
@@ -133,5 +197,5 @@ def _require_format(store: Path, wanted: WeightFormat | None) -> None:
     if found != wanted:
         raise UsageError(
             f"--quant {wanted.label}: {store} is a store of {found.label} weights, which a run does not change: "
-            "leave --quant out, or give the Hugging Face directory"
+            "leave --quant out, or give what it was made from"
         )

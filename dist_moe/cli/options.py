@@ -11,7 +11,7 @@ from dist_moe.cli.values import Number, OneOf, PathName, Whole
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-COMMANDS_WITH_CONFIG = ("run", "logits")
+COMMANDS_WITH_CONFIG = ("run", "logits", "bench")
 DEFAULT_MAX_TOKENS = 256
 LARGEST_SEED = 2**63 - 1
 
@@ -64,6 +64,23 @@ class LogitsOptions(ModelOptions):
     output: str
 
 
+@dataclass(frozen=True)
+class BenchOptions(ModelOptions):
+    """`dist-moe bench`. Lists are texts such as "256,2048"."""
+
+    synthetic: str | None
+    layers: int | None
+    synthetic_dir: str | None
+    prefill: str
+    decode: int
+    depth: str | None
+    batch: str
+    repeat: int
+    format: str
+    read_gib: float
+    seed: int
+
+
 def model_options(command: Decorated) -> Decorated:
     """The options that every command with a model takes."""
     decorators = (
@@ -73,14 +90,15 @@ def model_options(command: Decorated) -> Decorated:
             type=PathName(),
             metavar="PATH",
             show_default="the bundled demo model",
-            help="A store made by `dist-moe shard`, or a Hugging Face directory, which is packed once into the cache "
-            "directory ($DIST_MOE_CACHE, else $XDG_CACHE_HOME/dist-moe, else ~/.cache/dist-moe).",
+            help="A store made by `dist-moe shard`, or a Hugging Face directory or a GGUF file, which is packed once "
+            "into the cache directory ($DIST_MOE_CACHE, else $XDG_CACHE_HOME/dist-moe, else ~/.cache/dist-moe).",
         ),
         option(
             "--quant",
             type=OneOf(["f32", "bf16", "q8", "q4"]),
-            show_default="q4 for a Hugging Face directory, q8 for the small demo, as it is for a store",
-            help="Format of the weights when a Hugging Face directory is packed.",
+            show_default="q4 for a Hugging Face directory, what a GGUF file has, q8 for the small demo, as it is for a "
+            "store",
+            help="Format of the weights when a model is packed.",
         ),
         option("--kv", type=OneOf(["f32", "f16", "q8"]), default="f16", help="Format of the KV cache."),
         option(

@@ -151,7 +151,7 @@ def run(context: click.Context, /, config: str | None, print_config: bool, **val
         source = find_model(options)
         if source.format is None:
             source.read_config()
-        advised = read_generation_config(source.directory)
+        advised = read_generation_config(source.text_directory())
         config_file.print_config(context, advised_values(advised))
         return
     if not any(context.params[name] is not None for name in PROMPTS):

@@ -26,9 +26,8 @@ _LINE_EVERY_S = 5.0
 @click.option(
     "--quant",
     type=OneOf(["f32", "bf16", "q8", "q4"]),
-    default="q4",
-    show_default=True,
-    help="Format of the matrices; routers, norms and the embedding keep theirs.",
+    help="Format of the matrices; routers, norms and the embedding keep theirs.  [default: what a GGUF file has, else "
+    "q4]",
 )
 @click.option(
     "--group-size",
@@ -61,7 +60,7 @@ _LINE_EVERY_S = 5.0
 def shard(
     source: str | None,
     nodes: int,
-    quant: str,
+    quant: str | None,
     group_size: str,
     experts: str,
     output: str | None,
@@ -69,33 +68,37 @@ def shard(
     allow_nonfinite: bool,
     quiet: bool,
 ) -> None:
-    """Pack the Hugging Face checkpoint SRC (default: the bundled demo model) into a store of one shard per node.
+    """Pack SRC, a Hugging Face directory or a GGUF file (default: the bundled demo), into a store, a shard per node.
 
     A store runs on any number of ranks. An interrupted run continues where it stopped when it is repeated.
     """
     if not detect_launcher(os.environ).is_first:
         return
-    from dist_moe.checkpoint.reader import Checkpoint
+    from dist_moe.checkpoint.source import open_source
     from dist_moe.demo import demo_model_directory
     from dist_moe.kernels.formats import WeightFormat
+    from dist_moe.store.carry import conversion_notes, default_format
     from dist_moe.store.convert import convert
     from dist_moe.store.plan import StoreOptions, source_name
 
-    directory = Path(source) if source else demo_model_directory()
-    _refuse_store(directory)
-    checkpoint = Checkpoint.open(directory)
-    destination = Path(output or f"{source_name(checkpoint.directory)}-{quant}-{nodes}")
+    path = Path(source) if source else demo_model_directory()
+    _refuse_store(path)
+    model = open_source(path)
+    fmt = WeightFormat.parse(quant) if quant else default_format(model)
+    destination = Path(output or f"{source_name(path)}-{fmt.label}-{nodes}")
     options = StoreOptions(
         nodes=nodes,
-        format=WeightFormat.parse(quant),
+        format=fmt,
         group_size=int(group_size),
         experts=experts,
         force=force,
         allow_nonfinite=allow_nonfinite,
     )
+    for line in conversion_notes(model, fmt, options.group_size):
+        click.echo(line, err=True)
     try:
         with ShardProgress(quiet) as progress:
-            result = convert(checkpoint, destination, options, progress)
+            result = convert(model, destination, options, progress)
     except PlaceError as error:
         raise PlaceError(f"{error} or choose another -o") from error
     except KeyboardInterrupt:

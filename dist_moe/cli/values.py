@@ -50,6 +50,27 @@ class Number(click.FloatRange):
         return number
 
 
+class WholeList(click.types.StringParamType):
+    """Whole numbers in a range, separated by commas; the value stays a text, see `numbers`."""
+
+    def __init__(self, least: int, most: int) -> None:
+        """Both ends are allowed."""
+        self._least, self._most = least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check."""
+        text = super().convert(value, param, ctx)
+        parts = [part.strip() for part in text.split(",")]
+        if not all(part.isdecimal() and part.isascii() and self._least <= int(part) <= self._most for part in parts):
+            refuse(f"whole numbers {_range(self._least, self._most)} with commas between them", value, param, ctx)
+        return ",".join(str(int(part)) for part in parts)
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """The numbers of a `WholeList`, each once, in their order."""
+    return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+
+
 class OneOf(TextChoice):
     """One of a few words."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 
@@ -18,6 +18,8 @@ from dist_moe.parallel.progress import Phase
 from dist_moe.parallel.world import AgreedError
 
 Floats = npt.NDArray[np.float32]
+Figures = npt.NDArray[np.float64]
+Measurer = Callable[[int], Figures]  # from a MEASURE order's argument to this rank's figures
 logger = logging.getLogger(__name__)
 
 
@@ -30,6 +32,7 @@ class Order(IntEnum):
     STOP = 4  # return from follow()
     COMPARE = 5  # compare the hashes of what all ranks hold alike
     SCRUB = 6  # finish the first pass over the mapped weights, then compare
+    MEASURE = 7  # what bench asks of all ranks at once; argument: what and how much
 
 
 # Where an order begins, for the watchdog; a scrub takes as long as the weights are large.
@@ -43,15 +46,17 @@ class Crew:
         busy: An order is being carried out, or was when an error left it: no other may be given.
     """
 
-    def __init__(self, worker: Worker, exchange: Exchange, step_tokens: int) -> None:
+    def __init__(self, worker: Worker, exchange: Exchange, step_tokens: int, measurer: Measurer | None = None) -> None:
         """Prepare the messages.
 
         Args:
             worker: This rank's part in a step.
             exchange: The collectives.
             step_tokens: Tokens of the largest step, for the size of its words.
+            measurer: Does this rank's part of a measurement.
         """
         self._worker = worker
+        self._measurer = measurer
         self._exchange = exchange
         self._progress = exchange.world.progress
         self._header = np.zeros(HEADER_WORDS, dtype=np.int64)
@@ -88,6 +93,18 @@ class Crew:
             ranks_R3 = self._report()
         assert ranks_R3 is not None
         return ranks_R3
+
+    def measure(self, argument: int) -> Figures:
+        """Let all ranks measure something at once.
+
+        Returns:
+            Per rank what the measurer found, float64 [W, n].
+        """
+        with self._working(Order.MEASURE):
+            self._post(Order.MEASURE, argument)
+            ranks_Wn = self._measure(argument)
+        assert ranks_Wn is not None
+        return ranks_Wn
 
     def compare(self) -> None:
         """Compare the ranks; see Health.compare."""
@@ -129,6 +146,8 @@ class Crew:
             self._worker.health.compare()
         elif order is Order.SCRUB:
             self._worker.health.finish_scrub()
+        elif order is Order.MEASURE:
+            self._measure(argument)
 
     # ---- all ranks ----
 
@@ -172,3 +191,7 @@ class Crew:
     def _report(self) -> npt.NDArray[np.float64] | None:
         own = np.array([self._step_s, self._collective_s, self._exchange.ledger.sent_bytes], dtype=np.float64)
         return self._exchange.gather_equal(own)
+
+    def _measure(self, argument: int) -> Figures | None:
+        assert self._measurer is not None
+        return self._exchange.gather_equal(self._measurer(argument))

@@ -6,6 +6,9 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from dist_moe.engine.agreement import agree_on, log_records, own_record
 from dist_moe.engine.crew import Crew
 from dist_moe.engine.memory import Demand, check_memory
@@ -73,11 +76,16 @@ class Engine:
         )
         self._scrubber = start_scrub(world, store, plans[world.rank]) if options.scrub else None
         worker = Worker(self.model, exchange, world.size, self._scrubber)
-        self._crew = Crew(worker, exchange, self._step_tokens)
+        self._crew = Crew(worker, exchange, self._step_tokens, self._measure)
         self._next_sequence = 0
         self._released: tuple[int, ...] = ()
         self._clock = Clock()
         self._load_s = time.perf_counter() - started_s
+
+    @property
+    def crew(self) -> Crew:
+        """The orders that `generate` and `logits` are made of, for measurements; to be used on rank 0 alone."""
+        return self._crew
 
     @property
     def busy(self) -> bool:
@@ -218,6 +226,12 @@ class Engine:
         """What was found in idle time ends the job before it spoils an answer."""
         if self._scrubber is not None:
             self._crew.compare()
+
+    def _measure(self, argument: int) -> npt.NDArray[np.float64]:
+        """This rank's part of a measurement (`bench_machine.Measurement`)."""
+        from dist_moe.engine.bench_machine import Measurer  # nobody else's start pays for it
+
+        return Measurer(self.model, self._options.kv)(argument)
 
     def _close(self) -> None:
         if self._scrubber is not None:

@@ -40,8 +40,8 @@ class KvCache:
         """Bytes that all sequences hold now."""
         return sum(len(sequence.buffers) for sequence in self._sequences.values()) * self._block_bytes
 
-    def view(self, step: Step) -> KvView:
-        """Where the step's tokens read and write; releases and allocates blocks first."""
+    def view(self, step: Step, layer: int = 0) -> KvView:
+        """Where the step's tokens read and write in a layer; releases and allocates blocks first."""
         for sequence in step.released:
             self._sequences.pop(sequence, None)
         blocks: list[int] = []
@@ -55,7 +55,7 @@ class KvCache:
             position_T[rows] = np.arange(part.position, stop)
             blocks += self._grow(part.sequence, stop).addresses
             at = rows.stop
-        return KvView(np.array(blocks, dtype=np.uint64), table_T, position_T, 0, self._format)
+        return KvView(np.array(blocks, dtype=np.uint64), table_T, position_T, layer * self.layer_bytes, self._format)
 
     def _grow(self, name: int, positions: int) -> _Sequence:
         sequence = self._sequences.setdefault(name, _Sequence())

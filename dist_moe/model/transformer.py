@@ -66,6 +66,11 @@ class Transformer:
         """The last step's fault of each token on this rank, NO_FAULT if there is none."""
         return self._workspace.fault_T[: self._tokens]
 
+    @property
+    def picked_TK(self) -> npt.NDArray[np.int32]:
+        """The experts of the last layer that was routed, int32 [T, K]; for an observer."""
+        return self._workspace.ids_TK[: self._tokens]
+
     def run_layers(self, step: Step) -> None:
         """Embed the step's tokens and run all layers; the residual stays in the workspace for `logits`."""
         buffers = self._workspace

@@ -12,7 +12,7 @@ from collections.abc import Mapping, MutableMapping
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
-from dist_moe.errors import EnvironmentMismatch
+from dist_moe.errors import EnvironmentMismatch, Interrupted
 from dist_moe.parallel.cpu_limits import expected_cores
 from dist_moe.parallel.launcher import Launcher
 
@@ -169,15 +169,20 @@ def say(line: str) -> None:
         os.write(2, f"dist-moe: error: {line}\n".encode())
 
 
-def end_from_thread(MPI: ModuleType, code: int, line: str = "") -> NoReturn:
+def end_interrupted(MPI: ModuleType | None) -> NoReturn:
+    """End all ranks because the user wants so, while the main thread is inside a kernel or an exchange."""
+    end_from_thread(MPI, Interrupted.exit_code, "interrupted in the middle of a step, or while it was waited for")
+
+
+def end_from_thread(MPI: ModuleType | None, code: int, line: str = "") -> NoReturn:
     """Print a line and end all ranks while the main thread is stuck, perhaps inside MPI or with stdout's lock."""
     signal.setitimer(signal.ITIMER_REAL, FORWARD_S + 2 * _EXIT_AFTER_S)  # SIGALRM ends a process whose Abort hangs
     if line:
         say(line)
     time.sleep(FORWARD_S)
-    if MPI.Is_initialized() and not MPI.Is_finalized():
+    if MPI is not None and MPI.Is_initialized() and not MPI.Is_finalized():
         MPI.COMM_WORLD.Abort(code)
-    time.sleep(_EXIT_AFTER_S)
+        time.sleep(_EXIT_AFTER_S)
     os._exit(code)
 
 

@@ -15,6 +15,7 @@ import time
 from dataclasses import replace
 from types import ModuleType
 
+from dist_moe.parallel.launcher import Launcher
 from dist_moe.parallel.lifeline import STALLED
 from dist_moe.parallel.mpi import end_from_thread, say
 from dist_moe.parallel.progress import Progress
@@ -36,9 +37,10 @@ TICK_S = 1.0
 _CONNECT_S = 5.0
 # Time in which this thread itself did not run (a suspended machine, a stopped job) is not held against others.
 _LONGEST_TICK_S = 2.0
-# When the launcher kills all ranks, this one dies within so long of the first, and should not call that a death.
+# When Hydra kills all ranks, this one dies within so long of the first, and should not call that a death.
 _ALL_KILLED_S = 0.02
-# A launcher ends the job of a dead rank by itself; where it does not, this rank does after so long.
+# A launcher ends the job of a dead rank by itself, and all but Hydra name the rank or its error before. Where that does
+# not happen, this rank does it after so long.
 _LAUNCHER_ENDS_S = 3.0
 # A rank that fails has this long to print why and to end the job, longer than `guarded` takes.
 _LEAVING_S = 15.0
@@ -71,17 +73,20 @@ class OwnWatch:
 class Watchdog:
     """The watching thread of a rank and its channel, from the start of the job to the end of the process."""
 
-    def __init__(self, world: World, timeout_s: float) -> None:
+    def __init__(self, world: World, launcher: Launcher, timeout_s: float) -> None:
         """Connect the ranks and begin to watch; collective. A rank alone needs no watching.
 
         Args:
             world: All ranks; `world.progress` is what is watched.
+            launcher: Where it names a killed rank, the ranks leave that to it.
             timeout_s: Seconds without progress inside a step, or without a word from a rank, that end the job.
         """
         self._watcher: _Leader | _Follower | None = None
         if world.mpi is None or world.size == 1:
             return
-        self._watcher = _start_leader(world, timeout_s) if world.is_leader else _start_follower(world, timeout_s)
+        naming_s = _ALL_KILLED_S if launcher.name == "mpich" else _LAUNCHER_ENDS_S
+        start = _start_leader if world.is_leader else _start_follower
+        self._watcher = start(world, timeout_s, naming_s)
 
     def leave(self) -> None:
         """Tell all ranks that ends are to be expected now: this rank is done, or ends the job by itself."""
@@ -89,10 +94,10 @@ class Watchdog:
             self._watcher.leave()
 
 
-def _start_leader(world: World, timeout_s: float) -> _Leader:
+def _start_leader(world: World, timeout_s: float, naming_s: float) -> _Leader:
     token = secrets.token_bytes(TOKEN_BYTES)
     channel = LeaderChannel(world.size, token, everywhere=world.nodes > 1)
-    leader = _Leader(world, timeout_s, channel)
+    leader = _Leader(world, timeout_s, naming_s, channel)
     leader.start()
     addresses = local_addresses()
     world.gather_texts(json.dumps([addresses, channel.port, token.hex()]))
@@ -106,12 +111,12 @@ def _start_leader(world: World, timeout_s: float) -> _Leader:
     return leader
 
 
-def _start_follower(world: World, timeout_s: float) -> _Follower:
+def _start_follower(world: World, timeout_s: float, naming_s: float) -> _Follower:
     addresses, port, token = json.loads(world.gather_texts("")[0])
     channel = connect(addresses, port, bytes.fromhex(token), world.rank, _CONNECT_S)
     if channel:
         channel.report(Report())
-    follower = _Follower(world, timeout_s, channel)
+    follower = _Follower(world, timeout_s, naming_s, channel)
     follower.start()
     world.gather_texts("" if channel else str(world.rank))
     return follower
@@ -124,12 +129,13 @@ def _death_line(who: str) -> str:
 class _Watcher(threading.Thread):
     """What rank 0 and the others have in common: a loop that listens and, once a second, looks."""
 
-    def __init__(self, world: World, timeout_s: float) -> None:
+    def __init__(self, world: World, timeout_s: float, naming_s: float) -> None:
         super().__init__(name="watchdog", daemon=True)
         assert world.mpi is not None
         self._mpi: ModuleType = world.mpi
         self._world = world
         self._timeout_s = timeout_s
+        self._naming_s = naming_s
         self._own = OwnWatch(world.progress)
         self._leaving = False
 
@@ -156,8 +162,8 @@ class _Watcher(threading.Thread):
 class _Leader(_Watcher):
     """Rank 0: knows where all ranks are."""
 
-    def __init__(self, world: World, timeout_s: float, channel: LeaderChannel) -> None:
-        super().__init__(world, timeout_s)
+    def __init__(self, world: World, timeout_s: float, naming_s: float, channel: LeaderChannel) -> None:
+        super().__init__(world, timeout_s, naming_s)
         self._channel = channel
         self._seen = {0: Seen(Report())}
 
@@ -190,7 +196,7 @@ class _Leader(_Watcher):
         if self._leaving:
             return
         self.leave()
-        time.sleep(_ALL_KILLED_S)
+        time.sleep(self._naming_s)
         say(_death_line(name_ranks([rank], self._world.hosts)))
         time.sleep(_LAUNCHER_ENDS_S)
         self._end()
@@ -199,8 +205,8 @@ class _Leader(_Watcher):
 class _Follower(_Watcher):
     """Another rank: knows whether rank 0 is there, and itself."""
 
-    def __init__(self, world: World, timeout_s: float, channel: FollowerChannel | None) -> None:
-        super().__init__(world, timeout_s)
+    def __init__(self, world: World, timeout_s: float, naming_s: float, channel: FollowerChannel | None) -> None:
+        super().__init__(world, timeout_s, naming_s)
         self._channel = channel
         self._silent_s = 0.0
         self._patience_s = timeout_s + min((world.rank - 1) * _STAGGER_S, _LONGEST_STAGGER_S)
@@ -242,7 +248,7 @@ class _Follower(_Watcher):
         self._channel = None
         if self._leaving:
             return
-        time.sleep(_ALL_KILLED_S if self._world.rank == 1 else _LAUNCHER_ENDS_S)
+        time.sleep(self._naming_s if self._world.rank == 1 else _LAUNCHER_ENDS_S)
         say(_death_line(self._leader))
         time.sleep(_LAUNCHER_ENDS_S)
         self._end()

@@ -7,15 +7,16 @@ D model dim, P head dim, F hidden units, w chunk width. Private memory stays nea
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from dist_moe.checkpoint.reader import Checkpoint
+from dist_moe.checkpoint.source import Source
 from dist_moe.kernels import Kernels, aligned_empty
 from dist_moe.kernels.formats import VOCABULARY_BLOCK, packed_bytes
+from dist_moe.store.carry import is_carried, pack_blocks
 from dist_moe.store.layout import TensorSpec
 from dist_moe.store.manifest import Manifest
 from dist_moe.store.units import UnitKind, head_row_bytes, output_group, unit_bytes
@@ -23,14 +24,29 @@ from dist_moe.store.units import UnitKind, head_row_bytes, output_group, unit_by
 Floats = npt.NDArray[np.float32]
 Packed = npt.NDArray[np.uint8]
 
+_ALL = slice(None)
 _BLOCK_BYTES = 32 << 20  # f32 bytes of one piece of a long table
 _WHOLE_DOWN_BYTES = 256 << 20  # a down matrix up to this size is widened once for all of its chunks
+
+
+class UnitPacker(Protocol):
+    """What a weight file is made of, one unit or tensor at a time."""
+
+    @property
+    def nonfinite(self) -> Mapping[str, int]:
+        """The weights so far that could not be packed, per source tensor."""
+
+    def unit(self, kind: UnitKind, layer: int, index: int, counted: bool = True) -> Packed:
+        """One packed unit, uint8 [unit bytes]; `counted` says whether it enters `nonfinite`."""
+
+    def common(self, spec: TensorSpec) -> Iterator[npt.NDArray[Any]]:
+        """One tensor of the common file in pieces."""
 
 
 class Packer:
     """Packs the units of one store. `nonfinite` counts the weights that cannot be packed, per source tensor."""
 
-    def __init__(self, source: Checkpoint, manifest: Manifest, kernels: Kernels) -> None:
+    def __init__(self, source: Source, manifest: Manifest, kernels: Kernels) -> None:
         """Take the checkpoint, the plan of the store and the kernels that pack."""
         self._source = source
         self._manifest = manifest
@@ -57,8 +73,7 @@ class Packer:
             self._pack_chunk(unit, layer, index)
         else:
             rows = slice(index * VOCABULARY_BLOCK, min((index + 1) * VOCABULARY_BLOCK, self._config.vocabulary))
-            block = _padded(self._source.read("lm_head", rows), VOCABULARY_BLOCK, self._config.model_dim)
-            self._pack("lm_head", unit, block, manifest.group_size)
+            self._pack_slice("lm_head", unit, manifest.group_size, rows, height=VOCABULARY_BLOCK)
         return unit
 
     def common(self, spec: TensorSpec) -> Iterator[npt.NDArray[Any]]:
@@ -81,15 +96,14 @@ class Packer:
         name, cut = f"layers.{layer}.", self._row_bytes()
         columns = slice(head * self._config.head_dim, (head + 1) * self._config.head_dim)
         group_size = self._manifest.group_size
-        self._pack(name + "q", unit[:cut], self._source.read(name + "q", columns), group_size)
-        output_DP = self._source.read(name + "o", columns=columns)
-        self._pack(name + "o", unit[cut:], output_DP, output_group(self._config, group_size))
+        self._pack_slice(name + "q", unit[:cut], group_size, columns)
+        self._pack_slice(name + "o", unit[cut:], output_group(self._config, group_size), columns=columns)
 
     def _pack_kv_head(self, unit: Packed, layer: int, head: int) -> None:
         name, cut = f"layers.{layer}.", self._row_bytes()
         rows = slice(head * self._config.head_dim, (head + 1) * self._config.head_dim)
         for key, half in (("k", unit[:cut]), ("v", unit[cut:])):
-            self._pack(name + key, half, self._source.read(name + key, rows), self._manifest.group_size)
+            self._pack_slice(name + key, half, self._manifest.group_size, rows)
 
     def _pack_chunk(self, unit: Packed, layer: int, index: int) -> None:
         manifest, model_dim = self._manifest, self._config.model_dim
@@ -99,8 +113,9 @@ class Packer:
         hidden = slice(chunk * width, min((chunk + 1) * width, self._config.layer_hidden(layer)))
         cut = packed_bytes(manifest.format, width, model_dim, manifest.group_size)
         for key, part in (("gate", unit[:cut]), ("up", unit[cut : 2 * cut])):
-            rows_wD = _padded(self._source.read(name + key, hidden), width, model_dim)
-            self._pack(name + key, part, rows_wD, manifest.group_size)
+            self._pack_slice(name + key, part, manifest.group_size, hidden, height=width)
+        if self._carry(name + "down", unit[2 * cut :], manifest.group_size, _ALL, hidden):
+            return
         self._open_down(name + "down")
         if self._down_DF is None:
             down_Dw = self._source.read(name + "down", columns=hidden)
@@ -124,6 +139,24 @@ class Packer:
                 block = slice(first, min(first + step, rows))
                 values = self._source.read(name, block) if self._down_DF is None else self._down_DF[block]
                 self._kernels.row_scales(self._scale_D[block], values, fmt)
+
+    def _pack_slice(
+        self, name: str, packed: Packed, group: int, rows: slice = _ALL, columns: slice = _ALL, height: int = 0
+    ) -> None:
+        """Pack a slice of a matrix, zero-padded to `height` rows."""
+        if self._carry(name, packed, group, rows, columns, height):
+            return
+        values_RC = self._source.read(name, rows, None if columns == _ALL else columns)
+        self._pack(name, packed, _padded(values_RC, max(height, len(values_RC)), values_RC.shape[1]), group)
+
+    def _carry(self, name: str, packed: Packed, group: int, rows: slice, columns: slice, height: int = 0) -> bool:
+        """Pack a slice bit for bit if the source has it in this format."""
+        if not is_carried(self._source.source_dtype(name), self._manifest.format, group):
+            return False
+        blocks = self._source.blocks(name, rows, columns)
+        if blocks is not None:
+            self._count(name, pack_blocks(packed, blocks, self._manifest.format, height))
+        return blocks is not None
 
     def _pack(self, name: str, packed: Packed, weights_RC: Floats, group: int, scale_R: Floats | None = None) -> None:
         self._count(name, self._kernels.pack(packed, weights_RC, scale_R, self._manifest.format, group))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import dist_moe
-from dist_moe.checkpoint.reader import Checkpoint
+from dist_moe import files
 from dist_moe.errors import UsageError
 from dist_moe.kernels.formats import WeightFormat
+from dist_moe.model_config import ModelConfig
 from dist_moe.store.manifest import Manifest
 from dist_moe.store.placement import EXPERT_LAYOUTS, place
 from dist_moe.store.units import check_format
@@ -30,7 +33,31 @@ class StoreOptions:
     threads: int = 0  # of the kernels that pack; 0 takes every CPU that this process may use
 
 
-def plan_store(source: Checkpoint, options: StoreOptions) -> Manifest:
+class WeightSource(Protocol):
+    """What the plan of a store asks of the model that it is made from; a `Checkpoint` is one."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+
+    @property
+    def path(self) -> Path:
+        """Where it comes from; the last part is its name."""
+
+    def names(self) -> list[str]:
+        """The logical names of its tensors."""
+
+    def source_dtype(self, name: str) -> str:
+        """What a tensor is kept as: "bf16", "f16" or "f32"."""
+
+    def fingerprint(self) -> str:
+        """A text that tells it apart from other models and other versions of itself."""
+
+    def text_files(self) -> Mapping[str, bytes]:
+        """Small files that a store takes along."""
+
+
+def plan_store(source: WeightSource, options: StoreOptions) -> Manifest:
     """The manifest of the store that the options make of a checkpoint, before any file is written.
 
     Raises:
@@ -48,7 +75,7 @@ def plan_store(source: Checkpoint, options: StoreOptions) -> Manifest:
     routers = {source.source_dtype(name) for name in source.names() if name.endswith(".router")}
     return Manifest(
         config=config,
-        source_name=source_name(source.directory),
+        source_name=source_name(source.path),
         source_fingerprint=source.fingerprint(),
         format=options.format,
         group_size=options.group_size,
@@ -64,10 +91,12 @@ def plan_store(source: Checkpoint, options: StoreOptions) -> Manifest:
     )
 
 
-def source_name(directory: Path) -> str:
-    """What to call a checkpoint: its directory's name, or the repository's in a Hugging Face cache."""
-    path = directory.resolve()
-    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+def source_name(source: Path) -> str:
+    """What to call a model: its directory's or file's name, or the repository's in a Hugging Face cache."""
+    path = source.resolve()
+    if files.is_file(source):
+        name = source.stem
+    elif path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
         name = path.parent.parent.name.split("--")[-1]
     else:
         name = path.parent.name if path.name == "model" else path.name

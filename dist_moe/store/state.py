@@ -41,14 +41,14 @@ def prepare_directory(directory: Path) -> None:
 
 
 def finished_files(
-    directory: Path, plan: Manifest, copied: Mapping[str, Path], *, full_check: bool = False
+    directory: Path, plan: Manifest, texts: Mapping[str, bytes], *, full_check: bool = False
 ) -> tuple[StoreFile, ...]:
     """The intact files of the store that stands here, made with the same options from the same source.
 
     Args:
         directory: The store, perhaps an interrupted one, or an empty directory.
         plan: What the store is to be.
-        copied: The source's files that are copied as they are; a copy that differs from its original is not intact.
+        texts: The source's small files, kept as they are; a copy that differs from its original is not intact.
         full_check: Read large files whole, too, not only their headers.
 
     Raises:
@@ -63,12 +63,10 @@ def finished_files(
         raise StoreError(
             f"{directory}: holds a store made with other options ({differences}); choose another directory"
         )
-    names = [*weight_files(plan), *copied]
+    names = [*weight_files(plan), *texts]
     intact = (entry for entry in found.files if entry.name in names and _is_intact(directory, entry, found, full_check))
     return tuple(
-        entry
-        for entry in intact
-        if entry.name not in copied or checksum_text(files.read_bytes(copied[entry.name])) == entry.checksum
+        entry for entry in intact if entry.name not in texts or checksum_text(texts[entry.name]) == entry.checksum
     )
 
 

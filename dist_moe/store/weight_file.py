@@ -11,7 +11,7 @@ from dist_moe.checkpoint.safetensors_file import FileLayout
 from dist_moe.store.checksum import RunningChecksum
 from dist_moe.store.layout import CHECKSUM_SUFFIX, common_specs, shard_number, unit_tensors, weight_layout
 from dist_moe.store.manifest import COMMON_NAME, Manifest, StoreFile
-from dist_moe.store.pack import Packer
+from dist_moe.store.pack import UnitPacker
 from dist_moe.store.placement import indices_of
 from dist_moe.store.writer import FileWriter
 
@@ -19,7 +19,7 @@ _TensorChecksums = tuple[str, list[int]]  # a tensor that was written, and one c
 
 
 def write_weight_file(
-    file: FileWriter, name: str, plan: Manifest, packer: Packer, on_tensor: Callable[[], None]
+    file: FileWriter, name: str, plan: Manifest, packer: UnitPacker, on_tensor: Callable[[], None]
 ) -> StoreFile:
     """Write the weight file called `name` and give it its name.
 
@@ -47,7 +47,9 @@ def write_weight_file(
     return file.finish(packer.nonfinite)
 
 
-def _write_common(file: FileWriter, layout: FileLayout, plan: Manifest, packer: Packer) -> Iterator[_TensorChecksums]:
+def _write_common(
+    file: FileWriter, layout: FileLayout, plan: Manifest, packer: UnitPacker
+) -> Iterator[_TensorChecksums]:
     for spec in common_specs(plan):
         if spec.name.endswith(CHECKSUM_SUFFIX):
             continue
@@ -60,7 +62,7 @@ def _write_common(file: FileWriter, layout: FileLayout, plan: Manifest, packer: 
 
 
 def _write_units(
-    file: FileWriter, layout: FileLayout, plan: Manifest, packer: Packer, shard: int
+    file: FileWriter, layout: FileLayout, plan: Manifest, packer: UnitPacker, shard: int
 ) -> Iterator[_TensorChecksums]:
     heads = set(indices_of(plan.shards[shard].heads).tolist())
     for tensor in unit_tensors(plan, shard):

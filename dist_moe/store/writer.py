@@ -149,10 +149,10 @@ class FileWriter:
         self._unsynced_bytes = 0
 
 
-def write_text(directory: Path, name: str, text: str) -> None:
+def write_text(directory: Path, name: str, text: str | bytes) -> None:
     """Replace a small file in one step; raises PlaceError if that fails."""
     with FileWriter(directory, name, lambda _: None) as file:
-        file.write(text.encode())
+        file.write(text.encode() if isinstance(text, str) else text)
         file.finish({})
 
 

@@ -64,7 +64,7 @@ def test_moe(dtype: str, layout: str, shards: int, make_source: MakeSource, tmp_
     assert checkpoint.total_bytes == sum(values.nbytes for values in source.values.values()) * (
         1 if dtype == "F32" else 0.5
     )
-    assert checkpoint.directory == tmp_path
+    assert checkpoint.path == tmp_path
 
 
 @pytest.mark.parametrize(
@@ -192,12 +192,13 @@ def test_one_file_goes_before_an_index(make_source: MakeSource, tmp_path: Path) 
     check_values(Checkpoint.open(tmp_path), source)
 
 
-def test_tokenizer_files(make_source: MakeSource, tmp_path: Path) -> None:
+def test_text_files(make_source: MakeSource, tmp_path: Path) -> None:
     make_source().write(tmp_path)
     for name in ("merges.txt", "tokenizer.json", "README.md", "generation_config.json"):
         (tmp_path / name).write_text("{}")
-    names = [path.name for path in Checkpoint.open(tmp_path).tokenizer_files()]
-    assert names == ["tokenizer.json", "generation_config.json", "config.json", "merges.txt"]
+    texts = Checkpoint.open(tmp_path).text_files()
+    assert list(texts) == ["tokenizer.json", "generation_config.json", "config.json", "merges.txt"]
+    assert texts["merges.txt"] == b"{}"
 
 
 def test_fingerprint(make_source: MakeSource, tmp_path: Path) -> None:

@@ -114,13 +114,14 @@ def test_directories_without_weights(make_source: MakeSource, tmp_path: Path) ->
     (tmp_path / "model.safetensors").unlink()
     expected = "DIR: expected model.safetensors or model.safetensors.index.json, found"
     assert refusal(tmp_path) == f"{expected} neither; {AGAIN}"
-    for name in ("pytorch_model-00001-of-00002.bin", "model.gguf"):
-        (tmp_path / name).write_bytes(b"")
-        assert refusal(tmp_path) == (
-            f"{expected} {name}, which dist-moe does not read; convert it to safetensors"
-            " (transformers: model.save_pretrained(directory))"
-        )
-        (tmp_path / name).unlink()
+    name = "pytorch_model-00001-of-00002.bin"
+    (tmp_path / name).write_bytes(b"")
+    assert refusal(tmp_path) == (
+        f"{expected} {name}, which dist-moe does not read; convert it to safetensors"
+        " (transformers: model.save_pretrained(directory))"
+    )
+    (tmp_path / "model.gguf").write_bytes(b"")
+    assert refusal(tmp_path) == f"{expected} model.gguf; give that file: DIR/model.gguf"
 
 
 def test_no_directory(make_source: MakeSource, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_the_name_of_the_source_is_said_to_be_one(tmp_path: Path) -> None:
 def test_a_place_that_cannot_hold_a_store_names_the_flag(tiny: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PlaceError, match=r"cannot be used as a directory .* or choose another -o$"):
-        execute(["shard", str(tiny.directory), "-o", str(tmp_path / "file")])
+        execute(["shard", str(tiny.path), "-o", str(tmp_path / "file")])
 
 
 # ---- inspect ----
@@ -117,7 +117,7 @@ def test_a_missing_shard_is_said_in_the_last_line(tiny: Checkpoint, tmp_path: Pa
 
 
 def test_the_table_is_as_wide_as_its_names(tiny: Checkpoint) -> None:
-    done = CliRunner().invoke(inspect, [str(tiny.directory)])
+    done = CliRunner().invoke(inspect, [str(tiny.path)])
     lines = [line for line in done.output.splitlines() if line.startswith("  model.")]
     assert max(len(line.split()[0]) for line in lines) > 32
     assert {line.index(" F32 ") for line in lines} == {lines[0].index(" F32 ")}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from dist_moe.cli.interrupts import Interrupts
+from helpers import launching
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +58,43 @@ def test_a_process_started_to_ignore_it_goes_on_doing_so() -> None:
     with interrupts.orderly():
         interrupt()
     assert not interrupts.requested()
+
+
+# A mutex that its owner locks again: C code that no signal gets the main thread out of.
+STUCK = """
+import ctypes, os, sys
+from dist_moe.cli.interrupts import Interrupts
+mutex = ctypes.create_string_buffer(64)
+interrupts = Interrupts(leads=True, end=lambda: os._exit(77))
+def stick():
+    for _ in range(2):
+        print("locks", flush=True)
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+if sys.argv[1] == "in a step":
+    with interrupts.orderly():
+        stick()
+stick()
+"""
+
+
+@pytest.mark.parametrize(("where", "needed"), [("in a step", 2), ("at the start", 1)])
+def test_a_main_thread_that_is_stuck_in_c_is_ended_from_another(where: str, needed: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK, where],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=launching.child_environment(),
+    )
+    try:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["locks\n"] * 2
+        for _ in range(needed - 1):
+            process.send_signal(signal.SIGINT)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 77
+    finally:
+        process.kill()
+        process.communicate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -127,7 +128,7 @@ class Job:
         return Ended(self.process.returncode, self.stdout(), _text(self._stderr), seconds, left)
 
     def _left(self) -> tuple[str, ...]:
-        processes = [f"process {process.pid}" for process in self._processes()]
+        processes = [_describe(process) for process in self._processes()]
         return (*processes, *sorted(_shared_memory() - self._shared_before))
 
     def _processes(self) -> list[psutil.Process]:
@@ -152,8 +153,16 @@ def _environ(process: psutil.Process) -> dict[str, str]:
         return {}
 
 
+def _describe(process: psutil.Process) -> str:
+    try:
+        return f"process {process.pid} ({process.status()}): {' '.join(process.cmdline())[:200]}"
+    except psutil.Error:
+        return f"process {process.pid}"
+
+
 def _shared_memory() -> set[str]:
-    return {str(path) for path in Path("/dev/shm").glob("dist-moe-*")}
+    """Memory of jobs; other programs of ours (csrc/tests) use other names there."""
+    return {str(path) for path in Path("/dev/shm").iterdir() if re.fullmatch(r"dist-moe-[0-9a-f]{16}", path.name)}
 
 
 def _text(file: object) -> str:

@@ -100,3 +100,27 @@ def test_the_longest_path_fits_into_the_line(tmp_path: Path) -> None:
     done = run(f"catch_bus_errors('', 0.0, 2)\n{TOUCH}", deep / "shard")
     assert done.returncode == 2
     assert f"{deep / 'shard'}: expert 1, chunk 4 can no longer be read" in done.stderr
+
+
+STARVED = """
+import resource
+import numpy as np
+from dist_moe.kernels import Kernels, catch_bus_errors
+{before}
+kernels, experts = Kernels(1), 1 << 22
+ids_TK, weights_TK = np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32)
+logits_TE, fault_T = np.zeros((1, experts), np.float32), np.full(1, 2**31 - 1, np.int32)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (4 << 20),) * 2)
+kernels.route(ids_TK, weights_TK, fault_T, logits_TE, False, 0)
+"""
+
+
+@pytest.mark.parametrize("before", ["", "catch_bus_errors('dist-moe: error: rank 1 on b: ', 0.0, 2)"])
+def test_a_kernel_that_gets_no_memory_says_so(before: str) -> None:
+    command = [sys.executable, "-c", STARVED.format(before=before)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2, done
+    assert done.stderr.startswith(f"dist-moe: error: {'rank 1 on b: ' if before else ''}out of memory: a kernel could ")
+    assert " could not get 25165888 bytes of working space; " in done.stderr
+    assert done.stderr.count("\n") == 1

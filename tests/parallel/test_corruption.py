@@ -121,9 +121,7 @@ def test_a_shard_that_shrinks_while_it_is_mapped_is_named(
     path = store / "shard-00001-of-00002.safetensors"
     done = job(ranks, f"cut={path}@{path.stat().st_size // 2}", 0, "-n", "50", "--threads", str(threads))
     assert done.code == 2, done.output
-    line, *others = own_lines(done)
-    # Where prterun is slow, another rank tells of the rank's end, too.
-    assert all("has died" in other for other in others)
+    (line,) = own_lines(done)
     place = r"rank \d on \S+: " if ranks > 1 else ""
     unit = r"(layer \d+, (query|KV) head \d+|layer \d+, expert \d+, chunk \d+|vocabulary block \d+)"
     pattern = rf"dist-moe: error: {place}{re.escape(str(path))}: {unit} can no longer be read: the file became shorter"

@@ -15,9 +15,12 @@ import pytest
 
 from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.errors import StoreError
+from dist_moe.kernels import Kernels
 from dist_moe.store import convert as conversion
 from dist_moe.store import writer
 from dist_moe.store.lock import store_lock
+from dist_moe.store.manifest import Manifest
+from dist_moe.store.pack import Packer
 from dist_moe.store.plan import StoreOptions
 from dist_moe.store.reader import Store
 from helpers.tiny_store import contents, ignore, run_convert
@@ -110,8 +113,12 @@ def test_a_waiting_conversion_reports_and_finds_the_work_done(tmp_path: Path, ch
         thread.start()
         assert waiting.wait(10)
         plan = conversion.plan_store(checkpoint, StoreOptions(threads=1))
-        copied = {path.name: path for path in checkpoint.tokenizer_files()}
-        conversion._Run(checkpoint, directory, StoreOptions(threads=1), plan, ignore, 10**6).write(copied, ())
+
+        def make_packer(plan: Manifest, kernels: Kernels) -> Packer:
+            return Packer(checkpoint, plan, kernels)
+
+        run = conversion._Run(make_packer, directory, StoreOptions(threads=1), plan, ignore, 10**6)
+        run.write(checkpoint.text_files(), ())
         finished = (directory / "manifest.json").stat()
     thread.join(10)
     assert (directory / "manifest.json").stat().st_mtime_ns == finished.st_mtime_ns

@@ -1,0 +1,76 @@
+/* row_products.h: rows of queries against K, and rows of weights against V (rule 10), in f32.
+ *
+ * sum[r][c] = fma(a[r][k], b[k][c], sum[r][c]) for ascending k from +0. A block of rows x registers of sums stays in
+ * registers, so that a load of b serves all rows and enough chains hide the latency of fma.
+ */
+#ifndef DM_ROW_PRODUCTS_H
+#define DM_ROW_PRODUCTS_H
+
+/* Registers of sums, and rows of them at most: AVX2 has 16 registers, the others 32. */
+#define DM_PRODUCT_SUMS (DM_LANES == 8 ? 8 : 16)
+#define DM_PRODUCT_ROWS (DM_LANES == 16 ? 8 : 4)
+/* Registers side by side for so many rows; 64 columns at most. */
+#define DM_PRODUCT_WIDTH(rows) \
+    (DM_PRODUCT_SUMS / (rows) * DM_LANES < 64 ? DM_PRODUCT_SUMS / (rows) : (size_t)64 / DM_LANES)
+
+/* Columns [c, c + n) of row k, n <= DM_LANES of them present; column c of K is position c of the block. */
+typedef f32v (*column_loader)(const void *b, size_t k, size_t c, size_t n, size_t P);
+
+DM_INLINE size_t key_element(size_t p, size_t position, size_t P) {
+    return (position / 16 * P + p) * 16 + position % 16;
+}
+
+DM_INLINE f32v key_f32(const void *keys, size_t p, size_t position, size_t n, size_t P) {
+    (void)n;
+    return load_f32((const float *)keys + key_element(p, position, P));
+}
+
+DM_INLINE f32v key_f16(const void *keys, size_t p, size_t position, size_t n, size_t P) {
+    (void)n;
+    return widen_f16((const uint16_t *)keys + key_element(p, position, P));
+}
+
+DM_INLINE f32v value_f32(const void *values, size_t j, size_t p, size_t n, size_t P) {
+    return load_f32_part((const float *)values + j * P + p, n);
+}
+
+DM_INLINE f32v value_f16(const void *values, size_t j, size_t p, size_t n, size_t P) {
+    const uint16_t *value = (const uint16_t *)values + j * P + p;
+    if (n >= DM_LANES) return widen_f16(value);
+    uint16_t part[DM_LANES] = {0};
+    for (size_t i = 0; i < n; i++) part[i] = value[i];
+    return widen_f16(part);
+}
+
+/* Rows of int8 are padded to 32, so a whole register can be read. */
+DM_INLINE f32v value_q8(const void *values, size_t j, size_t p, size_t n, size_t P) {
+    (void)n;
+    const size_t groups = dm_divide_up(P, DM_GROUP);
+    const int8_t *q = (const int8_t *)values + j * groups * DM_GROUP + p;
+    const float *scale = (const float *)((const uint8_t *)values + DM_BLOCK_POSITIONS * groups * DM_GROUP);
+    return all_f32(scale[j * groups + p / DM_GROUP]) * __builtin_convertvector(load_i8(q), f32v);
+}
+
+/* Asks for the lines of [from, from + bytes). */
+DM_INLINE void fetch_ahead(const uint8_t *from, size_t bytes) {
+    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
+}
+
+/* sum of `rows` rows and `width` registers from column c on; rows of a lie a_stride apart, n lanes of a register are
+ * present. Meanwhile `bytes` bytes per k are fetched from `ahead` on. */
+DM_INLINE void multiply_rows(f32v *sum, const float *a, size_t a_stride, const void *b, size_t count, size_t c,
+                             size_t n, size_t P, const uint8_t *ahead, size_t bytes, size_t rows, size_t width,
+                             column_loader load) {
+    for (size_t i = 0; i < rows * width; i++) sum[i] = (f32v){0};
+    for (size_t k = 0; k < count; k++) {
+        f32v column[16];
+        for (size_t i = 0; i < width; i++) column[i] = load(b, k, c + i * DM_LANES, n, P);
+        fetch_ahead(ahead + k * bytes, bytes);
+        for (size_t r = 0; r < rows; r++) {
+            const f32v factor = all_f32(a[r * a_stride + k]);
+            for (size_t i = 0; i < width; i++) sum[r * width + i] = fma_lanes(factor, column[i], sum[r * width + i]);
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,107 @@
+"""What the store needs of a model that others wrote, whatever the format of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_moe import files
+from dist_moe.checkpoint.reader import Checkpoint
+from dist_moe.errors import CheckpointError, EnvironmentMismatch
+from dist_moe.model_config import ModelConfig
+
+GGUF_MAGIC = b"GGUF"
+Array = npt.NDArray[Any]
+F32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A slice of a matrix that is quantized in groups of 32 along its rows: R rows, G groups."""
+
+    bits: int  # 4: values -8 ... 7; 8: values -128 ... 127
+    scale_RG: npt.NDArray[np.float16]
+    # 4 bits: uint8 [R, G, 16], value + 8 of columns i and 16 + i in the halves of byte i. 8 bits: int8 [R, G, 32].
+    codes_RG: Array
+
+
+class Source(Protocol):
+    """A model before it is packed; logical names and slices are those of `Checkpoint`."""
+
+    path: Path
+    config: ModelConfig
+
+    def names(self) -> list[str]:
+        """All logical names, in the order of the forward pass."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a logical matrix [rows, columns] or vector [n]."""
+
+    def source_dtype(self, name: str) -> str:
+        """How the file keeps it: "f32", "f16", "bf16", "q8_0" or "q4_0"."""
+
+    def preferred_dtype(self) -> str | None:
+        """The dtype of most of its matrices' weights if a store should keep that; None if it should quantize them."""
+
+    def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> F32:
+        """A fresh C-contiguous copy of a slice, every value exactly as float32."""
+
+    def blocks(self, name: str, rows: slice, columns: slice) -> Blocks | None:
+        """The integers and scales of a slice of a matrix; None if it is not kept as such."""
+
+    def text_files(self) -> Mapping[str, bytes]:
+        """The small files that a store keeps beside its weights: tokenizer, templates, generation."""
+
+    def fingerprint(self) -> str:
+        """A cheap SHA-256 (hex) that tells models, versions and fine-tunes apart."""
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a file that begins as GGUF files do.
+
+    Raises:
+        UsageError: The system does not say what stands there.
+        CheckpointError: The file cannot be read.
+    """
+    if not files.is_file(path):
+        return False
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+
+
+def open_source(path: Path) -> Source:
+    """Open a Hugging Face directory or a GGUF file, told apart by what they hold.
+
+    Raises:
+        CheckpointError: It is neither, damaged, or not supported.
+        EnvironmentMismatch: The package that reads GGUF files is not installed.
+    """
+    if is_gguf(path):
+        return open_gguf(path)
+    if files.is_file(path):
+        raise CheckpointError(
+            f"{path}: expected a Hugging Face model directory or a GGUF file, but it is a file that does not begin "
+            "with GGUF; give the directory that holds config.json, or copy the GGUF file again"
+        )
+    return Checkpoint.open(path)
+
+
+def open_gguf(path: Path) -> Source:
+    """Open a GGUF file; raises as `open_source`."""
+    try:
+        from dist_moe.checkpoint.gguf_checkpoint import GgufCheckpoint
+    except ImportError as error:
+        if error.name != "gguf":
+            raise
+        raise EnvironmentMismatch(
+            f"{path}: reading a GGUF file needs the package gguf: pip install 'dist-moe[gguf]' (or pip install gguf)"
+        ) from None
+    return GgufCheckpoint(path)
