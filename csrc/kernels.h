@@ -13,7 +13,7 @@
 #include "dist_moe.h"
 
 /* Tokens that one pass of a matmul works on, and the bytes of scratch it needs for them. */
-#define DM_TOKEN_BLOCK 16
+#define DM_TOKEN_BLOCK 64
 #define DM_MATMUL_SCRATCH(columns) (DM_TOKEN_BLOCK * (((columns) + 31) / 32 * 32) * sizeof(int16_t))
 
 /* T vectors of `columns` values, or a range of columns of wider ones. Strides are in elements. */
@@ -105,6 +105,7 @@ typedef struct dm_kernels {
 
 extern const dm_kernels dm_kernels_portable;
 extern const dm_kernels dm_kernels_avx2;
+extern const dm_kernels dm_kernels_avxvnni;
 extern const dm_kernels dm_kernels_avx512;
 extern const dm_kernels dm_kernels_avx512vnni;
 extern const dm_kernels dm_kernels_neon;
