@@ -53,18 +53,18 @@ static size_t rows_of(const chain *chain) { return chain->tokens * chain->heads;
 
 /* ---- units on a thread ---- */
 
-/* The records of a chain's queries; each unit makes its own. */
+/* A chain's queries as its cache's format needs them; each unit makes its own. */
 static const void *pack_queries(const attention_job *job, const chain *chain, dm_worker *worker) {
-    const size_t bytes = dm_query_bytes(job->P), rows = rows_of(chain);
-    uint8_t *records = dm_scratch(worker, DM_SCRATCH_OPERAND, dm_round_up(rows, 16) * bytes);
+    const size_t rows = rows_of(chain), R = dm_round_up(rows, 16);
+    void *queries = dm_scratch(worker, DM_SCRATCH_OPERAND, dm_query_bytes(rows, job->P));
+    if (R != rows) __builtin_memset(queries, 0, dm_query_bytes(rows, job->P));
     for (size_t row = 0; row < rows; row++) {
         const size_t t = chain->token + row / chain->heads;
         const float *q_P = job->q_ThP + t * job->row_stride + (chain->head + row % chain->heads) * job->P;
-        int kind = job->context->kernels->attention_query[job->cache->format](records + row * bytes, q_P, job->P);
+        int kind = job->context->kernels->attention_query[job->cache->format](queries, q_P, row, R, job->P);
         dm_report_fault(job->fault_T, t, kind, job->layer);
     }
-    __builtin_memset(records + rows * bytes, 0, (dm_round_up(rows, 16) - rows) * bytes);
-    return records;
+    return queries;
 }
 
 static void finish_row(const attention_job *job, const chain *chain, const float *state, size_t row) {

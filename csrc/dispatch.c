@@ -15,10 +15,18 @@ static int always(void) { return 1; }
 
 #if defined(__x86_64__)
 
+#include <cpuid.h>
+
 /* __builtin_cpu_supports covers the operating system's part (XCR0) too. */
 static int has_avx2(void) {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+/* Leaf 7.1, EAX bit 4 (Intel SDM): not all compilers' __builtin_cpu_supports know it. */
+static int has_avxvnni(void) {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 
 static int has_avx512(void) {
@@ -29,12 +37,11 @@ static int has_avx512(void) {
 static int has_avx512vnni(void) { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
 static const level LADDER[] = {
-    {&dm_kernels_portable, always},
-    {&dm_kernels_avx2, has_avx2},
-    {&dm_kernels_avx512, has_avx512},
+    {&dm_kernels_portable, always},           {&dm_kernels_avx2, has_avx2},
+    {&dm_kernels_avxvnni, has_avxvnni},       {&dm_kernels_avx512, has_avx512},
     {&dm_kernels_avx512vnni, has_avx512vnni},
 };
-static const char *const NAMES[] = {"portable", "avx2", "avx512", "avx512vnni", NULL};
+static const char *const NAMES[] = {"portable", "avx2", "avxvnni", "avx512", "avx512vnni", NULL};
 
 #else
 

@@ -54,9 +54,11 @@ static inline size_t dm_key_bytes(int format, size_t P) {
     }
 }
 
-/* Attention of `rows` query heads at a time: a query's record; a state or a triple (m, l and o of every row); and
- * scratch: m, l, two factors and 64 scores per row, then a block's K or V as floats. */
-static inline size_t dm_query_bytes(size_t P) { return dm_round_up(P, DM_GROUP) * sizeof(float); }
+/* Attention of `rows` query heads at a time: the queries; a state or a triple (m, l and o of every row); and scratch:
+ * m, l, two factors and 64 scores per row, then a block's K or V as floats. */
+static inline size_t dm_query_bytes(size_t rows, size_t P) {
+    return dm_round_up(rows, 16) * dm_round_up(P, DM_GROUP) * sizeof(float);
+}
 
 static inline size_t dm_triple_floats(size_t rows, size_t P) {
     return dm_round_up(rows, 16) * (2 + dm_round_up(P, 16));

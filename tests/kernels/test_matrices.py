@@ -10,6 +10,7 @@ from dist_moe.kernels import MatrixList, WeightFormat, reference
 
 U = 2.0**-24  # half an ulp of f32 at 1
 SIZES = [(1, 1, 1), (3, 16, 31), (2, 17, 32), (5, 33, 33), (17, 31, 64), (4, 48, 130), (1, 130, 128), (33, 64, 48)]
+SIZES += [(6, 49, 200), (8, 32, 96), (15, 16, 64), (71, 40, 65), (130, 33, 160)]  # around the kernels' token blocks
 FORMATS = [
     (WeightFormat.F32, 0),
     (WeightFormat.BF16, 0),

@@ -1,0 +1,44 @@
+/* avxvnni/level.c: AVX2 with VNNI (Alder Lake, Arrow Lake, Zen 5 and later): integer matrices by vpdpbusd. */
+#if defined(__x86_64__)
+#define DM_LEVEL avxvnni
+#define DM_LANES 8
+
+#include <immintrin.h>
+
+#include "../formats.h"
+#include "../kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avxvnni")
+#endif
+
+#include "../vector_types.h"
+#include "../avx2/primitives.h"
+#include "../lanes.h"
+#include "../portable/half.h"
+#include "../portable/pack.h"
+#include "../portable/embed.h"
+#include "../portable/rmsnorm.h"
+#include "../portable/quantize.h"
+#include "../portable/fixed_point.h"
+#include "../portable/silu.h"
+#include "../portable/matmul_float.h"
+#include "../portable/int_pairs.h"
+#include "../x86/weights.h"
+#include "../x86/reload_weights.h"
+#include "dot.h"
+#include "../x86/dot_vnni.h"
+#include "../x86/matmul_int.h"
+#include "../portable/rope.h"
+#include "../portable/kv_store.h"
+#include "../portable/attention.h"
+#include "../portable/route.h"
+#include "../portable/vocabulary.h"
+#include "../table.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
