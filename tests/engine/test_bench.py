@@ -14,7 +14,7 @@ import pytest
 from dist_moe.checkpoint.hf_config import read_hf_config
 from dist_moe.engine.bench import Bench, BenchPlan, BenchReport, Case, Timing
 from dist_moe.engine.bench_bound import Machine, StepWork, Work, step_work
-from dist_moe.engine.bench_machine import FINALISTS, PASSES, Measurement, order_argument, read_speed
+from dist_moe.engine.bench_machine import FINALISTS, PASSES, Measurement, ReadSpeed, order_argument, read_speed
 from dist_moe.engine.bench_overhead import KernelClock, small_config
 from dist_moe.engine.engine import Engine, EngineOptions
 from dist_moe.errors import Interrupted
@@ -133,6 +133,14 @@ def test_a_host_reads_as_fast_as_its_slowest_rank() -> None:
     assert (speed.rate, speed.bytes, speed.streams, speed.ahead_bytes) == (160 / 2 + 80 / 4, 240, 4, 512)
     figures_Wn[:, 0] = 0
     assert read_speed(figures_Wn, (0, 0, 1), "memory").rate == 0.0
+
+
+def test_a_small_piece_of_memory_proves_nothing(make_engine: MakeEngine, store: Store) -> None:
+    bench = Bench(make_engine(store), replace(PLAN, read_bytes=1000), lambda _: None, lambda: False)
+    slow, fast = (ReadSpeed(rate, "store", 100, 1, 0) for rate in (4.0, 5.0))
+    little, enough = (ReadSpeed(9.0, "memory", size, 1, 0) for size in (800, 1000))
+    assert bench._better(slow, little, fast, little) == (fast, little)
+    assert bench._better(fast, enough, slow, little) == (enough, fast)
 
 
 def test_the_overhead_is_that_of_the_same_layers_and_experts(store: Store) -> None:
