@@ -164,7 +164,7 @@ def _machine_lines(row: Row, limits: Limits) -> list[str]:
         "least time of its phases, the larger of both in each, over the time measured (medians).",
         f"Weights loaded in {row['load_s'] * 1e3:.0f} ms; the first token of a prompt of {FIRST_PROMPT_TOKENS} "
         f"{row['first_token_s']:.2f} s after the process began; Python, calls and messages {row['overhead_ms']:.2f} ms "
-        "per decoded token (steps of a model of the same layers whose matrices are next to empty).",
+        "per decoded token (a step less its kernels, of a model of the same layers whose matrices are next to empty).",
     ]
 
 
