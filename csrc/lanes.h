@@ -74,10 +74,20 @@ DM_INLINE i32v lane_numbers(void) {
     return numbers;
 }
 
+/* Lane i gets lane i ^ distance: what a tree over all lanes is made of. */
+#if defined(__clang__)
+DM_INLINE i32v swap_lanes(i32v x, int32_t distance) {
+    i32v swapped = x;
+    for (int32_t i = 0; i < DM_LANES; i++) swapped[i] = x[i ^ distance];
+    return swapped;
+}
+#else
+DM_INLINE i32v swap_lanes(i32v x, int32_t distance) { return __builtin_shuffle(x, lane_numbers() ^ distance); }
+#endif
+
 DM_INLINE int32_t highest_i32(i32v x) {
-    int32_t best = x[0];
-    for (size_t i = 1; i < DM_LANES; i++) best = x[i] > best ? x[i] : best;
-    return best;
+    for (int32_t distance = 1; distance < DM_LANES; distance *= 2) x = max_i32(x, swap_lanes(x, distance));
+    return x[0];
 }
 
 DM_INLINE float highest_f32(f32v x) {
@@ -91,6 +101,12 @@ DM_INLINE int32_t absmax_bits(const float *x, size_t n) {
     i32v best = {0};
     for (size_t i = 0; i < n; i += DM_LANES) best = max_i32(abs_bits(load_f32_part(x + i, n - i)), best);
     return highest_i32(best);
+}
+
+/* The sum of all lanes. */
+DM_INLINE int32_t add_lanes(i32v x) {
+    for (int32_t distance = 1; distance < DM_LANES; distance *= 2) x += swap_lanes(x, distance);
+    return x[0];
 }
 
 DM_INLINE f32x16 zero_f32x16(void) {

@@ -8,30 +8,37 @@
 #define ROUNDING_MAGIC 0x1.8p52 /* its last mantissa bit is worth 1 */
 #define ROUNDING_MAGIC_BITS UINT64_C(0x4338000000000000)
 
+/* Both loops choose by masks, not by branches, so that compilers make vectors of them. */
 static int add_fixed(int64_t *sum_D, const float *x_D, float weight, size_t D) {
-    int bad = 0;
+    uint32_t bad = 0;
     for (size_t d = 0; d < D; d++) {
-        float x = x_D[d] * weight;
-        int too_big = (f32_bits(x) & DM_ABS_MASK) >= FIXED_LIMIT_BITS;
+        uint32_t bits = f32_bits(x_D[d] * weight);
+        uint32_t too_big = -(uint32_t)((bits & DM_ABS_MASK) >= FIXED_LIMIT_BITS);
         bad |= too_big;
-        double shifted = (double)(too_big ? 0.0f : x) * 0x1p32 + ROUNDING_MAGIC;
-        uint64_t bits;
-        __builtin_memcpy(&bits, &shifted, sizeof bits);
-        sum_D[d] = (int64_t)((uint64_t)sum_D[d] + (bits - ROUNDING_MAGIC_BITS));
+        double shifted = (double)f32_from_bits(bits & ~too_big) * 0x1p32 + ROUNDING_MAGIC;
+        uint64_t fixed;
+        __builtin_memcpy(&fixed, &shifted, sizeof fixed);
+        sum_D[d] = (int64_t)((uint64_t)sum_D[d] + (fixed - ROUNDING_MAGIC_BITS));
     }
     return bad ? DM_FAULT_CONTRIBUTION : 0;
 }
 
+/* x as float; *bad is set if it is out of range. */
+DM_INLINE float from_fixed(int64_t x, uint64_t *bad) {
+    uint64_t too_big = -(uint64_t)((uint64_t)x + SUM_LIMIT - 1 >= 2 * (uint64_t)SUM_LIMIT - 1);
+    *bad |= too_big;
+    uint64_t bits = ((uint64_t)x & ~too_big) + ROUNDING_MAGIC_BITS;
+    double shifted;
+    __builtin_memcpy(&shifted, &bits, sizeof shifted);
+    return (float)((shifted - ROUNDING_MAGIC) * 0x1p-32);
+}
+
 static int add_exact(float *x_D, const int64_t *sum_D, const float *bias_D, size_t D) {
-    int bad = 0;
-    for (size_t d = 0; d < D; d++) {
-        int too_big = sum_D[d] >= SUM_LIMIT || sum_D[d] <= -SUM_LIMIT;
-        bad |= too_big;
-        uint64_t bits = (uint64_t)(too_big ? 0 : sum_D[d]) + ROUNDING_MAGIC_BITS;
-        double shifted;
-        __builtin_memcpy(&shifted, &bits, sizeof shifted);
-        float delta = (float)((shifted - ROUNDING_MAGIC) * 0x1p-32);
-        x_D[d] += bias_D == NULL ? delta : delta + bias_D[d];
+    uint64_t bad = 0;
+    if (bias_D == NULL) {
+        for (size_t d = 0; d < D; d++) x_D[d] += from_fixed(sum_D[d], &bad);
+    } else {
+        for (size_t d = 0; d < D; d++) x_D[d] += from_fixed(sum_D[d], &bad) + bias_D[d];
     }
     return bad ? DM_FAULT_SUM : 0;
 }

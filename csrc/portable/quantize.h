@@ -10,12 +10,14 @@ DM_INLINE float quantize_group(int8_t *q, int32_t *sum, const float *x, size_t n
     *bad |= bits >= DM_INFINITY_BITS;
     float amax = usable ? f32_from_bits((uint32_t)bits) : 0.0f;
     float inverse = usable ? 127.0f / amax : 0.0f;
-    *sum = 0;
+    i32v total = {0};
     for (size_t i = 0; i < DM_GROUP; i += DM_LANES) {
         f32v part = usable && i < n ? load_f32_part(x + i, n - i) : (f32v){0};
-        store_i8(q + i, round_i32(part * inverse));
+        i32v rounded = round_i32(part * inverse);
+        store_i8(q + i, rounded);
+        total += rounded;
     }
-    for (size_t i = 0; i < DM_GROUP; i++) *sum += q[i];
+    *sum = add_lanes(total);
     return amax / 127.0f;
 }
 
