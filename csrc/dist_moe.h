@@ -274,11 +274,13 @@ double dm_uniform(uint64_t seed, uint64_t sample_index, uint64_t position);
 
 typedef struct dm_node dm_node;
 
-/* Create (owner = 1) or open the shared memory `name` ("/..."), reserve all of its pages and map it. The owner unlinks
- * the name once every rank has opened it. spins: pauses before a waiting rank sleeps, 0 where ranks share cores.
- * Returns NULL with errno set. */
-dm_node *dm_node_open(const char *name, int owner, size_t rank, size_t ranks, size_t spins);
-int dm_node_unlink(const char *name);
+/* The first rank makes shared memory with all its pages, `name` telling it from others. spins: pauses before a waiting
+ * rank sleeps, 0 where ranks share cores. The others open it as /proc/<first's process>/fd/<its dm_node_file>; when all
+ * have, the first closes the file. NULL with errno set on failure; ENOENT if another file is at that path. */
+dm_node *dm_node_create(const char *name, size_t ranks, size_t spins);
+int dm_node_file(const dm_node *node);
+dm_node *dm_node_open(const char *path, const char *name, size_t rank, size_t ranks);
+void dm_node_close_file(dm_node *node);
 void dm_node_close(dm_node *node);
 /* Collectives: every rank calls the same one with the same count. The two reductions work in place. */
 void dm_node_sum(dm_node *node, int64_t *values, size_t count);
@@ -324,9 +326,11 @@ int dm_catch_bus_errors(const char *before, int delay_ms, int exit_code, int abo
 
 /* ---- measuring the machine (dist-moe bench); all threads work, and the clock runs from start to end ---- */
 
-/* Seconds to read `bytes` bytes, in pieces of up to 8 MiB of which each is `streams` runs side by side; every read is
- * preceded by a prefetch `ahead` bytes before it (0: none). */
-double dm_read_seconds(dm_context *context, const void *data, size_t bytes, size_t streams, size_t ahead);
+/* Seconds to read `bytes` bytes, in pieces of up to 8 MiB of which each is `streams` runs of whole 256-byte steps side
+ * by side; every read is preceded by a prefetch `ahead` bytes before it (0: none). *seen gets the xor of all 32-bit
+ * words. */
+double dm_read_seconds(dm_context *context, int32_t *seen, const void *data, size_t bytes, size_t streams,
+                       size_t ahead);
 /* Operations per second, two per multiply-add: bare int8 dot products, and bare f32 fused multiply-adds. */
 double dm_int8_peak(dm_context *context, size_t rounds);
 double dm_f32_peak(dm_context *context, size_t rounds);

@@ -39,9 +39,8 @@ typedef struct dm_pack_job {
 } dm_pack_job;
 
 /* Query heads that share a KV head, of consecutive tokens of one sequence whose positions lie in one block. Its rows
- * are ordered by token; row t * heads + i has its record (attention_query) at queries + row * dm_query_bytes(P).
- * Records behind the last one, up to a multiple of 16, are zeros. offset: from a block's begin to the KV head's part.
- */
+ * are ordered by token: t * heads + i. attention_query fills `queries`, dm_query_bytes() long; rows that it was not
+ * called for are zeros. offset: from a block's begin to the KV head's part. */
 typedef struct dm_attention_tile {
     uint8_t *const *blocks;
     size_t offset;
@@ -78,8 +77,8 @@ typedef struct dm_kernels {
                         size_t half_P);
     void (*norm_rope)(float *head_P, const float *gain_P, const float *cos_P, const float *sin_P, float eps, size_t P);
     int (*kv_store[DM_KV_FORMAT_COUNT])(uint8_t *block, const float *k_P, const float *v_P, size_t place, size_t P);
-    /* One row of a tile in the form that the cache's format needs. */
-    int (*attention_query[DM_KV_FORMAT_COUNT])(void *record, const float *q_P, size_t P);
+    /* Row `row` of a tile in the form that the cache's format needs; R = rows, rounded up to 16. */
+    int (*attention_query[DM_KV_FORMAT_COUNT])(void *queries, const float *q_P, size_t row, size_t R, size_t P);
     /* Blocks [first, last) merged into the tile's state, which need not be set before block 0; or, if triples is not
      * NULL, each block's triple. States and triples are dm_triple_floats(), scratch dm_attention_scratch(). */
     void (*attention[DM_KV_FORMAT_COUNT])(float *state, float *triples, const dm_attention_tile *tile, size_t first,
@@ -97,7 +96,8 @@ typedef struct dm_kernels {
     /* a * b + c, rounded once. */
     float (*fma_one)(float a, float b, float c);
 
-    /* Measuring (machine.h): read every byte; do arithmetic on 256 numbers and return how many operations. */
+    /* Measuring (machine.h): the xor of all words in whole 256-byte steps of each of `streams` equal runs; arithmetic
+     * on 256 numbers, which returns how many operations it did. */
     int32_t (*read_bytes)(const uint8_t *data, size_t bytes, size_t streams, size_t ahead);
     size_t (*f32_peak)(float *data, size_t rounds);
     size_t (*int8_peak)(int32_t *data, size_t rounds);

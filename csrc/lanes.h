@@ -57,8 +57,11 @@ DM_INLINE float f32_from_bits(uint32_t bits) {
 /* Element of `yes` where the mask (0 or -1) is set, of `no` elsewhere. */
 DM_INLINE f32v select_f32(i32v mask, f32v yes, f32v no) { return (f32v)(((i32v)yes & mask) | ((i32v)no & ~mask)); }
 
-/* The larger one; a NaN in x is passed over. */
+/* x if it is larger (smaller), else best: a NaN in x is passed over. A level may have an instruction for each. */
+#ifndef DM_HAS_MAX_F32
 DM_INLINE f32v max_f32(f32v best, f32v x) { return select_f32(x > best, x, best); }
+DM_INLINE f32v min_f32(f32v best, f32v x) { return select_f32(x < best, x, best); }
+#endif
 
 DM_INLINE i32v abs_bits(f32v x) { return (i32v)x & DM_ABS_MASK; }
 
@@ -74,39 +77,50 @@ DM_INLINE i32v lane_numbers(void) {
     return numbers;
 }
 
-/* Lane i gets lane i ^ distance: what a tree over all lanes is made of. */
-#if defined(__clang__)
-DM_INLINE i32v swap_lanes(i32v x, int32_t distance) {
-    i32v swapped = x;
-    for (int32_t i = 0; i < DM_LANES; i++) swapped[i] = x[i ^ distance];
-    return swapped;
-}
-#else
-DM_INLINE i32v swap_lanes(i32v x, int32_t distance) { return __builtin_shuffle(x, lane_numbers() ^ distance); }
-#endif
+/* Four lanes at a time, which compilers make vectors of. */
+typedef int32_t i32_four __attribute__((vector_size(16)));
 
 DM_INLINE int32_t highest_i32(i32v x) {
-    for (int32_t distance = 1; distance < DM_LANES; distance *= 2) x = max_i32(x, swap_lanes(x, distance));
-    return x[0];
+    i32_four part[DM_LANES / 4], best;
+    __builtin_memcpy(part, &x, sizeof x);
+    best = part[0];
+    for (size_t i = 1; i < DM_LANES / 4; i++) best = (best & (best > part[i])) | (part[i] & ~(best > part[i]));
+    int32_t one = best[0] > best[1] ? best[0] : best[1], other = best[2] > best[3] ? best[2] : best[3];
+    return one > other ? one : other;
 }
 
+/* Sums of lanes must fit int32. */
+DM_INLINE int32_t sum_i32(i32v x) {
+    i32_four part[DM_LANES / 4], total;
+    __builtin_memcpy(part, &x, sizeof x);
+    total = part[0];
+    for (size_t i = 1; i < DM_LANES / 4; i++) total += part[i];
+    return total[0] + total[1] + total[2] + total[3];
+}
+
+/* A level may do better than these two. */
+#ifndef DM_HAS_LANE_TREES
 DM_INLINE float highest_f32(f32v x) {
     float best = x[0];
     for (size_t i = 1; i < DM_LANES; i++) best = x[i] > best ? x[i] : best;
     return best;
 }
 
+DM_INLINE float sum_lanes(f32v x) {
+    float lane[DM_LANES];
+    store_f32(lane, x);
+    for (size_t width = DM_LANES / 2; width > 0; width /= 2) {
+        for (size_t i = 0; i < width; i++) lane[i] += lane[i + width];
+    }
+    return lane[0];
+}
+#endif
+
 /* Largest bits of |x| of n floats: >= DM_INFINITY_BITS if one is infinite or NaN (rule 15). */
 DM_INLINE int32_t absmax_bits(const float *x, size_t n) {
     i32v best = {0};
     for (size_t i = 0; i < n; i += DM_LANES) best = max_i32(abs_bits(load_f32_part(x + i, n - i)), best);
     return highest_i32(best);
-}
-
-/* The sum of all lanes. */
-DM_INLINE int32_t add_lanes(i32v x) {
-    for (int32_t distance = 1; distance < DM_LANES; distance *= 2) x += swap_lanes(x, distance);
-    return x[0];
 }
 
 DM_INLINE f32x16 zero_f32x16(void) {
@@ -117,19 +131,16 @@ DM_INLINE f32x16 zero_f32x16(void) {
 
 /* Rule 4: lanes i and i+8, then +4, +2, +1. */
 DM_INLINE float sum_tree(f32x16 sum) {
-    float lane[16];
-    for (size_t part = 0; part < DM_PARTS; part++) store_f32(lane + part * DM_LANES, sum.part[part]);
-    for (size_t width = 8; width > 0; width /= 2) {
-        for (size_t i = 0; i < width; i++) lane[i] += lane[i + width];
+    for (size_t width = DM_PARTS / 2; width > 0; width /= 2) {
+        for (size_t i = 0; i < width; i++) sum.part[i] += sum.part[i + width];
     }
-    return lane[0];
+    return sum_lanes(sum.part[0]);
 }
 
 /* Rule 4: x < -87 gives +0, clamped at 88; a NaN stays one. exp(r) for |r| <= ln2 / 2 by Cephes' expf coefficients. */
 DM_INLINE f32v exp_f32(f32v x) {
     const f32v magic = all_f32(0x1.8p23f);
-    f32v clamped = select_f32(x > 88.0f, all_f32(88.0f), x);
-    clamped = select_f32(x < -87.0f, all_f32(-87.0f), clamped);
+    f32v clamped = max_f32(min_f32(x, all_f32(88.0f)), all_f32(-87.0f));
     f32v shifted = fma_lanes(clamped, all_f32(0x1.715476p0f), magic);
     f32v n = shifted - magic;
     f32v r = fma_lanes(n, all_f32(-0x1.63p-1f), clamped);
@@ -154,11 +165,13 @@ DM_INLINE float exp_one(float x) { return exp_f32(all_f32(x))[0]; }
 DM_INLINE i32v round_i32(f32v x) { return (i32v)(x + 0x1.8p23f) - all_i32(0x4b400000); }
 
 /* DM_LANES int8. In two steps: compilers make a scalar loop of one conversion by a factor of four. */
+#ifndef DM_HAS_LOAD_I8
 DM_INLINE i32v load_i8(const int8_t *from) {
     i8_lanes narrow;
     __builtin_memcpy(&narrow, from, sizeof narrow);
     return __builtin_convertvector(__builtin_convertvector(narrow, i16_lanes), i32v);
 }
+#endif
 
 DM_INLINE void store_i8(int8_t *to, i32v x) {
     i8_lanes narrow = __builtin_convertvector(__builtin_convertvector(x, i16_lanes), i8_lanes);

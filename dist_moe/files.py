@@ -9,7 +9,7 @@ from typing import Literal
 
 from dist_moe.errors import UsageError
 
-Kind = Literal["file", "directory", "other"]
+Kind = Literal["file", "directory", "pipe", "other"]
 
 
 def kind_of(path: Path) -> Kind | None:
@@ -28,7 +28,13 @@ def kind_of(path: Path) -> Kind | None:
         raise UsageError(
             f"{path}: cannot be looked at ({error.strerror}): check the name and the permissions of its directories"
         ) from error
-    return "file" if stat.S_ISREG(mode) else "directory" if stat.S_ISDIR(mode) else "other"
+    return kind_of_mode(mode)
+
+
+def kind_of_mode(mode: int) -> Kind:
+    """What a `st_mode` stands for."""
+    kinds: dict[int, Kind] = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFIFO: "pipe"}
+    return kinds.get(stat.S_IFMT(mode), "other")
 
 
 def is_file(path: Path) -> bool:

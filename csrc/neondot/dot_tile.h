@@ -9,33 +9,54 @@
 /* Registers of dot products: 16 rows and one token, or 8 rows and four tokens, with as many float sums. */
 #define DOT_TILE_REGISTERS 8
 
-/* dot[i * parts + part] += 32 columns of 4 * parts rows . token i. `low` are columns 0 to 15, `high` the others. */
-DM_INLINE void dot_q4(int32x4_t *dot, const uint8_t *vectors, const int8x16_t *low, const int8x16_t *high, size_t parts,
-                      size_t tokens) {
-    for (size_t j = 0; j < 4; j++) {
-        for (size_t part = 0; part < parts; part++) {
-            uint8x16_t both = vld1q_u8(vectors + 64 * j + 16 * part);
-            uint8x16_t low_weights = vandq_u8(both, vdupq_n_u8(15)), high_weights = vshrq_n_u8(both, 4);
-            for (size_t i = 0; i < tokens; i++) {
-                dot[i * parts + part] = dot_lane(dot[i * parts + part], low_weights, low[i], j);
-                dot[i * parts + part] = dot_lane(dot[i * parts + part], high_weights, high[i], j);
-            }
-        }
+/* dot[i * parts + part] += columns 4j to 4j + 3 of x[i] and of 4 * parts rows, of weights[part]. */
+DM_INLINE void dot_columns(int32x4_t *dot, const uint8x16_t *weights, const int8x16_t *x, size_t j, size_t parts,
+                           size_t tokens) {
+    for (size_t part = 0; part < parts; part++) {
+        for (size_t i = 0; i < tokens; i++)
+            dot[i * parts + part] = dot_lane(dot[i * parts + part], weights[part], x[i], j);
     }
 }
 
-DM_INLINE void dot_q8(int32x4_t *dot, const uint8_t *vectors, const int8x16_t *low, const int8x16_t *high, size_t parts,
-                      size_t tokens) {
-    for (size_t j = 0; j < 4; j++) {
-        for (size_t part = 0; part < parts; part++) {
-            uint8x16_t low_weights = bytes_q8(vld1q_u8(vectors + 64 * j + 16 * part));
-            uint8x16_t high_weights = bytes_q8(vld1q_u8(vectors + 256 + 64 * j + 16 * part));
-            for (size_t i = 0; i < tokens; i++) {
-                dot[i * parts + part] = dot_lane(dot[i * parts + part], low_weights, low[i], j);
-                dot[i * parts + part] = dot_lane(dot[i * parts + part], high_weights, high[i], j);
-            }
-        }
+/* The same for one vector of q4: columns 4j ... of `low` and of `high`. */
+DM_INLINE void dot_nibbles(int32x4_t *dot, const uint8_t *vector, const int8x16_t *low, const int8x16_t *high, size_t j,
+                           size_t parts, size_t tokens) {
+    uint8x16_t low_weights[4], high_weights[4];
+    for (size_t part = 0; part < parts; part++) {
+        uint8x16_t both = vld1q_u8(vector + 16 * part);
+        low_weights[part] = vandq_u8(both, vdupq_n_u8(15));
+        high_weights[part] = vshrq_n_u8(both, 4);
     }
+    dot_columns(dot, low_weights, low, j, parts, tokens);
+    dot_columns(dot, high_weights, high, j, parts, tokens);
+}
+
+DM_INLINE void dot_bytes_q8(int32x4_t *dot, const uint8_t *vector, const int8x16_t *x, size_t j, size_t parts,
+                            size_t tokens) {
+    uint8x16_t weights[4];
+    for (size_t part = 0; part < parts; part++) weights[part] = bytes_q8(vld1q_u8(vector + 16 * part));
+    dot_columns(dot, weights, x, j, parts, tokens);
+}
+
+/* 32 columns: `low` are columns 0 to 15 of every token, `high` the others. Written out, because the lane must be a
+ * constant. */
+DM_INLINE void dot_group(int32x4_t *dot, const uint8_t *vectors, const int8x16_t *low, const int8x16_t *high,
+                         size_t parts, size_t tokens, int format) {
+    if (format == DM_Q4) {
+        dot_nibbles(dot, vectors, low, high, 0, parts, tokens);
+        dot_nibbles(dot, vectors + 64, low, high, 1, parts, tokens);
+        dot_nibbles(dot, vectors + 128, low, high, 2, parts, tokens);
+        dot_nibbles(dot, vectors + 192, low, high, 3, parts, tokens);
+        return;
+    }
+    dot_bytes_q8(dot, vectors, low, 0, parts, tokens);
+    dot_bytes_q8(dot, vectors + 64, low, 1, parts, tokens);
+    dot_bytes_q8(dot, vectors + 128, low, 2, parts, tokens);
+    dot_bytes_q8(dot, vectors + 192, low, 3, parts, tokens);
+    dot_bytes_q8(dot, vectors + 256, high, 0, parts, tokens);
+    dot_bytes_q8(dot, vectors + 320, high, 1, parts, tokens);
+    dot_bytes_q8(dot, vectors + 384, high, 2, parts, tokens);
+    dot_bytes_q8(dot, vectors + 448, high, 3, parts, tokens);
 }
 
 /* Rows [row, row + 4 * parts) of one tile against `tokens` tokens from t on. */
@@ -60,10 +81,7 @@ DM_INLINE void dot_tile(float *out_TR, const uint8_t *tile, const dm_rows *x, si
             int32_t start = offset == 0 ? 0 : -offset * x->sum[(t + i) * x->group_stride + g];
             for (size_t part = 0; part < parts; part++) dot[i * parts + part] = vdupq_n_s32(start);
         }
-        if (format == DM_Q4)
-            dot_q4(dot, vectors, low, high, parts, tokens);
-        else
-            dot_q8(dot, vectors, low, high, parts, tokens);
+        dot_group(dot, vectors, low, high, parts, tokens, format);
         for (size_t part = 0; part < parts; part++) {
             f32v scale = widen_f16(scales + 4 * part);
             for (size_t i = 0; i < tokens; i++) {

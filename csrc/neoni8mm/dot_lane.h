@@ -5,7 +5,7 @@
 #ifndef DM_NEONI8MM_DOT_LANE_H
 #define DM_NEONI8MM_DOT_LANE_H
 
-/* What the bytes carry: the packed weights are unsigned, and stay so. */
+/* The offset that weights still carry in dot_lane: usdot takes them as they are. */
 #define OFFSET_Q4 8
 #define OFFSET_Q8 128
 

@@ -44,45 +44,44 @@ DM_INLINE void arrange_pair(pair_group *pair, const dm_rows *x, size_t t, size_t
     }
 }
 
-/* Eight columns of two rows from eight of four: rows 0 and 1, then rows 2 and 3. */
-DM_INLINE void split_rows(uint8x16_t rows[2], const uint8_t *vectors) {
-    uint32x4_t first = vreinterpretq_u32_u8(vld1q_u8(vectors)), second = vreinterpretq_u32_u8(vld1q_u8(vectors + 64));
-    rows[0] = vreinterpretq_u8_u32(vzip1q_u32(first, second));
-    rows[1] = vreinterpretq_u8_u32(vzip2q_u32(first, second));
+/* Eight columns of two rows from four columns of four: vector j has the first four, vector j + 1 the others. */
+DM_INLINE void split_rows(uint8x16_t rows[ROW_TWOS], const uint8_t *vectors) {
+    for (size_t part = 0; part < ROW_TWOS / 2; part++) {
+        uint32x4_t first = vreinterpretq_u32_u8(vld1q_u8(vectors + 16 * part));
+        uint32x4_t second = vreinterpretq_u32_u8(vld1q_u8(vectors + 64 + 16 * part));
+        rows[2 * part] = vreinterpretq_u8_u32(vzip1q_u32(first, second));
+        rows[2 * part + 1] = vreinterpretq_u8_u32(vzip2q_u32(first, second));
+    }
 }
 
-/* dot[i] += columns [8 * eight, 8 * eight + 8) of two rows . pair i. */
-DM_INLINE void multiply_pairs(int32x4_t *dot, uint8x16_t weights, const pair_group *pairs, size_t groups, size_t eight,
-                              size_t count) {
-    for (size_t i = 0; i < count; i++) dot[i] = vusmmlaq_s32(dot[i], weights, pairs[i * groups].x[eight]);
+/* dot += columns [8 * eight, 8 * eight + 8) of eight rows . `count` pairs. */
+DM_INLINE void multiply(int32x4_t dot[][MOST_PAIRS], const uint8x16_t rows[ROW_TWOS], const pair_group *pairs,
+                        size_t groups, size_t eight, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        int8x16_t x = pairs[i * groups].x[eight];
+        for (size_t two = 0; two < ROW_TWOS; two++) dot[two][i] = vusmmlaq_s32(dot[two][i], rows[two], x);
+    }
 }
 
 /* 32 columns of eight rows against `count` pairs. */
 DM_INLINE void multiply_q4(int32x4_t dot[][MOST_PAIRS], const uint8_t *vectors, const pair_group *pairs, size_t groups,
                            size_t count) {
     for (size_t eight = 0; eight < 2; eight++) {
-        for (size_t part = 0; part < ROW_TWOS / 2; part++) {
-            uint8x16_t rows[2];
-            split_rows(rows, vectors + 128 * eight + 16 * part);
-            for (size_t two = 0; two < 2; two++) {
-                int32x4_t *to = dot[2 * part + two];
-                multiply_pairs(to, vandq_u8(rows[two], vdupq_n_u8(15)), pairs, groups, eight, count);
-                multiply_pairs(to, vshrq_n_u8(rows[two], 4), pairs, groups, 2 + eight, count);
-            }
-        }
+        uint8x16_t both[ROW_TWOS], rows[ROW_TWOS];
+        split_rows(both, vectors + 128 * eight);
+        for (size_t two = 0; two < ROW_TWOS; two++) rows[two] = vandq_u8(both[two], vdupq_n_u8(15));
+        multiply(dot, rows, pairs, groups, eight, count);
+        for (size_t two = 0; two < ROW_TWOS; two++) rows[two] = vshrq_n_u8(both[two], 4);
+        multiply(dot, rows, pairs, groups, 2 + eight, count);
     }
 }
 
 DM_INLINE void multiply_q8(int32x4_t dot[][MOST_PAIRS], const uint8_t *vectors, const pair_group *pairs, size_t groups,
                            size_t count) {
     for (size_t eight = 0; eight < 4; eight++) {
-        for (size_t part = 0; part < ROW_TWOS / 2; part++) {
-            uint8x16_t rows[2];
-            split_rows(rows, vectors + 128 * eight + 16 * part);
-            for (size_t two = 0; two < 2; two++) {
-                multiply_pairs(dot[2 * part + two], rows[two], pairs, groups, eight, count);
-            }
-        }
+        uint8x16_t rows[ROW_TWOS];
+        split_rows(rows, vectors + 128 * eight);
+        multiply(dot, rows, pairs, groups, eight, count);
     }
 }
 

@@ -11,6 +11,9 @@
 #include "key_dots.h"
 #endif
 
+/* So many rows read K and V as they are; for more, a block is widened to floats once. */
+#define FEW_ROWS 8
+
 /* One block at work: its parts, what is fetched meanwhile, and arrays per row. */
 typedef struct block_work {
     const dm_attention_tile *tile;
@@ -30,12 +33,17 @@ DM_INLINE size_t row_count(const block_work *work, size_t row) {
 DM_INLINE void score_pass(const block_work *work, size_t row, size_t last, size_t rows, column_loader load,
                           size_t bytes) {
     const size_t width = DM_PRODUCT_WIDTH(rows), chunk = width * DM_LANES, P = work->tile->P;
-    const size_t reach = row_count(work, work->rows - 1), stride = dm_query_bytes(P) / sizeof(float);
+    const size_t reach = row_count(work, work->rows - 1), slab = dm_round_up(work->rows, 16) * 16;
     for (size_t c = 0; c < reach; c += chunk) {
+        const uint8_t *ahead = work->ahead_keys + c * P * bytes;
         for (size_t r = row; r < last; r += rows) {
+            const float *q = (const float *)work->tile->queries + r * 16;
             f32v sum[DM_PRODUCT_SUMS];
-            multiply_rows(sum, (const float *)work->tile->queries + r * stride, stride, work->keys, P, c, DM_LANES, P,
-                          work->ahead_keys + c * P * bytes, chunk * bytes, rows, width, load);
+            for (size_t i = 0; i < rows * width; i++) sum[i] = (f32v){0};
+            for (size_t p = 0; p < P; p += 16, q += slab) {
+                add_products(sum, q, 16, work->keys, p, p + 16 < P ? p + 16 : P, c, DM_LANES, P, ahead, chunk * bytes,
+                             rows, width, load);
+            }
             for (size_t i = 0; i < rows * width; i++) {
                 store_f32(work->score + (r + i / width) * DM_BLOCK_POSITIONS + c + i % width * DM_LANES, sum[i]);
             }
@@ -57,19 +65,18 @@ DM_INLINE void all_scores(const block_work *work, column_loader load, size_t byt
         score_pass(work, whole, whole + 1, 1, load, bytes);
 }
 
-static void all_scores_q8(const block_work *work) {
-    const size_t P = work->tile->P, stride = dm_query_bytes(P), tile_bytes = dm_key_bytes(DM_KV_Q8, P) / 4;
+static void scores_q8(block_work *work) {
+    const size_t P = work->tile->P, tile_bytes = dm_key_bytes(DM_KV_Q8, P) / 4, R = dm_round_up(work->rows, 16);
     const size_t reach = row_count(work, work->rows - 1);
     for (size_t c = 0; c < reach; c += 16) {
         const uint8_t *tile = work->keys + c / 16 * tile_bytes, *ahead = work->ahead_keys + c / 16 * tile_bytes;
         size_t r = 0;
         for (; r + DM_PRODUCT_ROWS / 2 < work->rows; r += DM_PRODUCT_ROWS) {
-            dot_keys(work->score + r * DM_BLOCK_POSITIONS + c, (const uint8_t *)work->tile->queries + r * stride,
-                     stride, tile, P, ahead, DM_PRODUCT_ROWS);
+            dot_keys(work->score + r * DM_BLOCK_POSITIONS + c, work->tile->queries, r, R, tile, P, ahead,
+                     DM_PRODUCT_ROWS);
         }
         for (; r < work->rows; r++) {
-            dot_keys(work->score + r * DM_BLOCK_POSITIONS + c, (const uint8_t *)work->tile->queries + r * stride,
-                     stride, tile, P, ahead, 1);
+            dot_keys(work->score + r * DM_BLOCK_POSITIONS + c, work->tile->queries, r, R, tile, P, ahead, 1);
         }
     }
 }
@@ -127,9 +134,10 @@ static void merge_sums(const block_work *work, float *m_R, float *l_R) {
 DM_INLINE void value_group(const block_work *work, float *o_RP, size_t row, size_t count, size_t p, size_t n,
                            size_t bytes, size_t rows, size_t width, column_loader load) {
     f32v sum[DM_PRODUCT_SUMS];
-    multiply_rows(sum, work->score + row * DM_BLOCK_POSITIONS, DM_BLOCK_POSITIONS, work->values, count, p, n,
-                  work->tile->P, work->ahead_values + p * DM_BLOCK_POSITIONS * bytes, width * DM_LANES * bytes, rows,
-                  width, load);
+    for (size_t i = 0; i < rows * width; i++) sum[i] = (f32v){0};
+    add_products(sum, work->score + row * DM_BLOCK_POSITIONS, DM_BLOCK_POSITIONS, work->values, 0, count, p, n,
+                 work->tile->P, work->ahead_values + p * DM_BLOCK_POSITIONS * bytes, width * DM_LANES * bytes, rows,
+                 width, load);
     for (size_t r = 0; r < rows; r++) {
         float *o = o_RP + (row + r) * work->o_stride + p;
         for (size_t i = 0; i < width; i++) {
@@ -195,49 +203,67 @@ DM_INLINE void all_values(const block_work *work, float *o_RP, column_loader loa
     }
 }
 
-/* n floats of a panel that serves all rows. */
-static void widen_panel(float *panel, const uint8_t *from, size_t n) {
-    for (size_t i = 0; i < n; i += DM_LANES) store_f32(panel + i, widen_f16((const uint16_t *)from + i));
+/* n floats of a panel that serves all rows; the same part of the next block is fetched meanwhile. */
+static void widen_panel(float *panel, const uint8_t *from, const uint8_t *ahead, size_t n) {
+    for (size_t i = 0; i < n; i += 16) {
+        if (i % 32 == 0) fetch_ahead(ahead + i * sizeof(uint16_t), 64);
+        for (size_t part = 0; part < 16; part += DM_LANES) {
+            store_f32(panel + i + part, widen_f16((const uint16_t *)from + i + part));
+        }
+    }
 }
 
-static void widen_values_q8(float *panel, const uint8_t *values, size_t P) {
+static void widen_values_q8(float *panel, const uint8_t *values, const uint8_t *ahead, size_t P) {
+    const size_t row_bytes = dm_round_up(P, DM_GROUP);
     for (size_t j = 0; j < DM_BLOCK_POSITIONS; j++) {
+        fetch_ahead(ahead + j * row_bytes, row_bytes);
         for (size_t p = 0; p < P; p += DM_LANES) {
             store_f32_part(panel + j * P + p, value_q8(values, j, p, DM_LANES, P), P - p);
         }
     }
 }
 
-static void scores_f32(block_work *work) { all_scores(work, key_f32, sizeof(float)); }
+static void scores_f32(block_work *work) {
+    if (work->rows <= FEW_ROWS)
+        all_scores(work, key_f32, sizeof(float));
+    else
+        all_scores(work, key_f32, 0);
+}
+
 static void scores_f16(block_work *work) {
-    if (work->rows <= DM_PRODUCT_ROWS) {
+    if (work->rows <= FEW_ROWS) {
         all_scores(work, key_f16, sizeof(uint16_t));
         return;
     }
     const size_t n = DM_BLOCK_POSITIONS * work->tile->P;
-    widen_panel(work->panel, work->keys, n);
-    work->keys = work->ahead_keys = (const uint8_t *)work->panel;
+    widen_panel(work->panel, work->keys, work->ahead_keys, n);
+    work->keys = (const uint8_t *)work->panel;
     scores_f32(work);
 }
-static void scores_q8(block_work *work) { all_scores_q8(work); }
 
-static void values_f32(block_work *work, float *o_RP) { all_values(work, o_RP, value_f32, sizeof(float)); }
+static void values_f32(block_work *work, float *o_RP) {
+    if (work->rows <= FEW_ROWS)
+        all_values(work, o_RP, value_f32, sizeof(float));
+    else
+        all_values(work, o_RP, value_f32, 0);
+}
+
 static void values_f16(block_work *work, float *o_RP) {
-    if (work->rows <= DM_PRODUCT_ROWS) {
+    if (work->rows <= FEW_ROWS) {
         all_values(work, o_RP, value_f16, sizeof(uint16_t));
         return;
     }
-    widen_panel(work->panel, work->values, DM_BLOCK_POSITIONS * work->tile->P);
-    work->values = work->ahead_values = (const uint8_t *)work->panel;
+    widen_panel(work->panel, work->values, work->ahead_values, DM_BLOCK_POSITIONS * work->tile->P);
+    work->values = (const uint8_t *)work->panel;
     values_f32(work, o_RP);
 }
 static void values_q8(block_work *work, float *o_RP) {
-    if (work->rows <= DM_PRODUCT_ROWS) {
+    if (work->rows <= FEW_ROWS) {
         all_values(work, o_RP, value_q8, sizeof(int8_t));
         return;
     }
-    widen_values_q8(work->panel, work->values, work->tile->P);
-    work->values = work->ahead_values = (const uint8_t *)work->panel;
+    widen_values_q8(work->panel, work->values, work->ahead_values, work->tile->P);
+    work->values = (const uint8_t *)work->panel;
     values_f32(work, o_RP);
 }
 
@@ -293,9 +319,12 @@ static void attention_q8(float *state, float *triples, const dm_attention_tile *
     attend(state, triples, tile, first, last, scratch, DM_KV_Q8, scores_q8, values_q8);
 }
 
-/* The query record of f32 and f16 caches. */
-static int query_f32(void *record, const float *q_P, size_t P) {
-    __builtin_memcpy(record, q_P, P * sizeof(float));
+/* Queries of f32 and f16 caches: slabs of 16 dims [R][16]. */
+static int query_f32(void *queries, const float *q_P, size_t row, size_t R, size_t P) {
+    for (size_t p = 0; p < P; p += DM_LANES) {
+        float *to = (float *)queries + p / 16 * 16 * R + row * 16 + p % 16;
+        store_f32(to, load_f32_part(q_P + p, P - p));
+    }
     return 0;
 }
 

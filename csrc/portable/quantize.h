@@ -17,15 +17,18 @@ DM_INLINE float quantize_group(int8_t *q, int32_t *sum, const float *x, size_t n
         store_i8(q + i, rounded);
         total += rounded;
     }
-    *sum = add_lanes(total);
+    *sum = sum_i32(total);
     return amax / 127.0f;
 }
 
 static int quantize(int8_t *q_C, float *scale_G, int32_t *sum_G, const float *x_C, size_t C) {
     int bad = 0;
-    for (size_t c = 0; c < C; c += DM_GROUP) {
-        size_t g = c / DM_GROUP;
-        scale_G[g] = quantize_group(q_C + c, &sum_G[g], x_C + c, C - c < DM_GROUP ? C - c : DM_GROUP, &bad);
+    size_t g = 0;
+    for (; (g + 1) * DM_GROUP <= C; g++) {
+        scale_G[g] = quantize_group(q_C + g * DM_GROUP, &sum_G[g], x_C + g * DM_GROUP, DM_GROUP, &bad);
+    }
+    if (g * DM_GROUP < C) {
+        scale_G[g] = quantize_group(q_C + g * DM_GROUP, &sum_G[g], x_C + g * DM_GROUP, C - g * DM_GROUP, &bad);
     }
     return bad ? DM_FAULT_QUANTIZER : 0;
 }

@@ -56,18 +56,18 @@ DM_INLINE void fetch_ahead(const uint8_t *from, size_t bytes) {
     for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
 }
 
-/* sum of `rows` rows and `width` registers from column c on; rows of a lie a_stride apart, n lanes of a register are
- * present. Meanwhile `bytes` bytes per k are fetched from `ahead` on. */
-DM_INLINE void multiply_rows(f32v *sum, const float *a, size_t a_stride, const void *b, size_t count, size_t c,
-                             size_t n, size_t P, const uint8_t *ahead, size_t bytes, size_t rows, size_t width,
-                             column_loader load) {
-    for (size_t i = 0; i < rows * width; i++) sum[i] = (f32v){0};
-    for (size_t k = 0; k < count; k++) {
+/* Adds a[r][k] * b[k][c ...] for k from `first` to `last` to `width` registers of `rows` rows; rows of a lie a_stride
+ * apart and begin with k = first. n lanes of a register are present. Meanwhile `bytes` bytes per k are fetched from
+ * `ahead` on. */
+DM_INLINE void add_products(f32v *sum, const float *a, size_t a_stride, const void *b, size_t first, size_t last,
+                            size_t c, size_t n, size_t P, const uint8_t *ahead, size_t bytes, size_t rows, size_t width,
+                            column_loader load) {
+    for (size_t k = first; k < last; k++) {
         f32v column[16];
         for (size_t i = 0; i < width; i++) column[i] = load(b, k, c + i * DM_LANES, n, P);
         fetch_ahead(ahead + k * bytes, bytes);
         for (size_t r = 0; r < rows; r++) {
-            const f32v factor = all_f32(a[r * a_stride + k]);
+            const f32v factor = all_f32(a[r * a_stride + k - first]);
             for (size_t i = 0; i < width; i++) sum[r * width + i] = fma_lanes(factor, column[i], sum[r * width + i]);
         }
     }

@@ -1,4 +1,4 @@
-/* cases_vectors.c: operations on vectors, attention, and sampling. */
+/* cases_vectors.c: operations on vectors, and sampling. */
 #include "cases.h"
 
 #include "../float_state.h"
@@ -61,39 +61,6 @@ void run_primitives(test_run *run) {
     output_i32(run, "add_fixed's kind", &kind, 1);
     output_i64(run, "add_fixed", sums, n);
     dm_set_float_state(saved);
-}
-
-/* T tokens at the end of one sequence of `rows` more positions. */
-void run_attention(test_run *run) {
-    enum { HEADS = 3, KV_HEADS = 2, BLOCKS = 4 };
-    const test_case *one = run->one;
-    size_t T = one->T + one->rows, P = one->columns / 2 * 2, half_P = P / 2;
-    if (P == 0) return;
-    size_t row = (HEADS + 2 * KV_HEADS) * P, layer_bytes = KV_HEADS * dm_kv_block_bytes(one->format, P);
-    uint8_t *blocks[BLOCKS];
-    for (size_t b = 0; b < BLOCKS; b++) blocks[b] = buffer(run, 2 * layer_bytes);
-    int64_t *table = buffer(run, T * sizeof(int64_t)), *position = buffer(run, T * sizeof(int64_t));
-    for (size_t t = 0; t < T; t++) {
-        table[t] = 1;
-        position[t] = (int64_t)t;
-    }
-    float *inv_freq = numbers(run, 1, half_P, NUMBERS_USUAL), *gain = numbers(run, 1, P, NUMBERS_USUAL);
-    float *qkv = numbers(run, T, row, one->numbers);
-    float *cos_TP = buffer(run, T * half_P * sizeof(float)), *sin_TP = buffer(run, T * half_P * sizeof(float));
-    float *out = buffer(run, T * HEADS * P * sizeof(float));
-    const int32_t kv_of_h[HEADS] = {0, 1, 1};
-    dm_kv_view view = {blocks, table, position, layer_bytes, one->format};
-    dm_rope_angles(run->context, cos_TP, sin_TP, position, inv_freq, 1.25f, T, half_P);
-    output_f32(run, "cos", cos_TP, T * half_P);
-    output_f32(run, "sin", sin_TP, T * half_P);
-    int norm = one->numbers != NUMBERS_HUGE;
-    if (norm) dm_norm_rope(run->context, qkv, gain, cos_TP, sin_TP, 1e-6f, T, HEADS + KV_HEADS, P, row);
-    output_f32(run, "rotated", qkv, T * row);
-    const float *k = qkv + HEADS * P;
-    dm_kv_store(run->context, &view, run->fault_T, k, k + KV_HEADS * P, T, KV_HEADS, P, row, 6);
-    for (size_t b = 0; b < BLOCKS; b++) output_bytes(run, "KV block", blocks[b], 2 * layer_bytes);
-    dm_attention(run->context, out, run->fault_T, qkv, &view, kv_of_h, 0.125f, T, HEADS, KV_HEADS, P, row, 6);
-    output_f32(run, "out", out, T * HEADS * P);
 }
 
 static void draw(test_run *run, const dm_sampling *how, const int32_t *ids, const float *best, const float *max,

@@ -24,7 +24,6 @@ from dist_moe.engine.engine import Engine
 from dist_moe.errors import BoundError, UsageError
 from dist_moe.kernels import BLOCK_POSITIONS, KvFormat, WeightFormat
 from dist_moe.model_config import ModelConfig, round_up
-from dist_moe.store.carry import DEFAULT_FORMAT
 from dist_moe.store.synthetic import synthetic_model
 
 DEFAULT_DEPTHS = (0, 4096)
@@ -129,7 +128,7 @@ def find(options: BenchOptions) -> ModelSource:
         raise UsageError("-m and --synthetic exclude each other: give one of them")
     path = Path(options.synthetic)
     model = synthetic_model(read_model_toml(path), path.stem, options.layers)
-    fmt = DEFAULT_FORMAT if options.quant is None else WeightFormat.parse(options.quant)
+    fmt = WeightFormat.parse(options.quant or "q4")
     return synthetic_source(model, fmt, options.synthetic_dir)
 
 

@@ -51,15 +51,11 @@ def config_options(*commands: str) -> Callable[[Decorated], Decorated]:
     """
 
     def load(context: click.Context, _: click.Parameter, path: str | None) -> str | None:
-        parameters = _parameters(context, commands)
         if path is not None:
-            entries = read_config(Path(path), {str(parameter.name) for parameter in parameters} - _NOT_IN_FILES)
+            known = {str(parameter.name) for parameter in _parameters(context, commands)} - _NOT_IN_FILES
+            entries = read_config(Path(path), known)
             context.default_map = {_option_name(key): text for key, text in entries.items()}
             context.meta[CONFIG_KEYS] = {_option_name(key): key for key in entries}
-        if detect_launcher(os.environ).is_first:
-            variables = {str(parameter.envvar) for parameter in parameters if parameter.envvar}
-            for warning in environment_warnings(os.environ, variables):
-                click.echo(f"dist-moe: warning: {warning}", err=True)
         return path
 
     def decorate(command: Decorated) -> Decorated:
@@ -77,6 +73,23 @@ def config_options(*commands: str) -> Callable[[Decorated], Decorated]:
         )(command)
 
     return decorate
+
+
+def warn_of_environment(context: click.Context) -> None:
+    """Name the variables that do nothing, once per job, whatever the command.
+
+    Args:
+        context: The group's; its commands are imported only if there is a variable that may be one of theirs.
+    """
+    group = context.command
+    if not isinstance(group, click.Group) or not detect_launcher(os.environ).is_first:
+        return
+    if not environment_warnings(os.environ, ()):
+        return
+    members = [group.get_command(context, name) for name in group.list_commands(context)]
+    options = {str(parameter.envvar) for member in members if member for parameter in member.params if parameter.envvar}
+    for warning in environment_warnings(os.environ, options):
+        click.echo(f"dist-moe: warning: {warning}", err=True)
 
 
 def read_config(path: Path, known: Iterable[str]) -> dict[str, str]:

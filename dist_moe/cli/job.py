@@ -102,11 +102,12 @@ def _run(
     find: Callable[[Options], ModelSource],
     interrupts: Interrupts,
 ) -> None:
-    with world.together("reading the model"):
-        source = find(options)
-        config = source.read_config()
-        require_heads(config, world.size)
-    cores = _share_cores(world, launcher, options)
+    with world.progress.loading():
+        with world.together("reading the model"):
+            source = find(options)
+            config = source.read_config()
+            require_heads(config, world.size)
+        cores = _share_cores(world, launcher, options)
     task = _on_leader(
         world, lambda: make_task(options, Setting(source.text_directory(), config, launcher, interrupts.requested))
     )
@@ -144,7 +145,7 @@ def _share_cores(world: World, launcher: Launcher, options: ModelOptions) -> Cor
 def _start_engine(world: World, source: ModelSource, options: ModelOptions, cores: CoreShare, context: int) -> Engine:
     directory = local_store(world, source, full_check=options.check == "full")
     opening_since_s = time.perf_counter()
-    with world.together("opening the store"):
+    with world.progress.loading(), world.together("opening the store"):
         store = Store.open(directory)
     engine_options = EngineOptions(
         context=context,
@@ -158,7 +159,8 @@ def _start_engine(world: World, source: ModelSource, options: ModelOptions, core
     )
     here = f"{cores.threads} threads on {describe_cores(cores.mask)}"
     logger.info("model %s, %d ranks, %s, MPI %s", directory, world.size, here, world.library)
-    return Engine(store, world, engine_options, opening_since_s)
+    with world.progress.loading():
+        return Engine(store, world, engine_options, opening_since_s)
 
 
 def _lead(engine: Engine, task: Task | None) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import click
 
-from dist_moe.cli.config_file import origin_of
+from dist_moe.cli.config_file import origin_of, warn_of_environment
 from dist_moe.cli.version import version_lines
 from dist_moe.errors import UsageError
 from dist_moe.parallel.entry import guarded
@@ -69,6 +69,8 @@ def cli(context: click.Context) -> None:
     """Run Qwen3 mixture-of-experts models on CPUs, alone or on many ranks: mpirun -n 4 dist-moe run -p "Once"."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
+    else:
+        warn_of_environment(context)
 
 
 def execute(arguments: Sequence[str]) -> int:

@@ -30,15 +30,13 @@ from dist_moe.store.writer import write_errors, write_text
 # Four bits cost a model as small as the demo visible quality, and save nothing worth having.
 DEMO_FORMAT = WeightFormat.Q8
 logger = logging.getLogger(__name__)
-# A packed model of the cache is made anew when one of these changes.
-_VERSIONS = f"{FORMAT_VERSION} {NUMERICS_VERSION} {StoreOptions.group_size}"
 
 
 @dataclass(frozen=True)
 class ModelSource:
     """A model before any weight is read; `format` is None for a store, which has its own.
 
-    A `synthetic` model has no weights to read: `path` is where the store of its random ones is, or will be.
+    A `synthetic` model has no weights to read: `directory` is where the store of its random ones is, or will be.
     """
 
     path: Path  # a store's or checkpoint's directory, or a GGUF file
@@ -149,18 +147,18 @@ def synthetic_source(model: SyntheticModel, fmt: WeightFormat, directory: str | 
     """
     if directory is not None:
         return ModelSource(Path(directory), fmt, model, in_cache=False)
-    return ModelSource(_cache_path(model.name, fmt.label, f"{model.fingerprint()}\n{_VERSIONS}"), fmt, model)
+    return ModelSource(_cached(model.name, fmt.label, _versions(model.fingerprint())), fmt, model)
 
 
 def _packed(source: ModelSource, options: StoreOptions, *, shows_progress: bool) -> Path:
-    directory = source.path
     with ShardProgress(quiet=not shows_progress) as progress:
         try:
             if source.synthetic is not None:
-                write_synthetic(source.synthetic, directory, options, progress)
-                return directory
+                write_synthetic(source.synthetic, source.path, options, progress)
+                return source.path
             model = open_source(source.path)
-            directory = _cached(source.path, options.format.label, f"{model.fingerprint()}\n{_VERSIONS}")
+            key = f"{source.path.resolve()}\n{_versions(model.fingerprint())}"
+            directory = _cached(source_name(source.path), options.format.label, key)
             for line in conversion_notes(model, options.format, options.group_size):
                 logger.info("%s: %s", source.path, line)
             convert(model, directory, options, progress)
@@ -172,7 +170,8 @@ def _packed(source: ModelSource, options: StoreOptions, *, shows_progress: bool)
 
 def _write_texts(source: Path) -> Path:
     model = open_source(source)
-    directory = _cached(source, "text", f"{model.fingerprint()}\n{dist_moe.__version__}")
+    key = f"{source.resolve()}\n{model.fingerprint()}\n{dist_moe.__version__}"
+    directory = _cached(source_name(source), "text", key)
     with write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
     for name, text in model.text_files().items():
@@ -181,13 +180,13 @@ def _write_texts(source: Path) -> Path:
     return directory
 
 
-def _cached(source: Path, what: str, key: str) -> Path:
-    return _cache_path(source_name(source), what, f"{source.resolve()}\n{key}")
-
-
-def _cache_path(name: str, what: str, key: str) -> Path:
-    """Where something made of a model stands in the cache directory: equal names have equal contents."""
+def _cached(name: str, what: str, key: str) -> Path:
     return cache_directory() / f"{name}-{what}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+def _versions(fingerprint: str) -> str:
+    """What decides a packed model's bytes, apart from its format."""
+    return f"{fingerprint}\n{FORMAT_VERSION} {NUMERICS_VERSION} {StoreOptions.group_size}"
 
 
 def _require_format(store: Path, wanted: WeightFormat | None) -> None:

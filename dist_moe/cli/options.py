@@ -149,7 +149,7 @@ def model_options(command: Decorated) -> Decorated:
             metavar="SECONDS",
             type=Number(min=2, max=86400),
             default=60.0,
-            help="End the job when inside a step no rank moves, or a rank is not heard of, for so long.",
+            help="End the job when for so long no rank moves (while loading, in a step), or one is not heard of.",
         ),
         option(
             "--start-timeout",

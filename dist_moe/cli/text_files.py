@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from dist_moe import files
 from dist_moe.errors import UsageError
 
 # Thousands of times a context's tokens: what is longer is the wrong file, or has no end.
@@ -24,8 +24,7 @@ def read_text(path: Path, option: str) -> str:
         UsageError: It cannot be read, is a directory or device, is too large, or is not UTF-8.
     """
     try:
-        mode = os.stat(path).st_mode  # noqa: PTH116
-        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISDIR(mode)):
+        if files.kind_of_mode(os.stat(path).st_mode) == "other":  # noqa: PTH116
             raise UsageError(f"{option}: {path} is a device: give a file or a pipe")
         with path.open("rb") as stream:
             return decode(read_limited(stream, f"{option}: {path}"), f"{option}: {path}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 
@@ -11,16 +13,22 @@ class Phase(IntEnum):
     STARTING = 0
     IDLE = 1
     SCRUBBING = 2
-    EMBEDDING = 3
-    ATTENTION = 4
-    EXPERTS = 5
-    LOGITS = 6
-    REPORTING = 7
+    LOADING = 3
+    EMBEDDING = 4
+    ATTENTION = 5
+    EXPERTS = 6
+    LOGITS = 7
+    REPORTING = 8
 
     @property
     def in_step(self) -> bool:
-        """Whether the watchdog's time runs: not while loading, scrubbing or waiting for the user."""
-        return self > Phase.SCRUBBING
+        """Whether a step, or another order of rank 0, is being carried out."""
+        return self > Phase.LOADING
+
+    @property
+    def timed(self) -> bool:
+        """Whether the watchdog's time runs: not while packing, scrubbing or waiting for the user."""
+        return self >= Phase.LOADING
 
 
 class Progress:
@@ -53,6 +61,25 @@ class Progress:
     def end(self) -> None:
         """The step is done; from here on nothing is expected of this rank."""
         self.phase = Phase.IDLE
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Let the watchdog count while the block prepares this rank for the first step."""
+        self.phase = Phase.LOADING
+        try:
+            yield
+        finally:
+            self.phase = Phase.IDLE
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """Let the watchdog know that inside the block this rank waits for others and does not compute."""
+        self.exchanges += 1
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
 
     def mark(self) -> tuple[int, int, int, int, int]:
         """A value that changes whenever this rank moves."""

@@ -49,8 +49,10 @@ class Report:
     @property
     def place(self) -> str:
         """Words for where the rank is."""
+        if self.phase is Phase.LOADING:
+            return "loading the model"
         if not self.phase.in_step:
-            return "start-up" if self.phase is Phase.STARTING else f"the pause after step {self.step}"
+            return f"the pause after step {self.step}" if self.step else "start-up"
         layer = f"layer {self.layer}, " if self.phase in (Phase.ATTENTION, Phase.EXPERTS) else ""
         return f"step {self.step}, {layer}{self.phase.name.lower()}"
 
@@ -77,13 +79,13 @@ def find_stall(ranks: Mapping[int, Seen], hosts: Sequence[str], timeout_s: float
         timeout_s: After so many seconds of silence or standstill the job is lost.
 
     Returns:
-        None while some rank moves, or nobody is inside a step, and none has been silent too long.
+        None while some rank moves, or nobody loads or is inside a step, and none has been silent too long.
     """
     silent = [rank for rank, seen in sorted(ranks.items()) if seen.silent_s >= SILENT_S]
     if any(ranks[rank].silent_s >= timeout_s for rank in silent):
         return _silence(silent, ranks, hosts)
-    in_step = any(seen.report.phase.in_step for seen in ranks.values())
-    if not in_step or min(seen.still_s for seen in ranks.values()) < timeout_s:
+    timed = any(seen.report.phase.timed for seen in ranks.values())
+    if not timed or min(seen.still_s for seen in ranks.values()) < timeout_s:
         return None
     if silent:
         return _silence(silent, ranks, hosts)

@@ -18,7 +18,7 @@ from types import ModuleType
 from dist_moe.parallel.launcher import Launcher
 from dist_moe.parallel.lifeline import STALLED
 from dist_moe.parallel.mpi import end_from_thread, say
-from dist_moe.parallel.progress import Progress
+from dist_moe.parallel.progress import Phase, Progress
 from dist_moe.parallel.side_channel import (
     LEAVING,
     TOKEN_BYTES,
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 1.0
 _CONNECT_S = 5.0
+# Loading has no layers to count: what uses this share of a core moves. A process that only waits uses a thousandth.
+_COMPUTES = 0.02
 # Time in which this thread itself did not run (a suspended machine, a stopped job) is not held against others.
 _LONGEST_TICK_S = 2.0
 # When Hydra kills all ranks, this one dies within so long of the first, and should not call that a death.
@@ -50,22 +52,24 @@ _LONGEST_STAGGER_S = 2.4
 
 
 class OwnWatch:
-    """How long this rank has not moved; a rank that reads pages of a mapped file is moving."""
+    """How long this rank has not moved; one that reads pages of a mapped file moves, or that computes while loading."""
 
     def __init__(self, progress: Progress) -> None:
         """Watch this progress."""
         self._progress = progress
         self._mark = progress.mark()
-        self._page_ins = 0
+        self._blocks = 0
+        self._cpu_s = 0.0
         self._still_s = 0.0
 
     def look(self, elapsed_s: float) -> Report:
         """The rank's report, so many seconds after the last look."""
-        progress = self._progress
-        mark, page_ins = progress.mark(), resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-        waiting = progress.waiting > 0
-        moved = mark != self._mark or (page_ins != self._page_ins and not waiting)
-        self._mark, self._page_ins = mark, page_ins
+        progress, usage = self._progress, resource.getrusage(resource.RUSAGE_SELF)
+        mark, waiting, loading = progress.mark(), progress.waiting > 0, progress.phase is Phase.LOADING
+        blocks, cpu_s = usage.ru_majflt + usage.ru_inblock, usage.ru_utime + usage.ru_stime
+        computes = loading and cpu_s - self._cpu_s >= _COMPUTES * elapsed_s
+        moved = mark != self._mark or (not waiting and (blocks != self._blocks or computes))
+        self._mark, self._blocks, self._cpu_s = mark, blocks, cpu_s
         self._still_s = 0.0 if moved else self._still_s + elapsed_s
         return Report(progress.step, progress.layer, progress.phase, waiting, self._still_s)
 
@@ -79,7 +83,8 @@ class Watchdog:
         Args:
             world: All ranks; `world.progress` is what is watched.
             launcher: Where it names a killed rank, the ranks leave that to it.
-            timeout_s: Seconds without progress inside a step, or without a word from a rank, that end the job.
+            timeout_s: Seconds without progress while loading or inside a step, or without a word from a rank, that
+                end the job.
         """
         self._watcher: _Leader | _Follower | None = None
         if world.mpi is None or world.size == 1:
@@ -240,7 +245,7 @@ class _Follower(_Watcher):
             )
 
     def _judge_alone(self, own: Report) -> None:
-        if own.phase.in_step and own.still_s >= self._patience_s + _STAGGER_S:
+        if own.phase.timed and own.still_s >= self._patience_s + _STAGGER_S:
             waits = "waits for other ranks" if own.waiting else "is stuck"
             self._end(f"{self._here} {waits} in {own.place} for {self._timeout_s:g} s (--stall-timeout)")
 

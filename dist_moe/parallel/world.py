@@ -129,11 +129,13 @@ class World:
             return [text]
         data = np.frombuffer(text.encode(errors="replace"), np.uint8)
         lengths = np.empty(self.size, np.int64)
-        self.comm.Allgather([np.array([data.size], np.int64), self.mpi.INT64_T], [lengths, self.mpi.INT64_T])
+        with self.progress.exchanging():
+            self.comm.Allgather([np.array([data.size], np.int64), self.mpi.INT64_T], [lengths, self.mpi.INT64_T])
         ends = np.cumsum(lengths)
         everything = np.empty(int(ends[-1]), np.uint8)
         counts, starts = lengths.tolist(), (ends - lengths).tolist()
-        self.comm.Allgatherv([data, self.mpi.UINT8_T], [everything, counts, starts, self.mpi.UINT8_T])
+        with self.progress.exchanging():
+            self.comm.Allgatherv([data, self.mpi.UINT8_T], [everything, counts, starts, self.mpi.UINT8_T])
         whole = everything.tobytes()
         return [whole[start : start + n].decode(errors="replace") for start, n in zip(starts, counts, strict=True)]
 
@@ -143,7 +145,8 @@ class World:
             return [data]
         everything = np.empty((self.size, len(data)), np.uint8)
         own = np.frombuffer(data, np.uint8)
-        self.comm.Allgather([own, self.mpi.UINT8_T], [everything, self.mpi.UINT8_T])
+        with self.progress.exchanging():
+            self.comm.Allgather([own, self.mpi.UINT8_T], [everything, self.mpi.UINT8_T])
         return [row.tobytes() for row in everything]
 
     def agree(self, error: DistMoeError | None, phase: str) -> None:
@@ -161,7 +164,8 @@ class World:
                 raise AgreedError(_lines_of(error), error.exit_code) from error
             return
         code = np.array([0 if error is None else error.exit_code], np.int64)
-        self.comm.Allreduce(self.mpi.IN_PLACE, [code, self.mpi.INT64_T], self.mpi.MAX)
+        with self.progress.exchanging():
+            self.comm.Allreduce(self.mpi.IN_PLACE, [code, self.mpi.INT64_T], self.mpi.MAX)
         if code[0] == 0:
             return
         texts = self.gather_texts("" if error is None else "\n".join(_lines_of(error)))
@@ -186,14 +190,16 @@ class World:
     def barrier(self) -> None:
         """Wait for all ranks (collective; burns a core while it waits)."""
         if self.comm is not None:
-            self.comm.Barrier()
+            with self.progress.exchanging():
+                self.comm.Barrier()
 
     def sleep_until_all(self) -> None:
         """Wait for all ranks without burning a core, for waits of seconds or more (collective)."""
         if self.comm is not None:
-            request = self.comm.Ibarrier()
-            while not request.Test():
-                time.sleep(_NAP_S)
+            with self.progress.exchanging():
+                request = self.comm.Ibarrier()
+                while not request.Test():
+                    time.sleep(_NAP_S)
 
     def abort(self, code: int) -> NoReturn:
         """End all ranks now with this exit code."""

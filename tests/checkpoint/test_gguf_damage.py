@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -63,12 +62,18 @@ def test_absurd_starts(whole: bytes, tmp_path: Path, offset: int, value: bytes, 
     assert expected in refusal(tmp_path / "m", whole[:offset] + value + whole[offset + len(value) :])
 
 
-@pytest.mark.parametrize(("key", "count"), [("general.tags", 2**40), ("general.numbers", 2**20), ("general.tags", 99)])
-def test_absurd_arrays(whole: bytes, tmp_path: Path, key: str, count: int) -> None:
+@pytest.mark.parametrize(
+    ("key", "count", "expected"),
+    [
+        ("general.tags", 2**40, "its metadata has an array of 1099511627776 times STRING"),
+        ("general.numbers", 2**40, "its metadata has an array of 1099511627776 times INT32"),
+        ("general.numbers", 2**20, "something ends at byte"),
+        ("general.tags", 99, "a string ends at byte"),
+    ],
+)
+def test_absurd_arrays(whole: bytes, tmp_path: Path, key: str, count: int, expected: str) -> None:
     at = whole.index(key.encode()) + len(key) + 4 + 4
-    since_s = time.monotonic()
-    assert "damaged" in refusal(tmp_path / "m", whole[:at] + struct.pack("<Q", count) + whole[at + 8 :])
-    assert time.monotonic() - since_s < 30  # counted to the end, it would be hours
+    assert expected in refusal(tmp_path / "m", whole[:at] + struct.pack("<Q", count) + whole[at + 8 :])
 
 
 def test_a_header_of_noise_never_crashes(whole: bytes, tmp_path: Path) -> None:

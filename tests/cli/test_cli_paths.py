@@ -84,6 +84,8 @@ def test_what_stands_at_a_path(tmp_path: Path) -> None:
     assert [files.kind_of(tmp_path / name) for name in ("file", "link", ".", "none", "file/x")] == [
         "file", "file", "directory", None, None,
     ]  # fmt: skip
+    os.mkfifo(tmp_path / "pipe")
+    assert files.kind_of(tmp_path / "pipe") == "pipe"
     assert files.kind_of(Path("/dev/null")) == "other"
     with pytest.raises(UsageError, match="cannot be looked at"):
         files.kind_of(tmp_path / "circle")

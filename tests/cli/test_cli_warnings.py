@@ -41,15 +41,24 @@ def test_known_variables_are_silent() -> None:
     assert environment_warnings(known | {"DIST_MOE_SHARED_MEMORY": ""}, OPTIONS) == []
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_the_first_rank_warns_once(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("rank", "command"),
+    [
+        (0, ("run", "--print-config")),
+        (1, ("run", "--print-config")),
+        (0, ("shard", "--help")),
+        (0, ("inspect", "--help")),
+        (0, ("doctor", "--help")),
+    ],
+)
+def test_the_first_rank_warns_once(rank: int, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("DIST_MOE_")]:
         monkeypatch.delenv(name)
     for name, value in {"PMI_SIZE": "2", "PMI_RANK": str(rank), "DIST_MOE_IDS": "1", "DIST_MOE_SEDE": "3"}.items():
         monkeypatch.setenv(name, value)
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-        execute(["run", "--print-config"])
+        execute(command)
     expected = (
         "dist-moe: warning: the environment variable DIST_MOE_SEDE is unknown and ignored: did you mean DIST_MOE_SEED?"
     )

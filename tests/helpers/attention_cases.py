@@ -63,6 +63,7 @@ CASES = [
     AttentionCase("batch of single heads", 64, grouped(1, 3), MIXED, MIXED_STEP),
     AttentionCase("long", 128, grouped(8, 1), (4097, 70), ((0, 4096), (1, 69), (0, 4095), (0, 4096))),
     AttentionCase("long prompt's end", 64, grouped(7, 1), (4097,), run_of(0, 4070, 4097)),
+    AttentionCase("several waves", 256, grouped(8, 1), (4096,), run_of(0, 4088, 4096)),
 ]
 
 
@@ -100,9 +101,7 @@ class CaseRun:
         rows_TR = np.ascontiguousarray(np.stack([self.rows[s][p] for s, p in tokens]))
         table_T = np.array([self.first_block[s] for s, _ in tokens], np.int64)
         position_T = np.array([p for _, p in tokens], np.int64)
-        view = KvView(self.blocks, table_T, position_T, 0, self.fmt)
-        view.select_layer(self.layer_bytes)
-        return rows_TR, view
+        return rows_TR, KvView(self.blocks, table_T, position_T, self.layer_bytes, self.fmt)
 
     def _store(self, tokens: tuple[tuple[int, int], ...]) -> None:
         rows_TR, view = self.step(tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -46,9 +47,20 @@ def test_while_one_rank_moves_there_is_no_stall(moving: Report) -> None:
 
 
 def test_outside_steps_standing_still_is_no_stall() -> None:
-    for phase in (Phase.STARTING, Phase.IDLE, Phase.SCRUBBING):
+    for phase in (Phase.STARTING, Phase.IDLE, Phase.SCRUBBING):  # idle: waiting for the user, or packing
         idle = Report(7, 0, phase, still_s=900.0)
         assert find_stall(ranks(idle, idle, idle, idle), HOSTS, TIMEOUT_S) is None
+
+
+def test_standing_still_while_loading_is_a_stall() -> None:
+    loads = Report(0, 0, Phase.LOADING, still_s=61.0)
+    waits = replace(loads, waiting=True)
+    assert "all wait for rank 2 on b, which is stuck in loading the model" in stall(waits, waits, loads, waits)
+    assert find_stall(ranks(waits, waits, replace(loads, still_s=1.0), waits), HOSTS, TIMEOUT_S) is None
+    done = Report(0, 0, Phase.IDLE, waiting=True, still_s=61.0)
+    assert "rank 1 on a still waits in loading the model, which the others have left" in stall(done, waits, done, done)
+    early = replace(done, waiting=False)
+    assert "rank 3 on b, which is stuck in start-up" in stall(waits, waits, waits, early)
 
 
 def test_a_rank_that_is_still_between_steps_is_named() -> None:
@@ -118,3 +130,34 @@ def test_a_rank_moves_when_its_place_changes() -> None:
     progress.waiting = 0
     progress.end()
     assert watch.look(1.0) == Report(1, 4, Phase.IDLE, waiting=False, still_s=0.0)
+
+
+def test_a_rank_that_computes_moves_while_it_loads() -> None:
+    progress = Progress()
+    watch = OwnWatch(progress)
+    with progress.loading():
+        watch.look(1.0)
+        burn(0.1)
+        assert watch.look(1.0) == Report(0, 0, Phase.LOADING, waiting=False, still_s=0.0)
+        assert still_s_after_a_rest(watch) == 1.0
+        with progress.exchanging():
+            watch.look(1.0)
+            burn(0.1)  # MPI waits in a loop
+            assert watch.look(1.0).still_s == 1.0
+    progress.begin(Phase.EXPERTS)
+    watch.look(1.0)
+    burn(0.1)
+    assert watch.look(1.0).still_s in (0.0, 1.0)  # the test's process may have read a page
+    assert progress.mark() == (1, 0, Phase.EXPERTS, 1, 0)
+
+
+def burn(cpu_s: float) -> None:
+    until_s = time.process_time() + cpu_s
+    while time.process_time() < until_s:
+        pass
+
+
+def still_s_after_a_rest(watch: OwnWatch) -> float:
+    """The test's process may have read a page: once more then."""
+    found = watch.look(1.0).still_s
+    return found if found else watch.look(1.0).still_s
