@@ -82,7 +82,7 @@ class Bench:
 
         def run() -> None:
             for layer in range(self.layers):
-                view.select_layer(layer * self.layer_bytes)
+                view.struct.layer_offset = layer * self.layer_bytes
                 self.kernels.attention(out, fault_T, rows, view, self.kv_of_h, scale, self.g, self.P, layer)
 
         return run

@@ -14,6 +14,8 @@ enum dm_scratch_slot {
     DM_SCRATCH_OUT,
     DM_SCRATCH_SUMS,
     DM_SCRATCH_HEAP,
+    DM_SCRATCH_KEPT,
+    DM_SCRATCH_ITEMS,
     DM_SCRATCH_COUNT
 };
 

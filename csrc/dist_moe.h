@@ -321,9 +321,11 @@ int dm_catch_bus_errors(const char *before, int delay_ms, int exit_code, int abo
 
 /* ---- measuring the machine (dist-moe bench); all threads work, and the clock runs from start to end ---- */
 
-/* Seconds to read `bytes` bytes, in pieces of up to 8 MiB of which each is `streams` runs side by side; every read is
- * preceded by a prefetch `ahead` bytes before it (0: none). */
-double dm_read_seconds(dm_context *context, const void *data, size_t bytes, size_t streams, size_t ahead);
+/* Seconds to read `bytes` bytes, in pieces of up to 8 MiB of which each is `streams` runs of whole 256-byte steps side
+ * by side; every read is preceded by a prefetch `ahead` bytes before it (0: none). *seen gets the xor of all 32-bit
+ * words. */
+double dm_read_seconds(dm_context *context, int32_t *seen, const void *data, size_t bytes, size_t streams,
+                       size_t ahead);
 /* Operations per second, two per multiply-add: bare int8 dot products, and bare f32 fused multiply-adds. */
 double dm_int8_peak(dm_context *context, size_t rounds);
 double dm_f32_peak(dm_context *context, size_t rounds);

@@ -1,212 +1,280 @@
-/* experts.c: routing, and the expert chunk from the operand to its int64 sums.
+/* experts.c: expert chunks from the operand to their int64 sums.
  *
- * A chunk is one item of work: no barrier stands between gate, up and down. Every thread adds into its own sums, which
- * are then added up; integer addition may take any order (rule 7).
+ * Few tokens: a chunk is one item of work. No barrier stands between gate, up and down; every thread adds into sums of
+ * its own, which are then added up. Integer addition may take any order (rule 7).
+ *
+ * Many tokens: sums of all tokens would not fit a core's cache. The hidden units of a batch of chunks are computed
+ * first and kept, quantized; then every thread computes columns of its own of all their down matrices.
  */
+#include <stdatomic.h>
+#include <string.h>
+
 #include "context.h"
 #include "float_state.h"
 
-#include <string.h>
+/* A thread's sums stay in its L2 cache (1 MiB and more in current server cores), beside a chunk's weights. */
+#ifndef MOST_SUM_BYTES
+#define MOST_SUM_BYTES (1 << 20)
+#endif
+/* Hidden units kept at a time: beyond this a batch ends (it holds at least one item). */
+#define BATCH_HIDDEN_BYTES (4 << 20)
+/* The first bytes of the next item are asked for while this one ends. */
+#define STREAM_START_BYTES 4096
+/* Tiles of a down matrix that an item of the second pass takes if there are few threads. */
+#define STRIP_TILES 8
+
+/* At most DM_TOKEN_BLOCK tokens of a chunk; where a batch keeps their hidden units. */
+typedef struct expert_item {
+    const uint8_t *packed;
+    size_t first, count, hidden_at;
+} expert_item;
 
 typedef struct expert_job {
     const dm_kernels *kernels;
-    dm_pool *pool;
+    dm_context *context;
     int64_t *sums_TD;
     int32_t *fault_T;
-    const dm_chunk *chunks;
     const int32_t *token_N;
     const float *weight_N;
     const dm_operand *x;
-    size_t T, D, width, group, threads, items;
-    int format;
+    const expert_item *items;
+    uint8_t *kept;    /* hidden units of a batch */
+    uint8_t *started; /* per thread: its sums are cleared */
+    size_t T, D, width, group, threads, item_count, strips;
+    size_t matrix_bytes;
+    int format, add_to_sums;
     int32_t layer;
+    atomic_size_t finished;
 } expert_job;
 
-/* The operands of at most DM_TOKEN_BLOCK tokens, copied side by side. */
+static void ask_for(const uint8_t *first) {
+    for (size_t i = 0; i < STREAM_START_BYTES; i += 64) __builtin_prefetch(first + i, 0, 2);
+}
+
+static int consecutive(const int32_t *tokens, size_t n) {
+    for (size_t i = 1; i < n; i++) {
+        if (tokens[i] != tokens[0] + (int32_t)i) return 0;
+    }
+    return 1;
+}
+
+/* Bytes of n tokens' operand of so many columns: scales and sums before the int8, or floats. */
+static size_t operand_bytes(int format, size_t columns, size_t n) {
+    if (!dm_is_quantized(format)) return n * columns * sizeof(float);
+    return n * dm_divide_up(columns, DM_GROUP) * (DM_GROUP + sizeof(float) + sizeof(int32_t));
+}
+
+static dm_rows operand_at(void *at, int format, size_t columns, size_t n) {
+    size_t groups = dm_divide_up(columns, DM_GROUP);
+    dm_rows rows = {.columns = columns, .x_stride = columns, .q_stride = groups * DM_GROUP, .group_stride = groups};
+    if (!dm_is_quantized(format)) {
+        rows.x = at;
+        return rows;
+    }
+    rows.scale = at;
+    rows.sum = (const int32_t *)(rows.scale + n * groups);
+    rows.q = (const int8_t *)(rows.sum + n * groups);
+    return rows;
+}
+
+/* The operands of an item's tokens side by side: where they are, or copied. */
 static dm_rows gather(const expert_job *job, const int32_t *tokens, size_t n, dm_worker *worker) {
     dm_rows all = dm_operand_rows(job->x, 0, job->D);
-    size_t groups = all.group_stride;
-    size_t row_bytes = dm_is_quantized(job->format) ? groups * (DM_GROUP + 8) : job->D * sizeof(float);
-    uint8_t *at = dm_scratch(worker, DM_SCRATCH_OPERAND, DM_TOKEN_BLOCK * row_bytes);
-    if (!dm_is_quantized(job->format)) {
-        float *x = (float *)at;
-        for (size_t i = 0; i < n; i++) {
-            memcpy(x + i * job->D, all.x + (size_t)tokens[i] * job->D, job->D * sizeof(float));
-        }
-        all.x = x;
-        return all;
-    }
-    float *scale = (float *)at;
-    int32_t *sum = (int32_t *)(scale + n * groups);
-    int8_t *q = (int8_t *)(sum + n * groups);
+    if (consecutive(tokens, n)) return dm_rows_from(all, (size_t)tokens[0]);
+    void *at = dm_scratch(worker, DM_SCRATCH_OPERAND, operand_bytes(job->format, job->D, DM_TOKEN_BLOCK));
+    dm_rows rows = operand_at(at, job->format, job->D, n);
     for (size_t i = 0; i < n; i++) {
-        size_t t = (size_t)tokens[i];
-        memcpy(scale + i * groups, all.scale + t * groups, groups * sizeof(float));
-        memcpy(sum + i * groups, all.sum + t * groups, groups * sizeof(int32_t));
-        memcpy(q + i * groups * DM_GROUP, all.q + t * groups * DM_GROUP, groups * DM_GROUP);
+        dm_rows from = dm_rows_from(all, (size_t)tokens[i]), to = dm_rows_from(rows, i);
+        if (!dm_is_quantized(job->format)) {
+            memcpy((float *)to.x, from.x, job->D * sizeof(float));
+            continue;
+        }
+        memcpy((float *)to.scale, from.scale, rows.group_stride * sizeof(float));
+        memcpy((int32_t *)to.sum, from.sum, rows.group_stride * sizeof(int32_t));
+        memcpy((int8_t *)to.q, from.q, rows.q_stride);
     }
-    all.scale = scale;
-    all.sum = sum;
-    all.q = q;
-    return all;
+    return rows;
 }
 
-/* h = silu(gate x) * up x of n tokens, as the down matrix wants it. */
-static dm_rows hidden(const expert_job *job, const uint8_t *chunk, const dm_rows *x, const int32_t *tokens, size_t n,
-                      dm_worker *worker) {
-    size_t width = job->width, groups = dm_divide_up(width, DM_GROUP);
-    size_t matrix_bytes = dm_packed_bytes(job->format, width, job->D, job->group);
-    size_t floats = n * width;
-    float *gate = dm_scratch(worker, DM_SCRATCH_HIDDEN, 2 * floats * sizeof(float) + n * groups * (DM_GROUP + 8));
-    float *up = gate + floats;
-    float *scale = up + floats;
-    int32_t *sum = (int32_t *)(scale + n * groups);
-    int8_t *q = (int8_t *)(sum + n * groups);
-    void *scratch = dm_scratch(worker, DM_SCRATCH_MATMUL, DM_MATMUL_SCRATCH(job->D > width ? job->D : width));
-    job->kernels->matmul[job->format](gate, chunk, x, n, width, width, job->group, scratch);
-    job->kernels->matmul[job->format](up, chunk + matrix_bytes, x, n, width, width, job->group, scratch);
-    job->kernels->silu(gate, gate, up, floats);
-    for (size_t i = 0; dm_is_quantized(job->format) && i < n; i++) {
-        int kind = job->kernels->quantize(q + i * groups * DM_GROUP, scale + i * groups, sum + i * groups,
-                                          gate + i * width, width);
+/* silu(gate x) * up x of an item's tokens, as the down matrix wants it. */
+static dm_rows hidden(const expert_job *job, const expert_item *item, void *at, dm_worker *worker) {
+    const size_t width = job->width, n = item->count;
+    const int32_t *tokens = job->token_N + item->first;
+    dm_rows x = gather(job, tokens, n, worker), h = operand_at(at, job->format, width, n);
+    float *gate = dm_scratch(worker, DM_SCRATCH_HIDDEN, 2 * n * width * sizeof(float)), *up = gate + width;
+    void *scratch = dm_scratch(worker, DM_SCRATCH_MATMUL, DM_MATMUL_SCRATCH(job->D));
+    if (width % 16 == 0) {
+        job->kernels->matmul[job->format](gate, item->packed, &x, n, 2 * width, 2 * width, job->group, scratch);
+    } else {
+        job->kernels->matmul[job->format](gate, item->packed, &x, n, width, 2 * width, job->group, scratch);
+        job->kernels->matmul[job->format](up, item->packed + job->matrix_bytes, &x, n, width, 2 * width, job->group,
+                                          scratch);
+    }
+    for (size_t i = 0; i < n; i++) {
+        float *row = dm_is_quantized(job->format) ? gate + i * 2 * width : (float *)h.x + i * width;
+        job->kernels->silu(row, gate + i * 2 * width, up + i * 2 * width, width);
+        if (!dm_is_quantized(job->format)) continue;
+        dm_rows to = dm_rows_from(h, i);
+        int kind = job->kernels->quantize((int8_t *)to.q, (float *)to.scale, (int32_t *)to.sum, row, width);
         dm_report_fault(job->fault_T, (size_t)tokens[i], kind, job->layer);
     }
-    return (dm_rows){.x = gate,
-                     .q = q,
-                     .scale = scale,
-                     .sum = sum,
-                     .columns = width,
-                     .x_stride = width,
-                     .q_stride = groups * DM_GROUP,
-                     .group_stride = groups};
+    return h;
 }
 
-static void chunk_tokens(const expert_job *job, const uint8_t *chunk, size_t first, size_t n, int64_t *sums_TD,
-                         dm_worker *worker) {
-    const int32_t *tokens = job->token_N + first;
-    const uint8_t *down = chunk + 2 * dm_packed_bytes(job->format, job->width, job->D, job->group);
-    dm_rows x = gather(job, tokens, n, worker);
-    dm_rows h = hidden(job, chunk, &x, tokens, n, worker);
-    float *out = dm_scratch(worker, DM_SCRATCH_OUT, n * job->D * sizeof(float));
-    void *scratch = dm_scratch(worker, DM_SCRATCH_MATMUL, DM_MATMUL_SCRATCH(job->D > job->width ? job->D : job->width));
-    job->kernels->matmul[job->format](out, down, &h, n, job->D, job->D, job->group, scratch);
-    for (size_t i = 0; i < n; i++) {
-        size_t t = (size_t)tokens[i];
-        int kind = job->kernels->add_fixed(sums_TD + t * job->D, out + i * job->D, job->weight_N[first + i], job->D);
+/* Columns [first, last) of an item's contribution, added to sums_TD. */
+static void down(const expert_job *job, const expert_item *item, const dm_rows *h, int64_t *sums_TD, size_t first,
+                 size_t last, dm_worker *worker) {
+    const uint8_t *packed =
+        item->packed + 2 * job->matrix_bytes + first / 16 * dm_tile_bytes(job->format, job->width, job->group);
+    const size_t columns = last - first;
+    float *out = dm_scratch(worker, DM_SCRATCH_OUT, item->count * columns * sizeof(float));
+    void *scratch = dm_scratch(worker, DM_SCRATCH_MATMUL, DM_MATMUL_SCRATCH(job->width));
+    job->kernels->matmul[job->format](out, packed, h, item->count, columns, columns, job->group, scratch);
+    for (size_t i = 0; i < item->count; i++) {
+        size_t t = (size_t)job->token_N[item->first + i];
+        int kind = job->kernels->add_fixed(sums_TD + t * job->D + first, out + i * columns,
+                                           job->weight_N[item->first + i], columns);
         dm_report_fault(job->fault_T, t, kind, job->layer);
     }
 }
 
-/* The sums of the calling thread, kept in its scratch for the whole job. */
+/* ---- few tokens ---- */
+
 static int64_t *thread_sums(const expert_job *job, dm_worker *worker) {
     if (job->threads == 1) return job->sums_TD;
     return dm_scratch(worker, DM_SCRATCH_SUMS, job->T * job->D * sizeof(int64_t));
 }
 
-static void chunk_item(void *argument, size_t item, dm_worker *worker) {
-    const expert_job *job = argument;
-    const dm_chunk *chunk = &job->chunks[item];
-    int64_t *sums_TD = thread_sums(job, worker);
-    for (size_t i = 0; i < chunk->count; i += DM_TOKEN_BLOCK) {
-        size_t n = chunk->count - i < DM_TOKEN_BLOCK ? chunk->count - i : DM_TOKEN_BLOCK;
-        chunk_tokens(job, chunk->packed, chunk->first + i, n, sums_TD, worker);
+static void add_threads(const expert_job *job, size_t first, size_t last) {
+    memset(job->sums_TD + first, 0, (last - first) * sizeof(int64_t));
+    for (size_t thread = 0; thread < job->threads; thread++) {
+        if (!job->started[thread]) continue;
+        const int64_t *part = thread_sums(job, dm_pool_worker(job->context->pool, thread));
+        for (size_t i = first; i < last; i++) job->sums_TD[i] += part[i];
     }
 }
 
 static void add_threads_item(void *argument, size_t item, dm_worker *worker) {
     (void)worker;
     const expert_job *job = argument;
-    size_t total = job->T * job->D;
-    size_t first = dm_item_first(item, job->items, total), last = dm_item_first(item + 1, job->items, total);
-    for (size_t thread = 0; thread < job->threads; thread++) {
-        const int64_t *own_TD = thread_sums(job, dm_pool_worker(job->pool, thread));
-        for (size_t i = first; i < last; i++) {
-            uint64_t before = thread == 0 ? 0 : (uint64_t)job->sums_TD[i];
-            job->sums_TD[i] = (int64_t)(before + (uint64_t)own_TD[i]);
+    add_threads(job, dm_item_first(item, job->strips, job->T * job->D),
+                dm_item_first(item + 1, job->strips, job->T * job->D));
+}
+
+static void chunk_item(void *argument, size_t index, dm_worker *worker) {
+    expert_job *job = argument;
+    const expert_item *item = &job->items[index];
+    int64_t *sums_TD = thread_sums(job, worker);
+    if (!job->started[worker->index]) memset(sums_TD, 0, job->T * job->D * sizeof(int64_t));
+    job->started[worker->index] = 1;
+    void *at = dm_scratch(worker, DM_SCRATCH_KEPT, operand_bytes(job->format, job->width, item->count));
+    dm_rows h = hidden(job, item, at, worker);
+    if (index + job->threads < job->item_count) ask_for(item[job->threads].packed);
+    down(job, item, &h, sums_TD, 0, job->D, worker);
+    /* The last one adds up, if that is little work. */
+    if (atomic_fetch_add(&job->finished, 1) + 1 == job->item_count && job->threads > 1 && job->strips == 1) {
+        add_threads(job, 0, job->T * job->D);
+    }
+}
+
+static void one_pass(expert_job *job) {
+    job->strips = dm_item_count(job->context, job->T * job->D, job->threads);
+    dm_pool_run(job->context->pool, chunk_item, job, job->item_count);
+    if (job->threads > 1 && job->strips > 1) dm_pool_run(job->context->pool, add_threads_item, job, job->strips);
+}
+
+/* ---- many tokens ---- */
+
+static void hidden_item(void *argument, size_t index, dm_worker *worker) {
+    const expert_job *job = argument;
+    const expert_item *item = &job->items[index];
+    hidden(job, item, job->kept + item->hidden_at, worker);
+    if (index + job->threads < job->item_count) ask_for(item[job->threads].packed);
+}
+
+static void strip_item(void *argument, size_t strip, dm_worker *worker) {
+    const expert_job *job = argument;
+    const size_t tiles = dm_divide_up(job->D, 16);
+    const size_t first = dm_item_first(strip, job->strips, tiles) * 16;
+    size_t last = dm_item_first(strip + 1, job->strips, tiles) * 16;
+    last = last < job->D ? last : job->D;
+    for (size_t t = 0; t < job->T && !job->add_to_sums; t++) {
+        memset(job->sums_TD + t * job->D + first, 0, (last - first) * sizeof(int64_t));
+    }
+    for (size_t i = 0; i < job->item_count; i++) {
+        const expert_item *item = &job->items[i];
+        dm_rows h = operand_at(job->kept + item->hidden_at, job->format, job->width, item->count);
+        down(job, item, &h, job->sums_TD, first, last, worker);
+    }
+}
+
+static void two_passes(expert_job *job, expert_item *items, size_t count) {
+    const size_t tiles = dm_divide_up(job->D, 16), few = tiles / STRIP_TILES, many = 4 * job->threads;
+    job->strips = few > many ? few : many < tiles ? many : tiles;
+    for (size_t first = 0, last = 0; first < count; first = last) {
+        size_t bytes = 0;
+        for (; last < count && (last == first || bytes < BATCH_HIDDEN_BYTES); last++) {
+            items[last].hidden_at = bytes;
+            bytes += dm_round_up(operand_bytes(job->format, job->width, items[last].count), 64);
+        }
+        job->items = items + first;
+        job->item_count = last - first;
+        job->add_to_sums = first > 0;
+        job->kept = dm_scratch(dm_pool_worker(job->context->pool, 0), DM_SCRATCH_KEPT, bytes);
+        dm_pool_run(job->context->pool, hidden_item, job, job->item_count);
+        dm_pool_run(job->context->pool, strip_item, job, job->strips);
+    }
+}
+
+/* Chunks cut into blocks of tokens of even size. Returns how many; items may be NULL. */
+static size_t cut_chunks(expert_item *items, const dm_chunk *chunks, size_t chunk_count) {
+    size_t count = 0;
+    for (size_t c = 0; c < chunk_count; c++) {
+        size_t blocks = dm_divide_up(chunks[c].count, DM_TOKEN_BLOCK);
+        for (size_t b = 0; b < blocks; b++, count++) {
+            if (items == NULL) continue;
+            size_t first = dm_item_first(b, blocks, chunks[c].count),
+                   last = dm_item_first(b + 1, blocks, chunks[c].count);
+            items[count] = (expert_item){chunks[c].packed, chunks[c].first + first, last - first, 0};
         }
     }
+    return count;
 }
 
 void dm_experts(dm_context *context, int64_t *sums_TD, int32_t *fault_T, const dm_chunk *chunks, const int32_t *token_N,
                 const float *weight_N, const dm_operand *x, size_t chunk_count, size_t T, size_t D, size_t width,
                 int format, size_t group, int32_t layer) {
+    size_t count = cut_chunks(NULL, chunks, chunk_count);
+    if (count == 0) {
+        memset(sums_TD, 0, T * D * sizeof(int64_t));
+        return;
+    }
     uint64_t saved = dm_enter();
+    expert_item *items =
+        dm_scratch(dm_pool_worker(context->pool, 0), DM_SCRATCH_ITEMS, count * sizeof *items + context->threads);
+    cut_chunks(items, chunks, chunk_count);
     expert_job job = {.kernels = context->kernels,
-                      .pool = context->pool,
+                      .context = context,
                       .sums_TD = sums_TD,
                       .fault_T = fault_T,
-                      .chunks = chunks,
                       .token_N = token_N,
                       .weight_N = weight_N,
                       .x = x,
+                      .items = items,
+                      .started = (uint8_t *)(items + count),
                       .T = T,
                       .D = D,
                       .width = width,
                       .group = group,
-                      .threads = chunk_count > 1 ? context->threads : 1,
+                      .threads = count > 1 ? context->threads : 1,
+                      .item_count = count,
+                      .matrix_bytes = dm_packed_bytes(format, width, D, group),
                       .format = format,
                       .layer = layer};
-    for (size_t thread = 0; thread < job.threads; thread++) {
-        memset(thread_sums(&job, dm_pool_worker(context->pool, thread)), 0, T * D * sizeof(int64_t));
-    }
-    dm_pool_run(context->pool, chunk_item, &job, chunk_count);
-    job.items = dm_item_count(context, T * D, job.threads);
-    if (job.threads > 1) dm_pool_run(context->pool, add_threads_item, &job, job.items);
+    memset(job.started, 0, context->threads);
+    if (T * D * sizeof(int64_t) <= MOST_SUM_BYTES)
+        one_pass(&job);
+    else
+        two_passes(&job, items, count);
     dm_set_float_state(saved);
-}
-
-typedef struct route_job {
-    const dm_kernels *kernels;
-    int32_t *ids_TK;
-    float *weights_TK;
-    int32_t *fault_T;
-    const float *logits_TE;
-    size_t T, E, K, items;
-    int norm_topk_prob;
-    int32_t layer;
-} route_job;
-
-static void route_item(void *argument, size_t item, dm_worker *worker) {
-    const route_job *job = argument;
-    float *scratch_E = dm_scratch(worker, DM_SCRATCH_OUT, job->E * sizeof(float));
-    size_t last = dm_item_first(item + 1, job->items, job->T);
-    for (size_t t = dm_item_first(item, job->items, job->T); t < last; t++) {
-        int kind = job->kernels->route(job->ids_TK + t * job->K, job->weights_TK + t * job->K,
-                                       job->logits_TE + t * job->E, job->E, job->K, job->norm_topk_prob, scratch_E);
-        dm_report_fault(job->fault_T, t, kind, job->layer);
-    }
-}
-
-void dm_route(dm_context *context, int32_t *ids_TK, float *weights_TK, int32_t *fault_T, const float *logits_TE,
-              size_t T, size_t E, size_t K, int norm_topk_prob, int32_t layer) {
-    uint64_t saved = dm_enter();
-    route_job job = {.kernels = context->kernels,
-                     .ids_TK = ids_TK,
-                     .weights_TK = weights_TK,
-                     .fault_T = fault_T,
-                     .logits_TE = logits_TE,
-                     .T = T,
-                     .E = E,
-                     .K = K,
-                     .items = dm_item_count(context, T, E * K),
-                     .norm_topk_prob = norm_topk_prob,
-                     .layer = layer};
-    dm_pool_run(context->pool, route_item, &job, job.items);
-    dm_set_float_state(saved);
-}
-
-void dm_group_by_expert(dm_context *context, int32_t *offset_E1, int32_t *token_N, float *weight_N,
-                        const int32_t *ids_TK, const float *weights_TK, size_t T, size_t E, size_t K) {
-    (void)context;
-    memset(offset_E1, 0, (E + 1) * sizeof *offset_E1);
-    for (size_t i = 0; i < T * K; i++) offset_E1[ids_TK[i] + 1]++;
-    for (size_t e = 0; e < E; e++) offset_E1[e + 1] += offset_E1[e];
-    /* Filling moves every start to the next expert's; shifting by one place puts them back. */
-    for (size_t i = 0; i < T * K; i++) {
-        int32_t place = offset_E1[ids_TK[i]]++;
-        token_N[place] = (int32_t)(i / K);
-        weight_N[place] = weights_TK[i];
-    }
-    memmove(offset_E1 + 1, offset_E1, E * sizeof *offset_E1);
-    offset_E1[0] = 0;
 }

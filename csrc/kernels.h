@@ -96,7 +96,8 @@ typedef struct dm_kernels {
     /* a * b + c, rounded once. */
     float (*fma_one)(float a, float b, float c);
 
-    /* Measuring (machine.h): read every byte; do arithmetic on 256 numbers and return how many operations. */
+    /* Measuring (machine.h): the xor of all words in whole 256-byte steps of each of `streams` equal runs; arithmetic
+     * on 256 numbers, which returns how many operations it did. */
     int32_t (*read_bytes)(const uint8_t *data, size_t bytes, size_t streams, size_t ahead);
     size_t (*f32_peak)(float *data, size_t rounds);
     size_t (*int8_peak)(int32_t *data, size_t rounds);

@@ -77,10 +77,25 @@ DM_INLINE i32v lane_numbers(void) {
     return numbers;
 }
 
+/* Four lanes at a time, which compilers make vectors of. */
+typedef int32_t i32_four __attribute__((vector_size(16)));
+
 DM_INLINE int32_t highest_i32(i32v x) {
-    int32_t best = x[0];
-    for (size_t i = 1; i < DM_LANES; i++) best = x[i] > best ? x[i] : best;
-    return best;
+    i32_four part[DM_LANES / 4], best;
+    __builtin_memcpy(part, &x, sizeof x);
+    best = part[0];
+    for (size_t i = 1; i < DM_LANES / 4; i++) best = (best & (best > part[i])) | (part[i] & ~(best > part[i]));
+    int32_t one = best[0] > best[1] ? best[0] : best[1], other = best[2] > best[3] ? best[2] : best[3];
+    return one > other ? one : other;
+}
+
+/* Sums of lanes must fit int32. */
+DM_INLINE int32_t sum_i32(i32v x) {
+    i32_four part[DM_LANES / 4], total;
+    __builtin_memcpy(part, &x, sizeof x);
+    total = part[0];
+    for (size_t i = 1; i < DM_LANES / 4; i++) total += part[i];
+    return total[0] + total[1] + total[2] + total[3];
 }
 
 /* A level may do better than these two. */

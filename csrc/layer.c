@@ -100,8 +100,8 @@ void dm_experts_half(dm_context *context, const dm_buffers *buffers, const dm_si
         route_tokens(context, buffers, sizes, weights, T);
     else
         take_all_tokens(buffers, T);
-    size_t count = dm_pick_chunks(buffers->chunks, weights, buffers->offset_E1, sizes->rank, sizes->ranks,
-                                  sizes->chunk_read_cost);
+    size_t count =
+        dm_pick_chunks(buffers->chunks, weights, buffers->offset_E1, sizes->rank, sizes->ranks, sizes->chunk_read_cost);
     dm_experts(context, buffers->sums_TD, buffers->fault_T, buffers->chunks, buffers->token_N, buffers->weight_N,
                buffers->normed, count, T, sizes->D, weights->width, sizes->format, sizes->group, weights->layer);
 }

@@ -17,7 +17,7 @@ typedef struct machine_job {
     size_t R, C, T, group;
     int format;
     size_t operations; /* of all items together */
-    int32_t seen;      /* keeps the loops from being removed */
+    int32_t seen;      /* the xor of what was read */
 } machine_job;
 
 static double seconds_now(void) {
@@ -46,12 +46,15 @@ static void read_item(void *argument, size_t item, dm_worker *worker) {
     size_t first = item * PIECE_BYTES;
     size_t bytes = job->bytes - first < PIECE_BYTES ? job->bytes - first : PIECE_BYTES;
     int32_t seen = job->kernels->read_bytes(job->data + first, bytes, job->streams, job->ahead);
-    __atomic_fetch_add(&job->seen, seen, __ATOMIC_RELAXED);
+    __atomic_fetch_xor(&job->seen, seen, __ATOMIC_RELAXED);
 }
 
-double dm_read_seconds(dm_context *context, const void *data, size_t bytes, size_t streams, size_t ahead) {
+double dm_read_seconds(dm_context *context, int32_t *seen, const void *data, size_t bytes, size_t streams,
+                       size_t ahead) {
     machine_job job = {.data = data, .bytes = bytes, .streams = streams, .ahead = ahead};
-    return run(context, read_item, &job, dm_divide_up(bytes, PIECE_BYTES));
+    double elapsed = run(context, read_item, &job, dm_divide_up(bytes, PIECE_BYTES));
+    *seen = job.seen;
+    return elapsed;
 }
 
 static void int8_item(void *argument, size_t item, dm_worker *worker) {

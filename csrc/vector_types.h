@@ -34,6 +34,11 @@ typedef uint32_t u32v __attribute__((vector_size(4 * DM_LANES)));
 typedef int16_t i16v __attribute__((vector_size(4 * DM_LANES)));
 typedef uint16_t u16v __attribute__((vector_size(4 * DM_LANES)));
 
+/* A register of 64-bit elements, and as many floats. */
+typedef double f64v __attribute__((vector_size(4 * DM_LANES)));
+typedef uint64_t u64v __attribute__((vector_size(4 * DM_LANES)));
+typedef float f32_half __attribute__((vector_size(2 * DM_LANES)));
+
 /* DM_LANES narrow elements. */
 typedef uint16_t u16_lanes __attribute__((vector_size(2 * DM_LANES)));
 typedef int16_t i16_lanes __attribute__((vector_size(2 * DM_LANES)));

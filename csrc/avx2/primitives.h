@@ -35,4 +35,9 @@ DM_INLINE float highest_f32(f32v x) {
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
+/* Floats to doubles, one register of them, and back. */
+#define DM_HAS_F64_CONVERSIONS
+DM_INLINE f64v widen_f64(f32_half x) { return (f64v)_mm256_cvtps_pd((__m128)x); }
+DM_INLINE f32_half narrow_f64(f64v x) { return (f32_half)_mm256_cvtpd_ps((__m256d)x); }
+
 #endif

@@ -36,6 +36,7 @@
 #include "../portable/attention.h"
 #include "../portable/route.h"
 #include "../portable/vocabulary.h"
+#include "int8_peak.h"
 #include "../table.h"
 
 #if defined(__clang__)

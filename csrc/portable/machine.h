@@ -32,8 +32,11 @@ static int32_t read_bytes(const uint8_t *data, size_t bytes, size_t streams, siz
         read_runs(total, data, bytes, 1, ahead);
     else
         read_runs(total, data, bytes, streams, ahead);
-    for (size_t i = 1; i < DM_READ_STEP / 64 * DM_PARTS; i++) total[0] ^= total[i];
-    return highest_i32(total[0]);
+    int32_t seen = 0;
+    for (size_t i = 0; i < DM_READ_STEP / 64 * DM_PARTS; i++) {
+        for (size_t lane = 0; lane < DM_LANES; lane++) seen ^= total[i][lane];
+    }
+    return seen;
 }
 
 /* Fused multiply-adds in registers: twelve chains hide their latency. Returns operations, two per multiply-add. */
@@ -50,19 +53,18 @@ static size_t f32_peak(float *out, size_t rounds) {
 #ifndef DM_HAS_INT8_PEAK
 /* Dot products of 4-bit weights in int16 lanes, as int_pairs.h adds them, from L1. */
 static size_t int8_peak(int32_t *data, size_t rounds) {
-    const i16v *x = (const i16v *)data;
-    i16v weight = (i16v)all_u32(0x00030005);
-    i32v sum[4] = {{0}, {0}, {0}, {0}};
+    const u16v *x = (const u16v *)data;
+    u16v weight = (u16v)all_u32(0x00030005);
+    u32v sum[4] = {{0}, {0}, {0}, {0}};
     for (size_t round = 0; round < rounds; round++) {
-        __asm__ volatile("" : : : "memory"); /* the loads stay in the loop */
         for (size_t chain = 0; chain < 4; chain++) {
-            i16v total = {0};
+            u16v total = {0};
             for (size_t j = 0; j < 16; j++) total += weight * x[j];
-            sum[chain] += sum_pairs(total);
-            __asm__ volatile("" : : : "memory");
+            sum[chain] += (u32v)sum_pairs((i16v)total);
+            __asm__ volatile("" : : : "memory"); /* the loads stay in the loop */
         }
     }
-    for (size_t chain = 0; chain < 4; chain++) data[chain] ^= sum[chain][0];
+    for (size_t chain = 0; chain < 4; chain++) data[chain] ^= (int32_t)sum[chain][0];
     return rounds * 4 * 16 * (2 * DM_LANES) * 2;
 }
 #endif

@@ -12,5 +12,6 @@ void run_tokens(test_run *run);
 void run_units(test_run *run);
 void run_experts(test_run *run);
 void run_node(test_run *run);
+void run_machine(test_run *run);
 
 #endif

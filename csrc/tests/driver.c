@@ -107,6 +107,7 @@ static void check_all(driver *driver) {
         {"vectors", run_vectors, 1, NUMBERS_COUNT},
         {"primitives", run_primitives, 1, NUMBERS_COUNT},
         {"node", run_node, 1, 2},
+        {"machine", run_machine, DM_FORMAT_COUNT, 1},
         {"matrices", run_matrices, DM_FORMAT_COUNT, NUMBERS_COUNT},
         {"units", run_units, DM_FORMAT_COUNT, NUMBERS_COUNT},
         {"experts", run_experts, DM_FORMAT_COUNT, NUMBERS_COUNT},

@@ -34,6 +34,8 @@ def read_hf_config(directory: Path) -> ModelConfig:
     """
     path = directory / "config.json"
     if not files.is_file(path):
+        if gguf := sorted(directory.glob("*.gguf")):
+            raise CheckpointError(f"{directory}: has no config.json, but {gguf[0].name}; give that file: {gguf[0]}")
         raise CheckpointError(
             f"{directory}: expected a Hugging Face model directory, but it has no config.json;"
             " give the directory that holds config.json and model.safetensors"

@@ -96,12 +96,19 @@ def open_source(path: Path) -> Source:
 
 def open_gguf(path: Path) -> Source:
     """Open a GGUF file; raises as `open_source`."""
+    require_gguf(path)
+    from dist_moe.checkpoint.gguf_checkpoint import GgufCheckpoint
+
+    return GgufCheckpoint(path)
+
+
+def require_gguf(path: Path) -> None:
+    """Raise EnvironmentMismatch unless the package that reads GGUF files is installed; most users never need it."""
     try:
-        from dist_moe.checkpoint.gguf_checkpoint import GgufCheckpoint
+        import dist_moe.checkpoint.gguf_file  # noqa: F401
     except ImportError as error:
         if error.name != "gguf":
             raise
         raise EnvironmentMismatch(
             f"{path}: reading a GGUF file needs the package gguf: pip install 'dist-moe[gguf]' (or pip install gguf)"
         ) from None
-    return GgufCheckpoint(path)

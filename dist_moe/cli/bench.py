@@ -24,7 +24,6 @@ from dist_moe.engine.engine import Engine
 from dist_moe.errors import BoundError, UsageError
 from dist_moe.kernels import BLOCK_POSITIONS, KvFormat, WeightFormat
 from dist_moe.model_config import ModelConfig, round_up
-from dist_moe.store.carry import DEFAULT_FORMAT
 from dist_moe.store.synthetic import synthetic_model
 
 DEFAULT_DEPTHS = (0, 4096)

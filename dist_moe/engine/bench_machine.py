@@ -111,7 +111,7 @@ class Measurer:
     def _pass(self, data: Bytes, streams: int, ahead_bytes: int) -> float:
         """Seconds of this rank; all begin together."""
         self._barrier()
-        return self._kernels.read_seconds(data, streams, ahead_bytes)
+        return self._kernels.read_seconds(data, streams, ahead_bytes)[0]
 
     # ---- arithmetic ----
 

@@ -5,21 +5,27 @@ from __future__ import annotations
 from dist_moe.kernels.arrays import U8, U8Array
 from dist_moe.kernels.context import Context
 from dist_moe.kernels.formats import WeightFormat
-from dist_moe.kernels.library import lib
+from dist_moe.kernels.library import ffi, lib
 
 
 class MachineKernels(Context):
     """The chapter "measuring the machine" of dist_moe.h; every method keeps all threads busy."""
 
-    def read_seconds(self, data: U8Array, streams: int, ahead_bytes: int) -> float:
-        """Seconds to read uint8 [n] once.
+    def read_seconds(self, data: U8Array, streams: int, ahead_bytes: int) -> tuple[float, int]:
+        """Read uint8 [n] once, but for what is left over after steps of 256 bytes per stream.
 
         Args:
             data: What to read.
             streams: Runs that a thread reads side by side.
             ahead_bytes: How far before its use a line is prefetched; 0 is not at all.
+
+        Returns:
+            Seconds, and the xor of all int32 that were read.
         """
-        return float(lib.dm_read_seconds(self._context, U8.read(data, len(data)), len(data), streams, ahead_bytes))
+        seen = ffi.new("int32_t *")
+        bytes_ = U8.read(data, len(data))
+        seconds = lib.dm_read_seconds(self._context, seen, bytes_, len(data), streams, ahead_bytes)
+        return float(seconds), int(seen[0])
 
     def int8_peak(self, rounds: int) -> float:
         """Operations per second of bare int8 dot products, a multiply-add being two; `rounds` sets the duration."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 
 from dist_moe import files
 from dist_moe.checkpoint.safetensors_file import SafetensorsFile
+from dist_moe.checkpoint.source import is_gguf, require_gguf
 from dist_moe.errors import StoreError
 from dist_moe.store.checksum import checksum_text
 from dist_moe.store.layout import CHECKSUM_SUFFIX, weight_files
@@ -61,7 +63,7 @@ class Inspection:
     """The whole report."""
 
     path: Path
-    kind: str  # "store", "store file" or "safetensors"
+    kind: str  # "store", "store file", "safetensors" or "GGUF"
     manifest: Manifest | None
     files: list[FileReport]
 
@@ -78,12 +80,15 @@ class Inspection:
 
 
 def inspect_path(path: Path) -> Inspection:
-    """Report on a store, one of its files, or a Hugging Face directory or file.
+    """Report on a store, one of its files, a Hugging Face directory or file, or a GGUF file.
 
     Raises:
         StoreError: The path is none of these, or a store that cannot be opened.
-        CheckpointError: A safetensors file is damaged.
+        CheckpointError: A safetensors or GGUF file is damaged.
+        EnvironmentMismatch: The package that reads GGUF files is not installed.
     """
+    if is_gguf(path):
+        return Inspection(path, "GGUF", None, [_gguf_report(path)])
     if files.is_file(path):
         manifest = _manifest_beside(path)
         entry = manifest.file(path.name) if manifest else None
@@ -102,12 +107,26 @@ def verify_lone_file(path: Path) -> list[str]:
     Raises:
         StoreError: The file has no checksums.
     """
+    if is_gguf(path):
+        raise StoreError(f"{path}: has no checksums, as only the files of a store have them; leave out --verify")
     weights = SafetensorsFile(path)
     report = _file_report(path, None)
     if not any(tensor.checksum for tensor in report.tensors):
         raise StoreError(f"{path}: has no checksums, as only the files of a store have them; leave out --verify")
     units = {tensor.name: _unit_namer(tensor) for tensor in report.tensors if tensor.units}
     return [f"{path}: {damage}" for damage in compare_checksums(weights, units)]
+
+
+def _gguf_report(path: Path) -> FileReport:
+    require_gguf(path)
+    from dist_moe.checkpoint.gguf_file import GgufFile
+
+    file = GgufFile(path)
+    tensors = [
+        TensorReport(name, re.sub(r"^blk\.\d+\.", "", name), tensor.type, tensor.shape, tensor.data.nbytes)
+        for name, tensor in file.tensors.items()
+    ]
+    return FileReport(path.name, file.file_bytes, None, None, tensors=tensors)
 
 
 def _unit_namer(tensor: TensorReport) -> Callable[[int], str]:

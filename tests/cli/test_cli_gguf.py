@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -62,3 +63,21 @@ def test_a_bad_file_is_one_sentence(model: Path, tmp_path: Path, words: list[str
         assert done.returncode == 2
         assert expected in done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+def test_inspect_lists_the_tensors_and_their_types(model: Path, tmp_path: Path) -> None:
+    done = dist_moe(tmp_path, "inspect", str(model), "--json")
+    report = json.loads(done.stdout)
+    types = {tensor["name"]: (tensor["format"], tensor["shape"]) for tensor in report["files"][0]["tensors"]}
+    assert report["kind"] == "GGUF"
+    assert types["output.weight"] == ("Q8_0", [1030, 64])
+    assert types["blk.0.ffn_down_exps.weight"] == ("Q4_0", [4, 64, 192])
+    refused = dist_moe(tmp_path, "inspect", str(model), "--verify")
+    assert refused.returncode == 2
+    assert "has no checksums, as only the files of a store have them" in refused.stderr
+
+
+def test_a_directory_around_the_file_leads_to_it(model: Path, tmp_path: Path) -> None:
+    done = dist_moe(tmp_path, "shard", str(model.parent))
+    assert done.returncode == 2
+    assert f"has no config.json, but tiny.gguf; give that file: {model}" in done.stderr

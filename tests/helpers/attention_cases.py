@@ -100,9 +100,7 @@ class CaseRun:
         rows_TR = np.ascontiguousarray(np.stack([self.rows[s][p] for s, p in tokens]))
         table_T = np.array([self.first_block[s] for s, _ in tokens], np.int64)
         position_T = np.array([p for _, p in tokens], np.int64)
-        view = KvView(self.blocks, table_T, position_T, 0, self.fmt)
-        view.select_layer(self.layer_bytes)
-        return rows_TR, view
+        return rows_TR, KvView(self.blocks, table_T, position_T, self.layer_bytes, self.fmt)
 
     def _store(self, tokens: tuple[tuple[int, int], ...]) -> None:
         rows_TR, view = self.step(tokens)

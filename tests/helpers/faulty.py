@@ -1,6 +1,6 @@
 """`dist-moe`, but one rank fails: python faulty.py ACT PHASE RANK -- arguments of dist-moe.
 
-ACT: none, slow (every decode takes long), raise, exit, kill, stop (SIGSTOP) or hang.
+ACT: none, slow (every decode takes long), raise, exit, kill, stop (SIGSTOP), hang or starve (a kernel gets no memory).
 PHASE: start (before MPI), join (after it), load, prefill, decode or exchange.
 Everything else is the product's own code.
 """
@@ -8,15 +8,20 @@ Everything else is the product's own code.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dist_moe.cli.main import main
 from dist_moe.engine.worker import Worker
+from dist_moe.kernels import Kernels
 from dist_moe.model.step import Step
 from dist_moe.model.transformer import Transformer
 from dist_moe.parallel import node_exchange, world
@@ -39,7 +44,19 @@ def act(what: str) -> None:
         return
     if what == "hang":
         threading.Event().wait()
+    if what == "starve":
+        starve()
+        raise AssertionError("the kernel found memory")
     os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGSTOP)
+
+
+def starve() -> None:
+    """Call a kernel that wants 96 MB (more than malloc keeps in reserve) where there are 4."""
+    kernels, logits_TE = Kernels(1), np.zeros((1, 1 << 24), np.float32)
+    ids_TK, weights_TK, fault_T = np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32), np.zeros(1, np.int32)
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (4 << 20),) * 2)
+    kernels.route(ids_TK, weights_TK, fault_T, logits_TE, False, 0)
 
 
 def before(owner: Any, name: str, fail: Callable[..., None]) -> None:

@@ -98,7 +98,7 @@ class Experts:
         token_N = self.bench.of(np.concatenate([np.zeros(0, int), *(t for t, _ in runs)]).astype(np.int32))
         weight_N = self.bench.of(np.concatenate([np.zeros(0), *(w for _, w in runs)]).astype(np.float32))
         counts = np.array([len(t) for t, _ in runs], np.int64)
-        listed = ChunkList(len(self.chunks) + 1)
+        listed = ChunkList(len(chosen) + 1)
         listed.set(
             np.array([address_of(self.chunks[c]) for c in chosen], np.uint64), np.cumsum(counts) - counts, counts
         )
@@ -186,6 +186,29 @@ def test_expert_bits_batches_and_partitions(portable, kernels, bench, same_bits,
         same_bits(sum(partial[1:], start=partial[0]), whole_TD)
     for t in {0, T // 2, T - 1}:
         same_bits(case.sums(kernels, only=t)[0], whole_TD[t])
+
+
+@pytest.mark.parametrize("fmt", list(WeightFormat))
+@pytest.mark.parametrize("T", [130, 70])  # sums beyond a core's cache, sums within it
+def test_uneven_experts_and_many_tokens(portable, kernels, bench, same_bits, fmt, T):
+    """Chunks of 1 to 130 tokens, in any order and taken more than once; rows that do not follow each other."""
+    D, width = 1040, 32
+    case = Experts(bench, portable, fmt, 32, T, D, width, chunks=6)
+    for c, count in enumerate((T, 1, 63, 64, 65, 0)):
+        case.tokens[c] = np.sort(bench.rng.permutation(T)[:count])
+        case.weights[c] = bench.rng.uniform(0.05, 1, count).astype(np.float32)
+    whole_TD = case.sums(kernels)
+    same_bits(whole_TD, sum((case.sums(portable, [c]) for c in range(1, 6)), start=case.sums(portable, [0])))
+    same_bits(case.sums(kernels, [5, 3, 0, 4, 2, 1]), whole_TD)
+    same_bits(case.sums(kernels, only=T - 1)[0], whole_TD[T - 1])
+
+
+def test_hidden_units_beyond_one_batch(kernels, portable, bench, same_bits):
+    """Many tokens of many chunks: their hidden units are kept a few megabytes at a time."""
+    repeats = 9
+    case = Experts(bench, portable, WeightFormat.F32, 0, 1040, 130, 128, chunks=1)
+    many_TD = case.sums(kernels, [0] * repeats)
+    same_bits(many_TD, case.sums(kernels) * repeats)
 
 
 def test_no_chunks_give_zeros(kernels, bench):

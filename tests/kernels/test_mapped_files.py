@@ -107,7 +107,7 @@ import resource
 import numpy as np
 from dist_moe.kernels import Kernels, catch_bus_errors
 {before}
-kernels, experts = Kernels(1), 1 << 22
+kernels, experts = Kernels(1), 1 << 24
 ids_TK, weights_TK = np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32)
 logits_TE, fault_T = np.zeros((1, experts), np.float32), np.full(1, 2**31 - 1, np.int32)
 pages = int(open("/proc/self/statm").read().split()[0])
@@ -122,5 +122,5 @@ def test_a_kernel_that_gets_no_memory_says_so(before: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2, done
     assert done.stderr.startswith(f"dist-moe: error: {'rank 1 on b: ' if before else ''}out of memory: a kernel could ")
-    assert " could not get 25165888 bytes of working space; " in done.stderr
+    assert " could not get 100663360 bytes of working space; " in done.stderr
     assert done.stderr.count("\n") == 1

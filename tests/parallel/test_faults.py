@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 
@@ -14,6 +16,7 @@ from helpers.launching import flavour
 pytestmark = pytest.mark.faults
 
 RANKS = 4
+JOBS_AT_A_TIME = 3
 STALL_S = 3
 START_S = 5
 # Generous: the machine may be busy. A job that hangs would take for ever.
@@ -26,96 +29,116 @@ KILLED = {"mpich": 9, "openmpi": 137}
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The demo model, packed once."""
     env = {"DIST_MOE_CACHE": str(tmp_path_factory.mktemp("cache")), "DIST_MOE_YIELD": "1"}
-    assert end(env, "none", "decode", 0).code == 0
+    assert end(env, Case("none", "decode", 0)).code == 0
     return env
 
 
-def end(env: dict[str, str], act: str, phase: str, rank: int, *arguments: str) -> Ended:
+@dataclass(frozen=True)
+class Case:
+    """A rank that fails in a phase."""
+
+    act: str
+    phase: str
+    rank: int
+
+
+def end(env: dict[str, str], case: Case, *arguments: str) -> Ended:
     """Run a job in which a rank fails; whatever the failure, nothing is left."""
-    with Job(RANKS, *faulty(act, phase, rank, *TIMEOUTS, *arguments), env=env) as job:
+    command = faulty(case.act, case.phase, case.rank, *TIMEOUTS, *arguments)
+    with Job(RANKS, *command, env=env) as job:
         ended = job.end(MUST_END_WITHIN_S)
-    assert not ended.left, ended
+    assert not ended.left, (case, ended)
     return ended
 
 
-@pytest.mark.parametrize(
-    ("phase", "rank"),
-    [("start", 2), ("join", 2), ("load", 2), ("prefill", 2), ("decode", 0), ("decode", 2), ("exchange", 2)],
-)
-def test_an_exception_on_one_rank(environment: dict[str, str], phase: str, rank: int) -> None:
-    ended = end(environment, "raise", phase, rank)
-    assert ended.code == 1, ended
-    (line,) = ended.lines
-    assert line.startswith(f"dist-moe: internal error on rank {rank} ("), ended
-    assert line.endswith("RuntimeError: broken on purpose")
-    assert ended.stderr.count("Traceback") == 1
+def ends(env: dict[str, str], cases: Iterable[Case], *arguments: str) -> Iterator[tuple[Case, Ended]]:
+    """The ends of several jobs, most of whose time is waiting: some at a time."""
+    cases = list(cases)
+    with ThreadPoolExecutor(JOBS_AT_A_TIME) as pool:
+        yield from zip(cases, pool.map(lambda case: end(env, case, *arguments), cases), strict=True)
 
 
-@pytest.mark.parametrize("phase", ["load", "decode", "exchange"])
-def test_sys_exit_on_one_rank(environment: dict[str, str], phase: str) -> None:
-    ended = end(environment, "exit", phase, 1)
-    assert ended.code == 5, ended
-    (line,) = ended.lines
-    assert "internal error on rank 1 (" in line
-    assert "left with sys.exit(5) while other ranks run" in line
+def test_an_exception_on_one_rank(environment: dict[str, str]) -> None:
+    places = [("start", 2), ("join", 2), ("load", 2), ("prefill", 2), ("decode", 0), ("decode", 2), ("exchange", 2)]
+    for case, ended in ends(environment, (Case("raise", phase, rank) for phase, rank in places)):
+        assert ended.code == 1, (case, ended)
+        (line,) = ended.lines
+        assert line.startswith(f"dist-moe: internal error on rank {case.rank} ("), (case, ended)
+        assert line.endswith("RuntimeError: broken on purpose")
+        assert ended.stderr.count("Traceback") == 1
 
 
-@pytest.mark.parametrize(("phase", "rank"), [("start", 2), ("load", 2), ("prefill", 3), ("decode", 0), ("exchange", 2)])
-def test_a_killed_rank(environment: dict[str, str], phase: str, rank: int) -> None:
-    ended = end(environment, "kill", phase, rank)
-    assert ended.code == KILLED[flavour()], ended
-    if flavour() == "openmpi":
-        assert f"process rank {rank} with PID" in ended.stderr
-    else:
+def test_sys_exit_on_one_rank(environment: dict[str, str]) -> None:
+    for case, ended in ends(environment, (Case("exit", phase, 1) for phase in ("load", "decode", "exchange"))):
+        assert ended.code == 5, (case, ended)
+        (line,) = ended.lines
+        assert "internal error on rank 1 (" in line
+        assert "left with sys.exit(5) while other ranks run" in line
+
+
+def test_a_kernel_of_one_rank_that_gets_no_memory(environment: dict[str, str]) -> None:
+    for case, ended in ends(environment, [Case("starve", "prefill", 1), Case("starve", "decode", 0)]):
+        assert ended.code == 2, (case, ended)
+        (line,) = ended.lines
+        assert line.startswith(f"dist-moe: error: rank {case.rank} on "), (case, ended)
+        assert ": out of memory: a kernel could not get " in line
+
+
+def test_a_killed_rank(environment: dict[str, str]) -> None:
+    places = [("start", 2), ("load", 2), ("prefill", 3), ("decode", 0), ("exchange", 2)]
+    for case, ended in ends(environment, (Case("kill", phase, rank) for phase, rank in places)):
+        assert ended.code == KILLED[flavour()], (case, ended)
+        if flavour() == "openmpi":
+            assert f"process rank {case.rank} with PID" in ended.stderr
+            assert not ended.lines, (case, ended)
+            continue
         assert "BAD TERMINATION" in ended.stdout + ended.stderr
-        assert ended.lines or phase == "start", ended  # Hydra names no rank: we do, once all ranks know each other
-    for line in ended.lines:
-        assert line.startswith(f"dist-moe: error: rank {rank} on "), ended
+        if case.phase == "start":  # Hydra names no rank: we do, once all ranks know each other
+            continue
+        (line,) = ended.lines
+        assert line.startswith(f"dist-moe: error: rank {case.rank} on "), (case, ended)
         assert line.endswith(" has died (killed, perhaps for want of memory, or crashed)")
 
 
-@pytest.mark.parametrize(("phase", "rank"), [("load", 2), ("decode", 2), ("exchange", 1)])
-def test_a_stopped_rank(environment: dict[str, str], phase: str, rank: int) -> None:
-    ended = end(environment, "stop", phase, rank)
-    assert ended.code == 75, ended
-    (line,) = ended.lines
-    assert line.startswith(f"dist-moe: error: rank {rank} on "), ended
-    assert " has been silent for " in line
+def test_a_stopped_rank(environment: dict[str, str]) -> None:
+    places = [("load", 2), ("decode", 2), ("exchange", 1)]
+    for case, ended in ends(environment, (Case("stop", phase, rank) for phase, rank in places)):
+        assert ended.code == 75, (case, ended)
+        (line,) = ended.lines
+        assert line.startswith(f"dist-moe: error: rank {case.rank} on "), (case, ended)
+        assert " has been silent for " in line
 
 
 def test_a_stopped_first_rank_is_missed_by_the_others(environment: dict[str, str]) -> None:
-    ended = end(environment, "stop", "decode", 0)
+    ended = end(environment, Case("stop", "decode", 0))
     assert ended.code == 75, ended
     (line,) = ended.lines
     assert line.startswith("dist-moe: error: rank 1 on "), ended
     assert "has had no word from rank 0 on " in line
 
 
-@pytest.mark.parametrize(("phase", "rank", "place"), [("decode", 0, "experts"), ("prefill", 3, "experts")])
-def test_a_rank_that_hangs(environment: dict[str, str], phase: str, rank: int, place: str) -> None:
-    ended = end(environment, "hang", phase, rank)
-    assert ended.code == 75, ended
-    (line,) = ended.lines
-    assert f"nothing has moved for {STALL_S} s (--stall-timeout): all wait for rank {rank} on " in line, ended
-    assert f", layer 1, {place}" in line
+def test_a_rank_that_hangs(environment: dict[str, str]) -> None:
+    places = {
+        ("decode", 0): ", layer 1, experts",
+        ("prefill", 3): ", layer 1, experts",
+        ("load", 2): "loading the model",
+    }
+    for case, ended in ends(environment, (Case("hang", phase, rank) for phase, rank in places)):
+        assert ended.code == 75, (case, ended)
+        (line,) = ended.lines
+        stall = f"nothing has moved for {STALL_S} s (--stall-timeout): all wait for rank {case.rank} on "
+        assert stall in line, (case, ended)
+        assert line.endswith(places[case.phase, case.rank]), (case, ended)
 
 
-def test_a_rank_that_hangs_while_it_loads(environment: dict[str, str]) -> None:
-    ended = end(environment, "hang", "load", 2)
-    assert ended.code == 75, ended
-    (line,) = ended.lines
-    assert f"nothing has moved for {STALL_S} s (--stall-timeout): all wait for rank 2 on " in line, ended
-    assert line.endswith(", which is stuck in loading the model")
-
-
-@pytest.mark.parametrize(("act", "phase"), [("stop", "start"), ("hang", "start"), ("stop", "join")])
-def test_a_rank_that_never_arrives(environment: dict[str, str], act: str, phase: str) -> None:
-    ended = end(environment, act, phase, 2, "--start-timeout", str(START_S))
-    assert ended.code == 75, ended
-    (line,) = ended.lines
-    assert line.startswith("dist-moe: error: rank 0 on "), ended
-    assert f"MPI did not start within {START_S} s: some of the {RANKS} ranks did not arrive (" in line
-    assert ("(rank 2 on this host is stopped)" in line) == (act == "stop")
+def test_a_rank_that_never_arrives(environment: dict[str, str]) -> None:
+    cases = [Case("stop", "start", 2), Case("hang", "start", 2), Case("stop", "join", 2)]
+    for case, ended in ends(environment, cases, "--start-timeout", str(START_S)):
+        assert ended.code == 75, (case, ended)
+        (line,) = ended.lines
+        assert line.startswith("dist-moe: error: rank 0 on "), (case, ended)
+        assert f"MPI did not start within {START_S} s: some of the {RANKS} ranks did not arrive (" in line
+        assert ("(rank 2 on this host is stopped)" in line) == (case.act == "stop")
 
 
 @pytest.mark.parametrize("victim", ["mpirun", "proxy"])
