@@ -56,14 +56,15 @@ class Bench:
         """Random q, k and v."""
         return self.rng.standard_normal((tokens, self.width), dtype=np.float32)
 
-    def view(self, sequence_T: np.ndarray, position_T: np.ndarray) -> KvView:
-        """The view of some tokens."""
-        return KvView(self.blocks, sequence_T * self.block_count, position_T, 0, self.fmt)
+    def views(self, sequence_T: np.ndarray, position_T: np.ndarray) -> list[KvView]:
+        """The views of some tokens, one per layer."""
+        table_T, size = sequence_T * self.block_count, self.layer_bytes
+        return [KvView(self.blocks, table_T, position_T, i * size, self.fmt) for i in range(self.layers)]
 
     def _fill(self, positions: int) -> None:
         """One sequence's first layer is computed; the others are its copies."""
-        rows, view = self.rows(positions), self.view(np.zeros(positions, np.int64), np.arange(positions))
-        self.store(view, rows)
+        rows, views = self.rows(positions), self.views(np.zeros(positions, np.int64), np.arange(positions))
+        self.store(views[0], rows)
         for i, block in enumerate(self.blocks):
             first = self.blocks[i % self.block_count][: self.layer_bytes]
             block.reshape(self.layers, -1)[...] = first
@@ -75,14 +76,13 @@ class Bench:
         fault_T = np.full(len(rows), NO_FAULT, np.int32)
         self.kernels.kv_store(view, fault_T, rows, k_column, v_column, self.g, self.P, 0)
 
-    def calls(self, view: KvView, rows: np.ndarray) -> Callable[[], None]:
+    def calls(self, views: list[KvView], rows: np.ndarray) -> Callable[[], None]:
         """One attention call per layer."""
         out, fault_T = np.empty((len(rows), self.h * self.P), np.float32), np.full(len(rows), NO_FAULT, np.int32)
         scale = np.float32(self.P**-0.5)
 
         def run() -> None:
-            for layer in range(self.layers):
-                view.struct.layer_offset = layer * self.layer_bytes
+            for layer, view in enumerate(views):
                 self.kernels.attention(out, fault_T, rows, view, self.kv_of_h, scale, self.g, self.P, layer)
 
         return run
@@ -100,7 +100,7 @@ class Bench:
         tail = ordered[int(0.9 * (len(ordered) - 1))] - ordered[int(0.1 * (len(ordered) - 1))]
         return statistics.median(ordered), tail / statistics.median(ordered)
 
-    def row(self, test: str, view: KvView, position_T: np.ndarray, run: Callable[[], None]) -> Row:
+    def row(self, test: str, position_T: np.ndarray, run: Callable[[], None]) -> Row:
         """Time a call; bytes count once per sequence, operations for every pair of positions."""
         milliseconds, spread = self.measure(run)
         kv_bytes = self.batch * self.layer_bytes * (int(position_T.max()) + 1) / 64
@@ -124,24 +124,24 @@ def decode(options: argparse.Namespace, fmt: KvFormat) -> Row:
     """One token per sequence at the depth asked for."""
     bench = Bench(options, fmt, options.depth, options.layers, options.batch)
     position_T = np.full(options.batch, options.depth - 1, np.int64)
-    view, rows = bench.view(np.arange(options.batch, dtype=np.int64), position_T), bench.rows(options.batch)
-    return bench.row("decode", view, position_T, bench.calls(view, rows))
+    views, rows = bench.views(np.arange(options.batch, dtype=np.int64), position_T), bench.rows(options.batch)
+    return bench.row("decode", position_T, bench.calls(views, rows))
 
 
 def prefill(options: argparse.Namespace, fmt: KvFormat) -> Row:
     """A whole prompt's causal attention."""
     bench = Bench(options, fmt, options.prompt, 1, 1)
     position_T = np.arange(options.prompt)
-    view, rows = bench.view(np.zeros(options.prompt, np.int64), position_T), bench.rows(options.prompt)
-    return bench.row("prefill", view, position_T, bench.calls(view, rows))
+    views, rows = bench.views(np.zeros(options.prompt, np.int64), position_T), bench.rows(options.prompt)
+    return bench.row("prefill", position_T, bench.calls(views, rows))
 
 
 def store(options: argparse.Namespace, fmt: KvFormat) -> Row:
     """Narrowing a whole prompt's K and V into the cache."""
     bench = Bench(options, fmt, options.prompt, 1, 1)
     position_T = np.arange(options.prompt)
-    view, rows = bench.view(np.zeros(options.prompt, np.int64), position_T), bench.rows(options.prompt)
-    return bench.row("store", view, position_T, lambda: bench.store(view, rows))
+    views, rows = bench.views(np.zeros(options.prompt, np.int64), position_T), bench.rows(options.prompt)
+    return bench.row("store", position_T, lambda: bench.store(views[0], rows))
 
 
 TESTS = {"decode": decode, "prefill": prefill, "store": store}

@@ -40,13 +40,10 @@ class Variant:
 class Llama:
     """A loaded model that answers requests; see llama_worker.py."""
 
-    def __init__(self, setup: Setup, model: Path, threads: int, states: Path | None = None) -> None:
+    def __init__(self, setup: Setup, model: Path, threads: int) -> None:
         """Start the process and wait until the model is loaded; raises PeerError if that fails."""
         words = [setup.python, str(WORKER), str(model), "--threads", str(threads)]
         words += ["--repack", "yes" if setup.repack else "no"]
-        if states is not None:
-            states.mkdir(parents=True, exist_ok=True)
-            words += ["--states", str(states)]
         self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.facts: dict[str, str] = self._answer()
 

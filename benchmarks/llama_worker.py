@@ -2,11 +2,11 @@
 
 Started by peers.py in a process of its own, so that it is loaded once and sleeps while the other engine runs:
 
-    python benchmarks/llama_worker.py MODEL.gguf --threads 2 --repack yes --states DIRECTORY
+    python benchmarks/llama_worker.py MODEL.gguf --threads 2 --repack yes
 
 Requests: {"test": "prefill"|"decode", "tokens", "batch", "depth", "kv": "f16"|"q8", "flash": true|false, "repeat"} are
 answered with {"seconds": [...]}, one per repetition; {"test": "logits", "ids": [...], "output": FILE.npy, ...} with {}.
-Tokens are random, as in llama-bench, and nothing is drawn from the logits. KV caches of a depth are kept in DIRECTORY.
+Tokens are random, as in llama-bench, and nothing is drawn from the logits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SEED = 7
 class Worker:
     """One loaded model, and the context of the last request."""
 
-    def __init__(self, path: Path, threads: int, repack: bool, states: Path | None) -> None:
+    def __init__(self, path: Path, threads: int, repack: bool) -> None:
         """Load the model; `repack` lets llama.cpp keep weights in the order of this CPU's instructions."""
         self.log: list[str] = []
         self._log_callback = llama.llama_log_callback(lambda level, text, data: self.log.append(text.decode()))
@@ -41,7 +41,7 @@ class Worker:
         self._model = llama.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
             raise SystemExit(f"{path}: llama.cpp cannot load it:\n{''.join(self.log[-5:])}")
-        self._path, self._threads, self._states = path, threads, states
+        self._threads = threads
         self._vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
         self._context: Any = None
         self._key: tuple[Any, ...] = ()
@@ -77,9 +77,11 @@ class Worker:
         if self._context:
             llama.llama_free(self._context)
         params = llama.llama_context_default_params()
-        params.n_ctx = positions * sequences
+        # A second sequence of the same cache is where copies of a filled one are made.
+        params.kv_unified = depth > 0
+        params.n_ctx = (positions + (BATCH_TOKENS if depth else 0)) * sequences
         params.n_batch = params.n_ubatch = BATCH_TOKENS
-        params.n_seq_max = sequences
+        params.n_seq_max = sequences + (depth > 0)
         params.n_threads = params.n_threads_batch = self._threads
         params.type_k = params.type_v = KV_TYPES[kv]
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -87,24 +89,26 @@ class Worker:
         if not self._context:
             raise SystemExit(f"llama.cpp makes no context of {request_words(key)}:\n{''.join(self.log[-5:])}")
         self._key, self._memory = key, llama.llama_get_memory(self._context)
-        self._fill(depth, f"{self._path.stem}-{kv}-{'flash' if flash else 'plain'}-{positions}-{depth}.state")
+        if depth:
+            self._fill(depth)
         self._forget(sequences, depth)
         self._time_decode(1, sequences, depth)  # buffers of the first step are allocated in it
 
-    def _fill(self, depth: int, name: str) -> None:
-        """Bring `depth` random tokens into the cache of the one sequence: from a file, or by a prefill that is kept."""
-        if not depth:
-            return
-        state = None if self._states is None else self._states / name
-        ids = self._random_ids(depth)
-        tokens = (llama.llama_token * depth)(*ids)
-        if state is not None and state.exists():
-            count = ctypes.c_size_t()
-            if llama.llama_state_load_file(self._context, str(state).encode(), tokens, depth, ctypes.byref(count)):
-                return
-        self._prefill(ids, 0)
-        if state is not None:
-            llama.llama_state_save_file(self._context, str(state).encode(), tokens, depth)
+    def _fill(self, depth: int) -> None:
+        """Bring `depth` tokens into the cache of sequence 0: the first are computed, copies of them moved behind them.
+
+        Attention takes as long on copies as on anything else.
+        """
+        self._prefill(self._random_ids(min(depth, BATCH_TOKENS)), 0)
+        size = llama.llama_state_seq_get_size(self._context, 0)
+        piece = (ctypes.c_uint8 * size)()
+        llama.llama_state_seq_get_data(self._context, piece, size, 0)
+        for start in range(BATCH_TOKENS, depth, BATCH_TOKENS):
+            if not llama.llama_state_seq_set_data(self._context, piece, size, 1):
+                raise SystemExit(f"llama.cpp does not copy its KV cache:\n{''.join(self.log[-5:])}")
+            llama.llama_memory_seq_add(self._memory, 1, 0, -1, start)
+            llama.llama_memory_seq_cp(self._memory, 1, 0, -1, -1)
+            llama.llama_memory_seq_rm(self._memory, 1, -1, -1)
 
     def _time_prefill(self, tokens: int, batch: int, depth: int) -> float:
         self._forget(batch, depth)
@@ -176,9 +180,8 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repack", choices=("yes", "no"), default="yes")
-    parser.add_argument("--states", type=Path)
     arguments = parser.parse_args()
-    worker = Worker(arguments.model, arguments.threads, arguments.repack == "yes", arguments.states)
+    worker = Worker(arguments.model, arguments.threads, arguments.repack == "yes")
     print(json.dumps(worker.facts()), flush=True)
     for line in sys.stdin:
         print(json.dumps(worker.answer(json.loads(line))), flush=True)

@@ -209,7 +209,6 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--read-gib", type=float, default=4.0, help="what dist-moe bench reads to know the machine")
-    parser.add_argument("--states", type=Path, help="where llama.cpp's filled KV caches are kept between runs")
     parser.add_argument("--settings", type=Path, help="keeps what was chosen for llama.cpp; another run trusts it")
     parser.add_argument("--peer-python", action="append", help="one that has llama-cpp-python  [default: this]")
     parser.add_argument("--check", action="store_true", help="compare the logits of a small random model instead")
@@ -232,7 +231,7 @@ def main() -> None:
     cases, path = list(chosen_cases(arguments.only)), gguf_of(arguments.store, arguments.gguf)
 
     def start(setup: Setup) -> Llama:
-        return Llama(setup, path, arguments.threads, arguments.states)
+        return Llama(setup, path, arguments.threads)
 
     settings = read_settings(arguments.settings)
     unknown = [case for case in cases if case.name not in settings]

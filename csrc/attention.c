@@ -1,8 +1,8 @@
 /* attention.c: a step's attention, cut into units that any thread may take (rule 10).
  *
  * A chain is a tile of queries (tokens of one sequence, the heads of one KV head) with all of its position blocks. As a
- * rule a thread takes a whole chain. Where chains are fewer or longer than threads can share, a chain is cut into runs
- * of blocks: its first run is merged into the chain's state at once, the others leave one triple per block; then all
+ * rule a thread takes a whole chain. Where threads could not share whole chains evenly, the long ones are cut into runs
+ * of blocks: the first run is merged into the chain's state at once, the others leave one triple per block; then all
  * are merged in ascending order. So that triples stay in the cache, this goes on in waves.
  */
 #include "context.h"
@@ -46,7 +46,8 @@ typedef struct attention_job {
     unit *units;
     merge *merges;
     float *triples;
-    size_t chain_count, unit_capacity, unit_count, merge_count, triple_floats, target;
+    size_t chain_count, unit_capacity, unit_count, merge_count, triple_floats;
+    size_t share, target; /* costs: of a thread, of a unit */
 } attention_job;
 
 static size_t rows_of(const chain *chain) { return chain->tokens * chain->heads; }
@@ -149,35 +150,69 @@ static size_t cut_chains(const attention_job *job, chain *chains) {
 }
 
 static size_t block_cost(const chain *chain) { return rows_of(chain) + BLOCK_COST; }
+static size_t cost_of(const chain *chain) { return chain->blocks * block_cost(chain); }
 
-/* Sets the cost of a unit, and a state for every chain that is to be cut. */
-static void plan_states(attention_job *job, size_t threads) {
-    dm_worker *worker = dm_pool_worker(job->context->pool, 0);
-    size_t total = 0, floats = 0;
-    for (size_t i = 0; i < job->chain_count; i++) total += job->chains[i].blocks * block_cost(&job->chains[i]);
-    job->target = total / (threads * UNITS_PER_THREAD) + 1;
-    if (threads == 1) return;
-    for (int place = 0; place < 2; place++) {
-        float *states = place ? dm_scratch(worker, DM_SCRATCH_SUMS, floats * sizeof(float)) : NULL;
-        for (size_t i = 0; i < job->chain_count; i++) {
-            chain *chain = &job->chains[i];
-            if (chain->blocks * block_cost(chain) < 2 * job->target || chain->blocks < 4) continue;
-            const size_t size = dm_triple_floats(rows_of(chain), job->P);
-            if (place) chain->state = states;
-            states += place ? size : 0;
-            floats += size;
-        }
-        if (floats == 0) return;
+/* Moves the long chains to the end of the list, the longest last; returns where they begin. */
+static size_t sort_chains(const attention_job *job) {
+    chain *chains = job->chains;
+    size_t first = job->chain_count;
+    for (size_t i = job->chain_count; i-- > 0;) {
+        if (cost_of(&chains[i]) <= job->target) continue;
+        const chain moved = chains[i];
+        chains[i] = chains[--first];
+        size_t at = first;
+        for (; at + 1 < job->chain_count && cost_of(&chains[at + 1]) < cost_of(&moved); at++)
+            chains[at] = chains[at + 1];
+        chains[at] = moved;
     }
+    return first;
+}
+
+/* Whether threads that take whole chains, the longest first, would end about together. */
+static int shares_evenly(const attention_job *job, size_t first, size_t threads) {
+    size_t *load = dm_scratch(dm_pool_worker(job->context->pool, 0), DM_SCRATCH_SUMS, threads * sizeof(size_t));
+    for (size_t i = 0; i < threads; i++) load[i] = 0;
+    for (size_t i = job->chain_count; i-- > first;) {
+        size_t least = 0;
+        for (size_t j = 1; j < threads; j++) least = load[j] < load[least] ? j : least;
+        load[least] += cost_of(&job->chains[i]);
+        if (load[least] > job->share + job->target) return 0;
+    }
+    return 1;
+}
+
+/* Sorts the chains and gives a state to those that are to be cut. */
+static void plan_states(attention_job *job, size_t threads) {
+    size_t total = 0, floats = 0;
+    for (size_t i = 0; i < job->chain_count; i++) total += cost_of(&job->chains[i]);
+    job->share = total / threads + 1;
+    job->target = job->share / UNITS_PER_THREAD + 1;
+    if (threads == 1) return;
+    const size_t first = sort_chains(job);
+    if (shares_evenly(job, first, threads)) return;
+    for (size_t i = first; i < job->chain_count; i++) floats += dm_triple_floats(rows_of(&job->chains[i]), job->P);
+    float *state = dm_scratch(dm_pool_worker(job->context->pool, 0), DM_SCRATCH_SUMS, floats * sizeof(float));
+    for (size_t i = first; i < job->chain_count; i++) {
+        job->chains[i].state = state;
+        state += dm_triple_floats(rows_of(&job->chains[i]), job->P);
+    }
+}
+
+/* Blocks of the chain's next unit: the first one needs no triples, so it is as long as balance allows. */
+static size_t run_length(const attention_job *job, const chain *chain) {
+    if (chain->state == NULL) return chain->blocks;
+    const size_t cost = cost_of(chain) < job->share ? cost_of(chain) : job->share;
+    const size_t wanted = chain->done == 0 && cost / 2 > job->target ? cost / 2 : job->target;
+    return dm_divide_up(wanted, block_cost(chain));
 }
 
 /* Adds the chain's next runs to the wave; returns 0 if the wave is full. */
 static int plan_chain(attention_job *job, chain *chain, size_t *floats_used) {
     const size_t size = dm_triple_floats(rows_of(chain), job->P);
-    const size_t run = chain->state == NULL ? chain->blocks : dm_divide_up(job->target, block_cost(chain));
     merge *merge = NULL;
     while (chain->done < chain->blocks) {
-        size_t count = chain->blocks - chain->done < run ? chain->blocks - chain->done : run;
+        const size_t run = run_length(job, chain), left = chain->blocks - chain->done;
+        size_t count = left < run ? left : run;
         const size_t room = (job->triple_floats - *floats_used) / size;
         if (job->unit_count == job->unit_capacity || (merge != NULL && room == 0)) return 0;
         float *triples = NULL;
@@ -207,7 +242,7 @@ static void run_items(const attention_job *job, dm_task task, size_t count, size
     for (size_t i = 0; i < count; i++) task((void *)job, i, worker);
 }
 
-/* The last chains come first: in a prompt they are the longest. */
+/* The last chains come first: they are the longest, in a prompt too. */
 static void run_waves(attention_job *job, size_t threads) {
     for (size_t left = job->chain_count; left > 0;) {
         size_t floats_used = 0;

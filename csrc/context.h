@@ -25,27 +25,39 @@ typedef struct dm_worker {
     void *scratch[DM_SCRATCH_COUNT];
     size_t scratch_bytes[DM_SCRATCH_COUNT];
     dm_pool *pool;
+    uint64_t sums_serial; /* the job that its own sums belong to */
 } dm_worker;
 
 struct dm_context {
     const dm_kernels *kernels;
     dm_pool *pool;
     size_t threads;
+    uint64_t serial; /* of the last job with sums per thread */
 };
 
 /* One item of a job. Items may run in any order on any thread: none may change another's bits. */
 typedef void (*dm_task)(void *job, size_t item, dm_worker *worker);
+
+/* The same for a run of units. */
+typedef void (*dm_range_task)(void *job, size_t first, size_t last, dm_worker *worker);
 
 /* spin: whether waiting threads spin before they sleep. NULL if memory or threads are lacking. */
 dm_pool *dm_pool_create(size_t threads, int spin);
 void dm_pool_destroy(dm_pool *pool);
 /* Runs task(job, i, worker) for all i < count and returns when all are done. Not reentrant. */
 void dm_pool_run(dm_pool *pool, dm_task task, void *job, size_t count);
+/* Runs the task over all of [0, units), cut into runs: large ones first, of at least `least` units at the end. */
+void dm_pool_share(dm_pool *pool, dm_range_task task, void *job, size_t units, size_t least);
 dm_worker *dm_pool_worker(dm_pool *pool, size_t index);
 
 /* At least `bytes` bytes, 64-byte aligned, not cleared, valid until the slot is asked for again. Grows on demand, so
  * that a steady state allocates nothing; if memory runs out, dm_end_without_memory. */
 void *dm_scratch(dm_worker *worker, enum dm_scratch_slot slot, size_t bytes);
+
+/* A thread's own sums of a job, cleared when it asks first: sums_N for the caller's thread, scratch for the others. */
+int64_t *dm_thread_sums(dm_worker *worker, int64_t *sums_N, uint64_t serial, size_t count);
+/* Adds the other threads' own sums, of those that took part in the job, to the caller's. */
+void dm_add_thread_sums(dm_context *context, int64_t *sums_N, uint64_t serial, size_t count);
 
 /* Says that so many bytes could not be allocated, and ends process and job as dm_catch_bus_errors was told to. */
 _Noreturn void dm_end_without_memory(size_t bytes);

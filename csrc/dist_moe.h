@@ -271,11 +271,13 @@ double dm_uniform(uint64_t seed, uint64_t sample_index, uint64_t position);
 
 typedef struct dm_node dm_node;
 
-/* Create (owner = 1) or open the shared memory `name` ("/..."), reserve all of its pages and map it. The owner unlinks
- * the name once every rank has opened it. spins: pauses before a waiting rank sleeps, 0 where ranks share cores.
- * Returns NULL with errno set. */
-dm_node *dm_node_open(const char *name, int owner, size_t rank, size_t ranks, size_t spins);
-int dm_node_unlink(const char *name);
+/* The first rank makes shared memory with all its pages, `name` telling it from others. spins: pauses before a waiting
+ * rank sleeps, 0 where ranks share cores. The others open it as /proc/<first's process>/fd/<its dm_node_file>; when all
+ * have, the first closes the file. NULL with errno set on failure; ENOENT if another file is at that path. */
+dm_node *dm_node_create(const char *name, size_t ranks, size_t spins);
+int dm_node_file(const dm_node *node);
+dm_node *dm_node_open(const char *path, const char *name, size_t rank, size_t ranks);
+void dm_node_close_file(dm_node *node);
 void dm_node_close(dm_node *node);
 /* Collectives: every rank calls the same one with the same count. The two reductions work in place. */
 void dm_node_sum(dm_node *node, int64_t *values, size_t count);

@@ -60,8 +60,14 @@ static inline size_t dm_query_bytes(size_t rows, size_t P) {
     return dm_round_up(rows, 16) * dm_round_up(P, DM_GROUP) * sizeof(float);
 }
 
+/* Rows of o: kernels work on 8, 4, 2 or 1 of them. */
+static inline size_t dm_value_rows(size_t rows) {
+    const size_t rest = rows % 8;
+    return rows - rest + (rest > 4 ? 8 : rest == 3 ? 4 : rest);
+}
+
 static inline size_t dm_triple_floats(size_t rows, size_t P) {
-    return dm_round_up(rows, 16) * (2 + dm_round_up(P, 16));
+    return dm_round_up(rows, 16) * 2 + dm_value_rows(rows) * dm_round_up(P, 16);
 }
 
 static inline size_t dm_attention_scratch(size_t rows, size_t P) {

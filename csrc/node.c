@@ -15,6 +15,7 @@
 #include <linux/futex.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -42,6 +43,7 @@ struct dm_node {
     meeting *shared;
     uint8_t *slots;
     size_t mapped_bytes;
+    int file; /* the owner's, until all have opened it; else -1 */
     size_t rank, ranks;
     uint32_t parity;
 };
@@ -57,44 +59,79 @@ static void pause_briefly(void) {
 /* Two slots of every rank, then two for the sums of crowded ranks. */
 static size_t shared_bytes(size_t ranks) { return sizeof(meeting) + (ranks + 1) * 2 * DM_NODE_SLOT_BYTES; }
 
-/* posix_fallocate finds a full /dev/shm now, where a later page fault would be a SIGBUS. */
-static void *map_shared(const char *name, int owner, size_t bytes) {
-    int file = shm_open(name, owner ? O_RDWR | O_CREAT | O_EXCL : O_RDWR, 0600);
-    if (file < 0) return NULL;
-    int error = owner ? posix_fallocate(file, 0, (off_t)bytes) : 0;
-    void *memory = MAP_FAILED;
+/* Every page is reserved now, where a later page fault would be a SIGBUS. */
+static void *map_file(int file, size_t bytes, int reserve) {
+    int error = reserve ? posix_fallocate(file, 0, (off_t)bytes) : 0;
     if (error == 0) {
-        memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-        error = memory == MAP_FAILED ? errno : 0;
+        void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+        if (memory != MAP_FAILED) return memory;
+        error = errno;
     }
-    close(file);
-    if (error != 0 && owner) shm_unlink(name);
     errno = error;
-    return error == 0 ? memory : NULL;
+    return NULL;
 }
 
-dm_node *dm_node_open(const char *name, int owner, size_t rank, size_t ranks, size_t spins) {
-    dm_node *node = calloc(1, sizeof *node);
+static dm_node *make_node(void *memory, size_t rank, size_t ranks) {
+    dm_node *node = memory == NULL ? NULL : calloc(1, sizeof *node);
     if (node == NULL) return NULL;
-    size_t bytes = shared_bytes(ranks);
-    void *memory = map_shared(name, owner, bytes);
-    if (memory == NULL) {
-        free(node);
-        return NULL;
-    }
     *node = (dm_node){.shared = memory,
                       .slots = (uint8_t *)memory + sizeof(meeting),
-                      .mapped_bytes = bytes,
+                      .mapped_bytes = shared_bytes(ranks),
+                      .file = -1,
                       .rank = rank,
                       .ranks = ranks};
-    if (owner) node->shared->spins = (uint32_t)spins;
     return node;
 }
 
-int dm_node_unlink(const char *name) { return shm_unlink(name); }
+/* A file without a name in any directory: however the job is killed, it goes with the last rank that has it open. */
+dm_node *dm_node_create(const char *name, size_t ranks, size_t spins) {
+    int file = memfd_create(name, MFD_CLOEXEC);
+    if (file < 0) return NULL;
+    dm_node *node = make_node(map_file(file, shared_bytes(ranks), 1), 0, ranks);
+    if (node == NULL) {
+        int error = errno;
+        close(file);
+        errno = error;
+        return NULL;
+    }
+    node->file = file;
+    node->shared->spins = (uint32_t)spins;
+    return node;
+}
+
+int dm_node_file(const dm_node *node) { return node->file; }
+
+/* Whether the link leads to the file of that name. Where the owner has another view of the processes (containers), its
+ * path may lead to someone else's. */
+static int leads_to(const char *path, const char *name) {
+    char found[256], wanted[256];
+    ssize_t length = readlink(path, found, sizeof found - 1);
+    if (length < 0) return 0;
+    found[length] = 0;
+    snprintf(wanted, sizeof wanted, "/memfd:%s (deleted)", name);
+    errno = ENOENT;
+    return strcmp(found, wanted) == 0;
+}
+
+dm_node *dm_node_open(const char *path, const char *name, size_t rank, size_t ranks) {
+    if (!leads_to(path, name)) return NULL;
+    int file = open(path, O_RDWR | O_CLOEXEC);
+    if (file < 0) return NULL;
+    dm_node *node = make_node(map_file(file, shared_bytes(ranks), 0), rank, ranks);
+    int error = errno;
+    close(file);
+    errno = error;
+    return node;
+}
+
+void dm_node_close_file(dm_node *node) {
+    if (node->file >= 0) close(node->file);
+    node->file = -1;
+}
 
 void dm_node_close(dm_node *node) {
     if (node == NULL) return;
+    dm_node_close_file(node);
     munmap(node->shared, node->mapped_bytes);
     free(node);
 }

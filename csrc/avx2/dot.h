@@ -15,4 +15,11 @@ DM_INLINE i32v add_pairs(i16v x, int16_t factor) {
     return (i32v)_mm256_madd_epi16((__m256i)x, _mm256_set1_epi16(factor));
 }
 
+/* even and odd bytes of 4 columns times the two pairs of int_pairs.h. */
+#define DM_HAS_PAIR_SUMS
+DM_INLINE i32v pair_sums(i16v even, i16v odd, const uint32_t *pairs) {
+    return (i32v)_mm256_madd_epi16((__m256i)even, (__m256i)all_u32(pairs[0])) +
+           (i32v)_mm256_madd_epi16((__m256i)odd, (__m256i)all_u32(pairs[1]));
+}
+
 #endif

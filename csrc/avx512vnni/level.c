@@ -35,7 +35,7 @@
 #include "../portable/rope.h"
 #include "../portable/kv_store.h"
 #include "../portable/row_products.h"
-#include "key_dots.h"
+#include "../x86/key_dots_vnni.h"
 #include "../portable/attention.h"
 #include "../portable/route.h"
 #include "../portable/vocabulary.h"

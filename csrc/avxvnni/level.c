@@ -33,6 +33,8 @@
 #include "../x86/matmul_int.h"
 #include "../portable/rope.h"
 #include "../portable/kv_store.h"
+#include "../portable/row_products.h"
+#include "../x86/key_dots_vnni.h"
 #include "../portable/attention.h"
 #include "../portable/route.h"
 #include "../portable/vocabulary.h"

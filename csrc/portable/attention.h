@@ -11,6 +11,9 @@
 #include "key_dots.h"
 #endif
 
+/* So many rows read K and V as they are; for more, a block is widened to floats once. */
+#define FEW_ROWS 8
+
 /* One block at work: its parts, what is fetched meanwhile, and arrays per row. */
 typedef struct block_work {
     const dm_attention_tile *tile;
@@ -200,13 +203,20 @@ DM_INLINE void all_values(const block_work *work, float *o_RP, column_loader loa
     }
 }
 
-/* n floats of a panel that serves all rows. */
-static void widen_panel(float *panel, const uint8_t *from, size_t n) {
-    for (size_t i = 0; i < n; i += DM_LANES) store_f32(panel + i, widen_f16((const uint16_t *)from + i));
+/* n floats of a panel that serves all rows; the same part of the next block is fetched meanwhile. */
+static void widen_panel(float *panel, const uint8_t *from, const uint8_t *ahead, size_t n) {
+    for (size_t i = 0; i < n; i += 16) {
+        if (i % 32 == 0) fetch_ahead(ahead + i * sizeof(uint16_t), 64);
+        for (size_t part = 0; part < 16; part += DM_LANES) {
+            store_f32(panel + i + part, widen_f16((const uint16_t *)from + i + part));
+        }
+    }
 }
 
-static void widen_values_q8(float *panel, const uint8_t *values, size_t P) {
+static void widen_values_q8(float *panel, const uint8_t *values, const uint8_t *ahead, size_t P) {
+    const size_t row_bytes = dm_round_up(P, DM_GROUP);
     for (size_t j = 0; j < DM_BLOCK_POSITIONS; j++) {
+        fetch_ahead(ahead + j * row_bytes, row_bytes);
         for (size_t p = 0; p < P; p += DM_LANES) {
             store_f32_part(panel + j * P + p, value_q8(values, j, p, DM_LANES, P), P - p);
         }
@@ -214,46 +224,46 @@ static void widen_values_q8(float *panel, const uint8_t *values, size_t P) {
 }
 
 static void scores_f32(block_work *work) {
-    if (work->rows <= DM_PRODUCT_ROWS)
+    if (work->rows <= FEW_ROWS)
         all_scores(work, key_f32, sizeof(float));
     else
         all_scores(work, key_f32, 0);
 }
 
 static void scores_f16(block_work *work) {
-    if (work->rows <= DM_PRODUCT_ROWS) {
+    if (work->rows <= FEW_ROWS) {
         all_scores(work, key_f16, sizeof(uint16_t));
         return;
     }
     const size_t n = DM_BLOCK_POSITIONS * work->tile->P;
-    widen_panel(work->panel, work->keys, n);
-    work->keys = work->ahead_keys = (const uint8_t *)work->panel;
+    widen_panel(work->panel, work->keys, work->ahead_keys, n);
+    work->keys = (const uint8_t *)work->panel;
     scores_f32(work);
 }
 
 static void values_f32(block_work *work, float *o_RP) {
-    if (work->rows <= DM_PRODUCT_ROWS)
+    if (work->rows <= FEW_ROWS)
         all_values(work, o_RP, value_f32, sizeof(float));
     else
         all_values(work, o_RP, value_f32, 0);
 }
 
 static void values_f16(block_work *work, float *o_RP) {
-    if (work->rows <= DM_PRODUCT_ROWS) {
+    if (work->rows <= FEW_ROWS) {
         all_values(work, o_RP, value_f16, sizeof(uint16_t));
         return;
     }
-    widen_panel(work->panel, work->values, DM_BLOCK_POSITIONS * work->tile->P);
-    work->values = work->ahead_values = (const uint8_t *)work->panel;
+    widen_panel(work->panel, work->values, work->ahead_values, DM_BLOCK_POSITIONS * work->tile->P);
+    work->values = (const uint8_t *)work->panel;
     values_f32(work, o_RP);
 }
 static void values_q8(block_work *work, float *o_RP) {
-    if (work->rows <= DM_PRODUCT_ROWS) {
+    if (work->rows <= FEW_ROWS) {
         all_values(work, o_RP, value_q8, sizeof(int8_t));
         return;
     }
-    widen_values_q8(work->panel, work->values, work->tile->P);
-    work->values = work->ahead_values = (const uint8_t *)work->panel;
+    widen_values_q8(work->panel, work->values, work->ahead_values, work->tile->P);
+    work->values = (const uint8_t *)work->panel;
     values_f32(work, o_RP);
 }
 

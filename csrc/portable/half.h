@@ -16,6 +16,15 @@ DM_INLINE uint16_t narrow_f16(float x) {
     return (uint16_t)(sign | ((magnitude - (112u << 23) + 0xfff + odd) >> 13));
 }
 
+/* DM_LANES at a time, for magnitudes that do not overflow. */
+DM_INLINE u16_lanes narrow_f16_lanes(f32v x) {
+    const u32v bits = (u32v)x, magnitude = bits & DM_ABS_MASK;
+    const u32v tiny = (u32v)((f32v)magnitude + 0.5f) - 0x3f000000;
+    const u32v normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const u32v is_tiny = (u32v)((i32v)magnitude < 0x38800000);
+    return __builtin_convertvector(((bits >> 16) & 0x8000) | (tiny & is_tiny) | (normal & ~is_tiny), u16_lanes);
+}
+
 /* One finite float16. */
 DM_INLINE float widen_f16_one(uint16_t half) {
     uint16_t lanes[DM_LANES] = {half};

@@ -19,12 +19,18 @@ static int query_q8(void *queries, const float *q_P, size_t row, size_t R, size_
     return bad ? DM_FAULT_QUANTIZER : 0;
 }
 
+/* even and odd bytes of 4 dims times a query's two pairs: 2 * 127 * 127 fits int16. A level may do better. */
+#ifndef DM_HAS_PAIR_SUMS
+DM_INLINE i32v pair_sums(i16v even, i16v odd, const uint32_t *pairs) {
+    return sum_pairs(even * all_pairs(pairs[0]) + odd * all_pairs(pairs[1]));
+}
+#endif
+
 /* Scores of `rows` queries from `row` on with the 16 positions of one K tile; rows of `score` lie 64 floats apart.
  * Meanwhile the same bytes are fetched from `ahead` on. */
 DM_INLINE void dot_keys(float *score, const void *queries, size_t row, size_t R, const uint8_t *tile, size_t P,
                         const uint8_t *ahead, size_t rows) {
     const size_t groups = dm_divide_up(P, DM_GROUP);
-    fetch_ahead(ahead, groups * DM_KEY_GROUP_BYTES);
     for (size_t part = 0; part < 16; part += DM_LANES) {
         f32v sum[DM_PRODUCT_ROWS];
         for (size_t r = 0; r < rows; r++) sum[r] = (f32v){0};
@@ -32,8 +38,14 @@ DM_INLINE void dot_keys(float *score, const void *queries, size_t row, size_t R,
             const uint32_t *pairs = (const uint32_t *)queries + g * 17 * R + 16 * row;
             const float *scale = (const float *)queries + (g * 17 + 16) * R + row;
             const uint8_t *vectors = tile + g * DM_KEY_GROUP_BYTES;
+            if (part == 0 && row == 0) fetch_ahead(ahead + g * DM_KEY_GROUP_BYTES, DM_KEY_GROUP_BYTES);
             i32v dot[DM_PRODUCT_ROWS];
-            dot_bytes(dot, vectors + 4 * part, pairs, 16, rows, 0);
+            for (size_t r = 0; r < rows; r++) dot[r] = (i32v){0};
+            for (size_t j = 0; j < 8; j++) {
+                const i16v keys = (i16v)load_bytes(vectors + 64 * j + 4 * part);
+                const i16v even = even_bytes(keys), odd = odd_bytes(keys);
+                for (size_t r = 0; r < rows; r++) dot[r] += pair_sums(even, odd, pairs + 16 * r + 2 * j);
+            }
             const f32v key_scale = load_f32((const float *)(vectors + 512) + part);
             for (size_t r = 0; r < rows; r++) {
                 const f32v factor = key_scale * all_f32(scale[r]);

@@ -45,13 +45,18 @@ static void rope_angles(float *cos_P, float *sin_P, int64_t position, const floa
 }
 
 static void norm_rope(float *head_P, const float *gain_P, const float *cos_P, const float *sin_P, float eps, size_t P) {
-    rmsnorm(head_P, head_P, gain_P, eps, P);
-    for (size_t i = 0; i < P / 2; i++) {
-        float x = head_P[i];
-        float y = head_P[i + P / 2];
-        head_P[i] = x * cos_P[i] - y * sin_P[i];
-        head_P[i + P / 2] = y * cos_P[i] + x * sin_P[i];
+    const float factor = rms_factor(head_P, eps, P);
+    const size_t half = P / 2;
+    for (size_t i = 0; i < half; i += DM_LANES) {
+        const size_t n = half - i;
+        f32v x = load_f32_part(head_P + i, n) * factor, y = load_f32_part(head_P + half + i, n) * factor;
+        x *= load_f32_part(gain_P + i, n);
+        y *= load_f32_part(gain_P + half + i, n);
+        const f32v cos = load_f32_part(cos_P + i, n), sin = load_f32_part(sin_P + i, n);
+        store_f32_part(head_P + i, x * cos - y * sin, n);
+        store_f32_part(head_P + half + i, y * cos + x * sin, n);
     }
+    if (P % 2 != 0) head_P[P - 1] = (head_P[P - 1] * factor) * gain_P[P - 1];
 }
 
 #endif

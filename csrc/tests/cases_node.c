@@ -26,15 +26,18 @@ static void *run_rank(void *argument) {
 
 /* The owner is first. Ranks that share cores (0 spins) meet in another way than those that do not. */
 static void open_nodes(rank_job jobs[RANKS], size_t spins) {
-    char name[48];
-    snprintf(name, sizeof name, "/dist-moe-driver-%ld", (long)getpid());
+    char path[64];
+    jobs[0].node = dm_node_create("driver", RANKS, spins);
+    for (size_t rank = 1; rank < RANKS && jobs[0].node != NULL; rank++) {
+        snprintf(path, sizeof path, "/proc/%ld/fd/%d", (long)getpid(), dm_node_file(jobs[0].node));
+        jobs[rank].node = dm_node_open(path, "driver", rank, RANKS);
+    }
     for (size_t rank = 0; rank < RANKS; rank++) {
-        jobs[rank].node = dm_node_open(name, rank == 0, rank, RANKS, spins);
         if (jobs[rank].node != NULL) continue;
-        perror(name);
+        perror("shared memory");
         exit(2);
     }
-    dm_node_unlink(name);
+    dm_node_close_file(jobs[0].node);
 }
 
 void run_node(test_run *run) {

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from dist_moe.engine.host_facts import HostFacts
 from dist_moe.engine.record import show_bytes
-from dist_moe.kernels import NODE_RANK_BYTES
 from dist_moe.parallel.cores import CoreShare, describe_cores
 from dist_moe.parallel.mpi import library_family
 
@@ -48,17 +47,16 @@ def findings_of_hosts(ranks: Sequence[HostFacts], shares: Sequence[CoreShare]) -
 
 
 def shared_memory(facts: HostFacts, local_ranks: int) -> Iterator[Finding]:
-    """Whether /dev/shm holds what this host's ranks exchange through; MPI fails at its start where it does not."""
+    """Whether /dev/shm holds what MPI wants of it, which else fails at its start; our own memory is not there."""
     if local_ranks < 2:
         return
-    ours = NODE_RANK_BYTES * (local_ranks + 1)
-    theirs = _LIBRARY_SHARED_BYTES.get(library_family(facts.library), 0) * local_ranks
-    if facts.shared_free_bytes < ours + theirs:
+    needed_bytes = _LIBRARY_SHARED_BYTES.get(library_family(facts.library), 0) * local_ranks
+    if facts.shared_free_bytes < needed_bytes:
         yield Finding(
             "wrong",
             "/dev/shm",
             f"{facts.host}: {show_bytes(facts.shared_free_bytes)} of {show_bytes(facts.shared_bytes)} are free, and "
-            f"{local_ranks} ranks need {show_bytes(ours + theirs)}",
+            f"{local_ranks} ranks need {show_bytes(needed_bytes)}",
             "give the container more (docker run --shm-size=1g), or remove what fills it (dist-moe doctor --clean)",
         )
 

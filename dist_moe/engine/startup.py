@@ -50,17 +50,19 @@ def open_exchange(world: World, spin: bool, environ: Mapping[str, str]) -> Excha
     if world.nodes == world.size:
         return Exchange(world)
     first = world.node_of_rank.index(world.node)
-    name = f"/dist-moe-{world.gather_texts(secrets.token_hex(8))[first]}"
-    node, failure = None, "off" if environ.get("DIST_MOE_SHARED_MEMORY") == "0" else ""
+    name = f"dist-moe-{world.gather_texts(secrets.token_hex(8))[first]}"
+    node, path, failure = None, "", "off" if environ.get("DIST_MOE_SHARED_MEMORY") == "0" else ""
     for turn in ("create", "open"):
         if not failure and (world.local_rank == 0) == (turn == "create"):
             try:
-                node = NodeMemory(name, world.local_rank, world.local_size, WAITING_SPINS if spin else 0)
+                spins = WAITING_SPINS if spin else 0
+                node = NodeMemory(name, world.local_rank, world.local_size, spins, path)
             except EnvironmentMismatch as error:
                 failure = str(error)
-        failures = [text for text in world.gather_texts(failure) if text]
+        path = world.gather_texts(node.path if node else "")[first]
+    failures = [text for text in world.gather_texts(failure) if text]
     if node is not None and world.local_rank == 0:
-        node.unlink()
+        node.close_file()
     if failures or node is None:
         logger.info("ranks of one host exchange by MPI, not through shared memory: %s", failures[0])
         return Exchange(world)

@@ -18,35 +18,41 @@ NODE_RANK_BYTES = 2 * int(lib.DM_NODE_SLOT_BYTES)  # of shared memory, for each 
 class NodeMemory:
     """One host's shared memory, from one rank's side. Every method is collective over the host's ranks.
 
-    Nothing is left behind by a killed job: the name is unlinked as soon as all ranks have opened it.
+    Nothing is left behind by a killed job: the memory has no name in any directory.
+
+    Attributes:
+        path: On the first rank, where the others open the memory; else "".
     """
 
-    def __init__(self, name: str, rank: int, ranks: int, spins: int) -> None:
+    def __init__(self, name: str, rank: int, ranks: int, spins: int = 0, path: str = "") -> None:
         """Create the memory on the host's first rank, open it on the others (after the first).
 
         Args:
-            name: Of the memory, beginning with a slash; unique to the job.
+            name: Of the memory, unique to the job.
             rank: This rank's place among the host's.
             ranks: How many there are.
-            spins: Pauses before a waiting rank sleeps; 0 where ranks share cores.
+            spins: On the first rank, for all: pauses before a waiting rank sleeps; 0 where ranks share cores.
+            path: On the others, the first rank's `path`.
 
         Raises:
-            EnvironmentMismatch: The memory cannot be made or mapped.
+            EnvironmentMismatch: The memory cannot be made, opened or mapped.
         """
-        self._name = name.encode()
         self._rank = rank
         self._ranks = ranks
-        self._node: Pointer = lib.dm_node_open(self._name, rank == 0, rank, ranks, spins)
+        self.path = ""
+        if rank == 0:
+            self._node: Pointer = lib.dm_node_create(name.encode(), ranks, spins)
+        else:
+            self._node = lib.dm_node_open(path.encode(), name.encode(), rank, ranks)
         if self._node == ffi.NULL:
-            reason = os.strerror(ffi.errno)
-            raise EnvironmentMismatch(
-                f"/dev/shm{name}: {ranks} ranks' shared memory cannot be {'opened' if rank else 'made'}: {reason}; "
-                "give the container more /dev/shm (docker: --shm-size=1g)"
-            )
+            made = f"{path} cannot be opened" if rank else "cannot be made"
+            raise EnvironmentMismatch(f"{ranks} ranks' shared memory {made}: {os.strerror(ffi.errno)}")
+        if rank == 0:
+            self.path = f"/proc/{os.getpid()}/fd/{lib.dm_node_file(self._node)}"
 
-    def unlink(self) -> None:
-        """Take the name away; to be called on the first rank once all ranks have opened the memory."""
-        lib.dm_node_unlink(self._name)
+    def close_file(self) -> None:
+        """Let nobody else in; to be called on the first rank once all ranks have opened the memory."""
+        lib.dm_node_close_file(self._node)
 
     def close(self) -> None:
         """Unmap the memory; every later call is refused."""

@@ -63,7 +63,7 @@ def guarded(main: Callable[[], int], environ: Mapping[str, str] | None = None) -
     """
     environ = os.environ if environ is None else environ
     launcher = detect_launcher(environ)
-    hold_lifeline(launcher)
+    hold_lifeline(launcher, environ)
     last_words = LastWords(launcher, environ)
     try:
         ending = _Ending(main(), agreed=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import select
 import signal
 import socket
@@ -20,6 +21,7 @@ STALLED = 75
 
 _PR_SET_PDEATHSIG = 1
 _LAUNCHER_PROGRAMS = ("hydra_pmi_proxy", "prted", "prterun", "orted", "mpirun", "mpiexec", "mpiexec.hydra")
+_ANSWERS_WITHIN_S = 1.0
 # Until the launcher has passed a line on, and, if told to, has ended this process.
 _FORWARD_S = 0.5
 # Later ranks give earlier ones this long to print the same line and to end the job.
@@ -27,21 +29,46 @@ _STAGGER_S = 1.5
 _LONGEST_STAGGER_S = 4.5
 
 
-def hold_lifeline(launcher: Launcher) -> None:
+def hold_lifeline(launcher: Launcher, environ: Mapping[str, str]) -> None:
     """Let this process die as soon as its launcher does, which Hydra and prterun, when killed, do not see to.
 
     The kernel kills it with its parent; where a script stands between the two, a thread waits for the launcher's end.
+
+    Args:
+        launcher: What started this process.
+        environ: The launcher's environment.
     """
     if launcher.name not in ("mpich", "openmpi"):
         return
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     program = _launcher_process()
+    if program is None and _launcher_is_gone(environ):
+        os.kill(os.getpid(), signal.SIGKILL)  # it died before the kernel was asked
     if program is None or program == os.getppid():
         return
     with contextlib.suppress(OSError):
         handle = os.pidfd_open(program)
         threading.Thread(target=_die_with, args=(handle,), name="lifeline", daemon=True).start()
+
+
+def _launcher_is_gone(environ: Mapping[str, str]) -> bool:
+    """Whether Hydra has hung up, or nobody listens where prterun did; False where that cannot be known."""
+    if (hydra_fd := environ.get("PMI_FD", "")).isdecimal():
+        poll = select.poll()
+        poll.register(int(hydra_fd), 0)
+        return any(event & (select.POLLHUP | select.POLLERR) for _, event in poll.poll(0))
+    servers = [value for name, value in environ.items() if name.startswith("PMIX_SERVER_URI")]
+    place = re.search(r";tcp4://([0-9.]+):([0-9]+)", servers[0]) if servers else None
+    if place is None:
+        return False
+    try:
+        socket.create_connection((place[1], int(place[2])), _ANSWERS_WITHIN_S).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _die_with(handle: int) -> None:
@@ -56,7 +83,7 @@ def _die_with(handle: int) -> None:
 def _launcher_process() -> int | None:
     """The nearest ancestor that is an MPI launcher; None if this cannot be seen."""
     pid = os.getppid()
-    while pid > 1:
+    while pid > 0:
         fields = _status(pid)
         if fields.get("Name") in _LAUNCHER_PROGRAMS:
             return pid

@@ -63,6 +63,7 @@ CASES = [
     AttentionCase("batch of single heads", 64, grouped(1, 3), MIXED, MIXED_STEP),
     AttentionCase("long", 128, grouped(8, 1), (4097, 70), ((0, 4096), (1, 69), (0, 4095), (0, 4096))),
     AttentionCase("long prompt's end", 64, grouped(7, 1), (4097,), run_of(0, 4070, 4097)),
+    AttentionCase("several waves", 256, grouped(8, 1), (4096,), run_of(0, 4088, 4096)),
 ]
 
 

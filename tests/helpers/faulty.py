@@ -5,6 +5,7 @@ PHASE: start (before MPI), join (after it), load, prefill, decode or exchange.
 Everything else is the product's own code.
 """
 
+# ruff: noqa: E402  (the lifeline comes before what takes long to import)
 from __future__ import annotations
 
 import os
@@ -17,6 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dist_moe.parallel.launcher import detect_launcher
+from dist_moe.parallel.lifeline import hold_lifeline
+
+hold_lifeline(detect_launcher(os.environ), os.environ)  # as the product's first lines do
+
 import numpy as np
 
 from dist_moe.cli.main import main
@@ -25,7 +31,6 @@ from dist_moe.kernels import Kernels
 from dist_moe.model.step import Step
 from dist_moe.model.transformer import Transformer
 from dist_moe.parallel import node_exchange, world
-from dist_moe.parallel.launcher import detect_launcher
 
 LAYER = 2
 DECODE_STEP = 4

@@ -1,6 +1,6 @@
 """Kill a random rank, or the launcher, of a job at a random moment, N times, and see that each job ends cleanly.
 
-    python tests/helpers/random_kills.py 200 [--seed 1] [--ranks 4]
+    PYTHONPATH=tests python tests/helpers/random_kills.py 200 [--seed 1] [--ranks 4]
 
 Prints one line per kill and a summary; exits with 1 if a job did not end, left a process or shared memory, or ended
 as if all were well. A few of these are run by tests/parallel/test_random_kills.py.

@@ -19,7 +19,7 @@ SIZES = (1, 7, 2048, 8191, 32768, 32769, 100_003)
 
 def on_ranks(ranks: int, spins: int, body: Callable[[NodeMemory, int], None]) -> None:
     """Run body(node, rank) in one process per rank; fails if it raises in any."""
-    name = f"/dist-moe-test-{uuid.uuid4().hex}"
+    name = f"test-{uuid.uuid4().hex}"
     first = NodeMemory(name, 0, ranks, spins)
 
     def meet_and_run(node: NodeMemory, rank: int) -> None:
@@ -32,7 +32,7 @@ def on_ranks(ranks: int, spins: int, body: Callable[[NodeMemory, int], None]) ->
         if child == 0:
             code = 1
             try:
-                meet_and_run(NodeMemory(name, rank, ranks, spins), rank)
+                meet_and_run(NodeMemory(name, rank, ranks, path=first.path), rank)
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -41,7 +41,7 @@ def on_ranks(ranks: int, spins: int, body: Callable[[NodeMemory, int], None]) ->
     try:
         meet_and_run(first, 0)
     finally:
-        first.unlink()
+        first.close_file()
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     first.close()
     assert codes == [0] * (ranks - 1)
@@ -105,9 +105,23 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     on_ranks(1, 0, body)
 
 
-def test_no_name_is_left_and_a_missing_one_is_explained() -> None:
+def test_the_memory_has_no_name_in_any_directory() -> None:
     before = set(Path("/dev/shm").iterdir())
-    on_ranks(2, 0, lambda node, rank: None)
+    node = NodeMemory("test", 0, 2)
     assert set(Path("/dev/shm").iterdir()) <= before
+    assert str(Path(node.path).readlink()) == "/memfd:test (deleted)"
+    node.close_file()
+    assert not Path(node.path).is_symlink()
+    node.close()
+
+
+def test_what_is_not_the_jobs_memory_is_refused() -> None:
+    first, other = NodeMemory("one", 0, 2), NodeMemory("other", 0, 2)
+    with pytest.raises(EnvironmentMismatch, match=r"/proc/\d+/fd/\d+ cannot be opened: No such file"):
+        NodeMemory("one", 1, 2, path=other.path)
+    first.close_file()
     with pytest.raises(EnvironmentMismatch, match="cannot be opened: No such file"):
-        NodeMemory("/dist-moe-test-absent", 1, 2, 0)
+        NodeMemory("one", 1, 2, path=first.path)
+    NodeMemory("other", 1, 2, path=other.path).close()
+    first.close()
+    other.close()

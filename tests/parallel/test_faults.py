@@ -16,7 +16,7 @@ from helpers.launching import flavour
 pytestmark = pytest.mark.faults
 
 RANKS = 4
-JOBS_AT_A_TIME = 3
+JOBS_AT_A_TIME = 4
 STALL_S = 3
 START_S = 5
 # Generous: the machine may be busy. A job that hangs would take for ever.
@@ -59,7 +59,7 @@ def ends(env: dict[str, str], cases: Iterable[Case], *arguments: str) -> Iterato
 
 
 def test_an_exception_on_one_rank(environment: dict[str, str]) -> None:
-    places = [("start", 2), ("join", 2), ("load", 2), ("prefill", 2), ("decode", 0), ("decode", 2), ("exchange", 2)]
+    places = [("start", 1), ("join", 1), ("load", 2), ("prefill", 1), ("decode", 0), ("decode", 1), ("exchange", 1)]
     for case, ended in ends(environment, (Case("raise", phase, rank) for phase, rank in places)):
         assert ended.code == 1, (case, ended)
         (line,) = ended.lines
