@@ -40,20 +40,25 @@ static int has_avx512vnni(void) { return has_avx512() && __builtin_cpu_supports(
 
 #if defined(DM_BUILDS_AMX)
 static int has_amx(void) { return has_avx512vnni() && dm_amx_permitted(); }
-#define AMX_LEVEL {&dm_kernels_amx, has_amx},
-#define AMX_NAME "amx",
-#else
-#define AMX_LEVEL
-#define AMX_NAME
 #endif
 
 static const level LADDER[] = {
-    {&dm_kernels_portable, always},           {&dm_kernels_avx2, has_avx2},
-    {&dm_kernels_avxvnni, has_avxvnni},       {&dm_kernels_avx512, has_avx512},
+    {&dm_kernels_portable, always},
+    {&dm_kernels_avx2, has_avx2},
+    {&dm_kernels_avxvnni, has_avxvnni},
+    {&dm_kernels_avx512, has_avx512},
     {&dm_kernels_avx512vnni, has_avx512vnni},
-    AMX_LEVEL
+#if defined(DM_BUILDS_AMX)
+    {&dm_kernels_amx, has_amx},
+#endif
 };
-static const char *const NAMES[] = {"portable", "avx2", "avxvnni", "avx512", "avx512vnni", AMX_NAME NULL};
+static const char *const NAMES[] = {
+    "portable", "avx2", "avxvnni", "avx512", "avx512vnni",
+#if defined(DM_BUILDS_AMX)
+    "amx",
+#endif
+    NULL,
+};
 
 #else
 

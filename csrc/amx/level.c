@@ -11,10 +11,12 @@
 #include "../kernels.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,gfni,amx-tile,amx-int8"))), \
-                             apply_to = function)
+#pragma clang attribute push(                                                                                      \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,gfni,amx-tile,amx-int8"))), \
+    apply_to = function)
 #else
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,gfni,amx-tile,amx-int8,prefer-vector-width=512")
+#pragma GCC target( \
+    "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,gfni,amx-tile,amx-int8,prefer-vector-width=512")
 #endif
 
 #include "../vector_types.h"
@@ -37,7 +39,7 @@
 #include "../portable/rope.h"
 #include "../portable/kv_store.h"
 #include "../portable/row_products.h"
-#include "../avx512vnni/key_dots.h"
+#include "../x86/key_dots_vnni.h"
 #include "../portable/attention.h"
 #include "../portable/route.h"
 #include "../portable/vocabulary.h"

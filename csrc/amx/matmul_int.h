@@ -1,5 +1,5 @@
-/* matmul_int.h: q4 and q8 weights by AMX tiles: per 32 columns one tdpbssd gives the exact int32 dot products of 16 rows
- * and up to 16 tokens; AVX-512 scales and adds them, one conversion and one fma each.
+/* matmul_int.h: q4 and q8 weights by AMX tiles: per 32 columns one tdpbssd gives the exact int32 dot products of 16
+ * rows and up to 16 tokens; AVX-512 scales and adds them, one conversion and one fma each.
  *
  *   tdpbssd   16 x 16 dots of 32 signed bytes, 16 cycles; a tile of zeros, two loads and a store besides
  *   vectors   48 operations, 24 cycles: these are the bound
@@ -23,8 +23,8 @@
 #define AMX_BLOCK 16
 #define AMX_PASS 64
 
-/* Groups of 32 columns, in the order of the packed matrix: so many are unpacked for all blocks, each so many steps before
- * it is multiplied. (8 to 32 and 1 to 8 tried.) */
+/* Groups of 32 columns, in the order of the packed matrix: so many are unpacked for all blocks, each so many steps
+ * before it is multiplied. (8 to 32 and 1 to 8 tried.) */
 #define STRIP 16
 #define AHEAD 2
 

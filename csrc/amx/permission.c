@@ -30,8 +30,7 @@ static int system_saves_tiles(void) {
 }
 
 int dm_amx_permitted(void) {
-    return cpu_has_tiles() && system_saves_tiles() &&
-           syscall(SYS_arch_prctl, REQUEST_STATE_PERMISSION, TILE_DATA) == 0;
+    return cpu_has_tiles() && system_saves_tiles() && syscall(SYS_arch_prctl, REQUEST_STATE_PERMISSION, TILE_DATA) == 0;
 }
 
 #else
