@@ -108,6 +108,7 @@ extern const dm_kernels dm_kernels_avx2;
 extern const dm_kernels dm_kernels_avxvnni;
 extern const dm_kernels dm_kernels_avx512;
 extern const dm_kernels dm_kernels_avx512vnni;
+extern const dm_kernels dm_kernels_amx;
 extern const dm_kernels dm_kernels_neon;
 extern const dm_kernels dm_kernels_neondot;
 extern const dm_kernels dm_kernels_neoni8mm;
