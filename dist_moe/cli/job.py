@@ -155,6 +155,7 @@ def _start_engine(world: World, source: ModelSource, options: ModelOptions, core
         prefill_chunk=options.prefill_chunk,
         check=options.check,
         scrub=options.scrub,
+        copy_weights=options.weights == "copy",
         bind=thread_cores(world, cores.threads),
     )
     here = f"{cores.threads} threads on {describe_cores(cores.mask)}"

@@ -32,6 +32,7 @@ class ModelOptions:
     stall_timeout: float
     start_timeout: float
     scrub: bool
+    weights: Literal["mapped", "copy"]
     verbose: int
     log_file: str | None
 
@@ -143,6 +144,14 @@ def model_options(command: Decorated) -> Decorated:
             "--scrub",
             "Recompute the checksums of the mapped weights in idle time (of a chat, say), and at the end those that no "
             "idle time was found for; names a flipped byte's file and unit.",
+        ),
+        option(
+            "--weights",
+            type=OneOf(["mapped", "copy"]),
+            default="mapped",
+            help="mapped: read the store's files where the system caches them, shared by a host's ranks; copy: each "
+            "rank copies its part into huge pages of its own first (quicker where the files are cached in small pages; "
+            "takes that much more memory and time to start).",
         ),
         option(
             "--stall-timeout",

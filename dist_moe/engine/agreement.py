@@ -56,6 +56,7 @@ class StartRecord(Versions):
     experts: str = compared("experts", 16, _SAME_OPTIONS)
     check: str = compared("check", 8, _SAME_OPTIONS)
     scrub: str = compared("scrub", 8, _SAME_OPTIONS)
+    weights: str = compared("weights", 8, _SAME_OPTIONS)
     isa: str = reported("ISA", 16)
     threads: int = reported("threads")
     available_bytes: int = reported("memory")  # 0: not known
@@ -93,6 +94,7 @@ def own_record(store: Store, kernels: Kernels, library: str, options: EngineOpti
         experts=options.experts,
         check=options.check,
         scrub="on" if options.scrub else "off",
+        weights="copy" if options.copy_weights else "mapped",
         isa=kernels.isa,
         threads=kernels.threads,
         available_bytes=memory.available_bytes,

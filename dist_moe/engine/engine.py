@@ -65,16 +65,17 @@ class Engine:
         if world.is_leader:
             log_records(records, world.hosts)
         exchange = open_exchange(world, spin, os.environ)
-        self.layout = agreed(world, "start", lambda: choose_layout(store, exchange, options.experts))
+        self.layout = agreed(world, "start", lambda: choose_layout(store, exchange, options.layout))
         plans = agreed(world, "start", lambda: [self._plan(rank, world.size) for rank in range(world.size)])
-        demand = Demand(options.kv, options.context, self._step_tokens)
+        copy = options.copy_weights
+        demand = Demand(options.kv, options.context, self._step_tokens, copy)
         check_memory(world, store.manifest, plans, demand, records)
         if options.check == "full":
             verify_together(world, store)
         self.model = agreed(
             world,
             "load",
-            lambda: Transformer(store, plans[world.rank], exchange, self.kernels, options.kv, self._step_tokens),
+            lambda: Transformer(store, plans[world.rank], exchange, self.kernels, options.kv, self._step_tokens, copy),
         )
         self._scrubber = start_scrub(world, store, plans[world.rank]) if options.scrub else None
         worker = Worker(self.model, exchange, world.size, self._scrubber)

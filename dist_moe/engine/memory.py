@@ -33,7 +33,7 @@ class MemoryNeed:
             0 for a store that lies in memory.
         active_bytes: The part of it that every token reads; without room for it no token is quick.
         kv_bytes: Keys and values of one full context.
-        buffer_bytes: A step's buffers, kernel scratch and the memory that ranks exchange through.
+        buffer_bytes: A step's buffers, kernel scratch, the memory that ranks exchange through, and copied weights.
     """
 
     weights_bytes: int
@@ -59,6 +59,7 @@ class Demand:
     kv: KvFormat
     context: int
     step_tokens: int
+    copy_weights: bool = False
 
 
 def check_memory(
@@ -116,13 +117,16 @@ def host_need(manifest: Manifest, plans: Sequence[Plan], threads: Sequence[int],
     common_bytes = common.file_bytes if common else embedding_bytes
     blocks = -(-demand.context // BLOCK_POSITIONS)
     kv_heads = sum(len(plan.kv_heads) for plan in plans)
+    copied_bytes = 0
+    if demand.copy_weights:
+        copied_bytes = sum(sum(_weights(manifest, [plan])[:2]) for plan in plans)
+        always_bytes = chunk_bytes = picked_bytes = 0
     return MemoryNeed(
         weights_bytes=common_bytes + always_bytes + chunk_bytes,
         active_bytes=common_bytes - embedding_bytes + always_bytes + picked_bytes,
         kv_bytes=blocks * config.layers * kv_heads * kv_block_bytes(demand.kv, config.head_dim),
-        buffer_bytes=sum(
-            _buffers(manifest, plan, count, demand.step_tokens) for plan, count in zip(plans, threads, strict=True)
-        ),
+        buffer_bytes=copied_bytes
+        + sum(_buffers(manifest, plan, count, demand.step_tokens) for plan, count in zip(plans, threads, strict=True)),
     )
 
 

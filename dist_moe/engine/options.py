@@ -14,6 +14,7 @@ class EngineOptions:
     `context`: positions of a sequence at most. `experts`: auto, whole, sliced or shared. `isa` None: the best level.
     `check`: "full" recomputes the checksums of all weights first, "fast" leaves it at what opening the store did.
     `scrub`: recompute those of mapped weights in idle time, too. `bind`: a core for each thread (`parallel.cores`).
+    `copy_weights`: into each rank's own memory, huge pages where there are any, instead of reading the mapped files.
     """
 
     context: int
@@ -25,3 +26,9 @@ class EngineOptions:
     check: str = "fast"
     scrub: bool = False
     bind: tuple[int, ...] | None = None
+    copy_weights: bool = False
+
+    @property
+    def layout(self) -> str:
+        """The layout of experts to choose: of copied weights no rank wants all chunks, which dealing them out takes."""
+        return "whole" if self.copy_weights and self.experts == "auto" else self.experts

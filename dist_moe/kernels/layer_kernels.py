@@ -211,7 +211,8 @@ class ExpertsLayer:
             "chunks": ffi.cast("void **", U64.read(addresses, len(addresses))),
             "owned": ffi.NULL if owned is None else I64.read(owned, len(owned)),
         }
-        self._arrays = (addresses, owned)
+        self.addresses = addresses
+        self._owned = owned
         numbers = {
             "owned_count": 0 if owned is None else len(owned),
             "experts": experts,

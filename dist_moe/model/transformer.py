@@ -32,7 +32,14 @@ class Transformer:
     """One rank's part of a model: its weights, its KV cache and the buffers of a step."""
 
     def __init__(
-        self, store: Store, plan: Plan, exchange: Exchange, kernels: Kernels, kv_format: KvFormat, max_tokens: int
+        self,
+        store: Store,
+        plan: Plan,
+        exchange: Exchange,
+        kernels: Kernels,
+        kv_format: KvFormat,
+        max_tokens: int,
+        copy_weights: bool = False,
     ) -> None:
         """Map the weights and allocate the buffers.
 
@@ -43,6 +50,7 @@ class Transformer:
             kernels: An ISA level with its threads.
             kv_format: How K and V are kept.
             max_tokens: Tokens of the largest step.
+            copy_weights: Into private memory, instead of reading the mapped files.
 
         Raises:
             StoreError: A unit that this rank needs is missing.
@@ -52,7 +60,9 @@ class Transformer:
         self.kernels = kernels
         self.exchange = exchange
         self.cache = KvCache(kv_format, self.config.layers, len(plan.kv_heads), self.config.head_dim)
-        self.weights = load_weights(store, self.share, self.cache.layer_bytes)
+        self.weights = load_weights(
+            store, self.share, self.cache.layer_bytes, kernels.threads if copy_weights else None
+        )
         self.observer: Observer | None = None
         self.state_hash = 0  # of what every rank holds alike; 0 on one rank alone
         self._hashes_state = exchange.world.size > 1

@@ -1,4 +1,4 @@
-"""This rank's weights: views into the mapped store, laid out as the maths reads them.
+"""This rank's weights: views into the mapped store, or into a copy of it, laid out as the maths reads them.
 
 Shape suffixes: V vocabulary, D model dim.
 """
@@ -14,6 +14,7 @@ from dist_moe.kernels import AttentionLayer, ExpertsLayer, MatrixList, packed_by
 from dist_moe.model.share import Share
 from dist_moe.parallel.plan import Plan
 from dist_moe.split import VOCABULARY_BLOCK
+from dist_moe.store.private_copy import PrivateCopy
 from dist_moe.store.reader import Store
 from dist_moe.store.units import chunks_per_expert, head_row_bytes, layer_chunk_width
 
@@ -30,45 +31,60 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """All that one rank computes with: views and addresses, valid as long as `store` keeps its files mapped."""
+    """All that one rank computes with: views and addresses, valid as long as `store` and `copy` keep their memory."""
 
     store: Store
+    copy: PrivateCopy | None
     embedding_VD: npt.NDArray[np.float32] | npt.NDArray[np.uint16]
     layers: tuple[LayerWeights, ...]
     final_norm_D: Floats
     vocabulary: MatrixList
 
 
-def load_weights(store: Store, share: Share, cache_layer_bytes: int) -> ModelWeights:
-    """Map this rank's share of a store.
+def load_weights(
+    store: Store, share: Share, cache_layer_bytes: int, copying_threads: int | None = None
+) -> ModelWeights:
+    """Map this rank's share of a store, or copy it into memory.
 
     Args:
         store: The store.
         share: What is this rank's.
         cache_layer_bytes: A layer's part of a block of the KV cache.
+        copying_threads: How many copy it into private huge pages; None maps it.
 
     Raises:
         StoreError: A unit that the share needs is not in the files of this host.
     """
-    return ModelWeights(
+    copy = None if copying_threads is None else PrivateCopy(store)
+    source = copy or store
+    weights = ModelWeights(
         store=store,
+        copy=copy,
         embedding_VD=store.common("embedding"),
         layers=tuple(
-            LayerWeights(_attention(store, share, layer, layer * cache_layer_bytes), _experts(store, share, layer))
+            LayerWeights(
+                _attention(store, source, share, layer, layer * cache_layer_bytes),
+                _experts(store, source, share, layer),
+            )
             for layer in range(store.config.layers)
         ),
         final_norm_D=store.common("final_norm"),
-        vocabulary=_vocabulary(store, share.plan),
+        vocabulary=_vocabulary(store, source, share.plan),
     )
+    if copy is not None and copying_threads is not None:
+        copy.fill(copying_threads)
+    return weights
 
 
-def _attention(store: Store, share: Share, layer: int, cache_offset: int) -> AttentionLayer:
+def _attention(
+    store: Store, source: Store | PrivateCopy, share: Share, layer: int, cache_offset: int
+) -> AttentionLayer:
     config, manifest, plan = store.config, store.manifest, share.plan
     store.require("head", layer, plan.heads)
     store.require("kv_head", layer, plan.kv_heads)
     row_bytes = head_row_bytes(config, manifest.format, manifest.group_size)
-    heads = [store.unit("head", layer, head) for head in plan.heads]
-    kv_heads = [store.unit("kv_head", layer, head) for head in plan.kv_heads]
+    heads = [source.unit("head", layer, head) for head in plan.heads]
+    kv_heads = [source.unit("kv_head", layer, head) for head in plan.kv_heads]
     rows = [head[:row_bytes] for head in heads]
     rows += [kv_head[:row_bytes] for kv_head in kv_heads]
     rows += [kv_head[row_bytes:] for kv_head in kv_heads]
@@ -97,34 +113,35 @@ def _qkv_bias(store: Store, plan: Plan, name: str) -> Floats | None:
     return np.concatenate([bias[heads.start * head_dim : heads.stop * head_dim] for bias, heads in parts])
 
 
-def _experts(store: Store, share: Share, layer: int) -> ExpertsLayer:
+def _experts(store: Store, source: Store | PrivateCopy, share: Share, layer: int) -> ExpertsLayer:
     config, manifest = store.config, store.manifest
     experts = config.layer_experts(layer)
     chunks = chunks_per_expert(config, manifest.group_size, layer)
     owned = share.plan.owned_chunks(experts, chunks)
-    store.require("chunk", layer, range(experts * chunks) if owned is None else owned.tolist())
+    wanted = range(experts * chunks) if owned is None else owned.tolist()
+    store.require("chunk", layer, wanted)
     router = None
     if not config.is_dense(layer):
-        router = MatrixList([(store.common(f"layers.{layer}.router"), experts, 0)])
+        router = MatrixList([(source.common(f"layers.{layer}.router"), experts, 0)])
     return ExpertsLayer(
         share.sizes,
         layer,
         norm_D=store.common(f"layers.{layer}.mlp_norm"),
         router=router,
-        addresses=store.unit_addresses("chunk", layer),
+        addresses=source.chunk_addresses(layer, wanted),
         owned=owned,
         experts=experts,
         width=layer_chunk_width(config, manifest.group_size, layer),
     )
 
 
-def _vocabulary(store: Store, plan: Plan) -> MatrixList:
+def _vocabulary(store: Store, source: Store | PrivateCopy, plan: Plan) -> MatrixList:
     config, manifest = store.config, store.manifest
     store.require("vocabulary", 0, plan.vocabulary_blocks)
     matrices = []
     for place, block in enumerate(plan.vocabulary_blocks):
         rows = min(VOCABULARY_BLOCK, config.vocabulary - block * VOCABULARY_BLOCK)
         used_bytes = packed_bytes(manifest.format, rows, config.model_dim, manifest.group_size)
-        unit = store.unit("vocabulary", 0, block)[:used_bytes]  # the last block is padded
+        unit = source.unit("vocabulary", 0, block)[:used_bytes]  # the last block is padded
         matrices.append((unit, rows, place * VOCABULARY_BLOCK))
     return MatrixList(matrices)

@@ -166,6 +166,11 @@ class Store:
             self._addresses[name] = addresses
         return self._addresses[name]
 
+    def chunk_addresses(self, layer: int, wanted: Iterable[int]) -> npt.NDArray[np.uint64]:
+        """The addresses of a layer's chunks; those that are wanted are on this machine (see `require`)."""
+        del wanted
+        return self.unit_addresses("chunk", layer)
+
     def present_units(self, kind: UnitKind, layer: int) -> npt.NDArray[np.int64]:
         """The units of one kind in one layer that are on this machine, ascending."""
         return np.flatnonzero(self.unit_addresses(kind, layer))

@@ -181,3 +181,14 @@ def test_statistics_count_tokens_and_time(make_store, tiny_directory: Path, make
     assert statistics.decode_s > 0
     assert statistics.compute_s > 0
     assert (statistics.exchange_s, statistics.waiting_s, statistics.sent_bytes) == (0, 0, 0)
+
+
+def test_copied_weights_give_the_same_tokens(make_store, make_engine, tiny_directory: Path) -> None:
+    store = make_store(tiny_directory, "q4")
+    requests = [Request(random_ids(20, 300), 12, stop_ids=frozenset())]
+    mapped, copied = (make_engine(store, copy_weights=copies) for copies in (False, True))
+    assert copied.generate(requests)[0].ids == mapped.generate(requests)[0].ids
+    files = [range(file.address, file.address + file.file_bytes) for file in store._files.values()]
+    for engine, is_mapped in ((mapped, True), (copied, False)):
+        chunk = int(engine.model.weights.layers[0].experts.addresses[3])
+        assert any(chunk in file for file in files) == is_mapped

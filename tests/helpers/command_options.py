@@ -17,6 +17,7 @@ MODEL = ModelOptions(
     stall_timeout=60,
     start_timeout=60,
     scrub=False,
+    weights="mapped",
     verbose=0,
     log_file=None,
 )

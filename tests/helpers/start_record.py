@@ -16,6 +16,7 @@ RECORD = StartRecord(
     experts="auto",
     check="fast",
     scrub="off",
+    weights="mapped",
     isa="avx2",
     threads=4,
     available_bytes=17_300_000_000,

@@ -1,0 +1,68 @@
+"""Weights copied into private memory of huge pages, for machines where that streams faster than the mapped files."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_moe.kernels import ALIGNMENT
+from dist_moe.store.reader import Store
+from dist_moe.store.units import UnitKind
+
+_ARENA_BYTES = 256 << 20
+
+
+class PrivateCopy:
+    """Copies of what one rank reads. Views are handed out at once, but hold the weights only after `fill`."""
+
+    def __init__(self, store: Store) -> None:
+        """Nothing is copied yet."""
+        self._store = store
+        self._arenas: list[npt.NDArray[np.uint8]] = []
+        self._used_bytes = 0  # of the last arena
+        self._pending: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
+
+    def common(self, name: str) -> npt.NDArray[Any]:
+        """As Store.common."""
+        return self._copy(self._store.common(name))
+
+    def unit(self, kind: UnitKind, layer: int, index: int) -> npt.NDArray[np.uint8]:
+        """As Store.unit."""
+        return self._copy(self._store.unit(kind, layer, index))
+
+    def chunk_addresses(self, layer: int, wanted: Iterable[int]) -> npt.NDArray[np.uint64]:
+        """As Store.unit_addresses, but 0 for every chunk that is not wanted; valid as long as this object is."""
+        addresses = np.zeros_like(self._store.unit_addresses("chunk", layer))
+        for index in wanted:
+            addresses[index] = self.unit("chunk", layer, index).ctypes.data
+        return addresses
+
+    def fill(self, threads: int) -> None:
+        """Copy everything that was handed out."""
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda pair: np.copyto(*pair), self._pending))
+        self._pending.clear()
+
+    def _copy(self, source: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        copy = self._take(source.nbytes).view(source.dtype).reshape(source.shape)
+        self._pending.append((copy, source))
+        return copy
+
+    def _take(self, count: int) -> npt.NDArray[np.uint8]:
+        """So many bytes on a boundary of ALIGNMENT."""
+        if not self._arenas or self._used_bytes + count > len(self._arenas[-1]):
+            memory = mmap.mmap(-1, max(_ARENA_BYTES, count))
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):  # a kernel without them
+                    memory.madvise(mmap.MADV_HUGEPAGE)
+            self._arenas.append(np.frombuffer(memory, np.uint8))
+            self._used_bytes = 0
+        taken = self._arenas[-1][self._used_bytes : self._used_bytes + count]
+        self._used_bytes += -(-count // ALIGNMENT) * ALIGNMENT
+        return taken
