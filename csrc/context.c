@@ -23,6 +23,8 @@ void dm_context_destroy(dm_context *context) {
     free(context);
 }
 
+int dm_context_bind(dm_context *context, const int32_t *cores) { return dm_pool_bind(context->pool, cores); }
+
 const char *dm_context_isa(const dm_context *context) { return context->kernels->name; }
 
 size_t dm_context_threads(const dm_context *context) { return context->threads; }

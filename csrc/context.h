@@ -44,6 +44,8 @@ typedef void (*dm_range_task)(void *job, size_t first, size_t last, dm_worker *w
 /* spin: whether waiting threads spin before they sleep. NULL if memory or threads are lacking. */
 dm_pool *dm_pool_create(size_t threads, int spin);
 void dm_pool_destroy(dm_pool *pool);
+/* As dm_context_bind. */
+int dm_pool_bind(dm_pool *pool, const int32_t *cores);
 /* Runs task(job, i, worker) for all i < count and returns when all are done. Not reentrant. */
 void dm_pool_run(dm_pool *pool, dm_task task, void *job, size_t count);
 /* Runs the task over all of [0, units), cut into runs: large ones first, of at least `least` units at the end. */

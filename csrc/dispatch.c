@@ -6,6 +6,8 @@
 #include <sys/auxv.h>
 #endif
 
+#include "amx/permission.h"
+
 typedef struct level {
     const dm_kernels *kernels;
     int (*runs_here)(void);
@@ -36,12 +38,27 @@ static int has_avx512(void) {
 
 static int has_avx512vnni(void) { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
+#if defined(DM_BUILDS_AMX)
+static int has_amx(void) { return has_avx512vnni() && dm_amx_permitted(); }
+#endif
+
 static const level LADDER[] = {
-    {&dm_kernels_portable, always},           {&dm_kernels_avx2, has_avx2},
-    {&dm_kernels_avxvnni, has_avxvnni},       {&dm_kernels_avx512, has_avx512},
+    {&dm_kernels_portable, always},
+    {&dm_kernels_avx2, has_avx2},
+    {&dm_kernels_avxvnni, has_avxvnni},
+    {&dm_kernels_avx512, has_avx512},
     {&dm_kernels_avx512vnni, has_avx512vnni},
+#if defined(DM_BUILDS_AMX)
+    {&dm_kernels_amx, has_amx},
+#endif
 };
-static const char *const NAMES[] = {"portable", "avx2", "avxvnni", "avx512", "avx512vnni", NULL};
+static const char *const NAMES[] = {
+    "portable", "avx2", "avxvnni", "avx512", "avx512vnni",
+#if defined(DM_BUILDS_AMX)
+    "amx",
+#endif
+    NULL,
+};
 
 #else
 

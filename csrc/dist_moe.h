@@ -147,6 +147,9 @@ int dm_isa_available(const char *isa);
 /* isa = NULL takes the best available level. spin = 0 where threads share cores with others: waiting ones then sleep at
  * once. NULL if the level is not available or memory or threads are lacking. */
 dm_context *dm_context_create(const char *isa, size_t threads, int spin);
+/* Binds thread i to core cores[i]; thread 0 is the caller's, which gets its cores back when the context ends. Returns
+ * 0, or an error number; then nothing is bound. */
+int dm_context_bind(dm_context *context, const int32_t *cores);
 void dm_context_destroy(dm_context *context);
 const char *dm_context_isa(const dm_context *context);
 size_t dm_context_threads(const dm_context *context);

@@ -88,7 +88,7 @@ typedef struct dm_kernels {
     void (*attention_finish)(float *out_P, const float *state, size_t row, size_t rows, size_t P);
 
     int (*route)(int32_t *ids_K, float *weights_K, const float *logits_E, size_t E, size_t K, int norm_topk_prob,
-                 float *scratch_E);
+                 int32_t *scratch_E);
     /* One vocabulary block of n <= 128 logits. */
     int (*vocabulary)(float *max, float *sum, const float *logits_V, float temperature, size_t n);
     /* exp((x - max) / temperature). */
@@ -108,6 +108,7 @@ extern const dm_kernels dm_kernels_avx2;
 extern const dm_kernels dm_kernels_avxvnni;
 extern const dm_kernels dm_kernels_avx512;
 extern const dm_kernels dm_kernels_avx512vnni;
+extern const dm_kernels dm_kernels_amx;
 extern const dm_kernels dm_kernels_neon;
 extern const dm_kernels dm_kernels_neondot;
 extern const dm_kernels dm_kernels_neoni8mm;

@@ -31,6 +31,9 @@ struct dm_pool {
     size_t spins; /* pauses */
     pthread_t *handles;
     dm_worker *workers;
+    int bound;
+    pthread_t caller; /* while bound */
+    cpu_set_t before;
     _Alignas(LINE) _Atomic uint64_t ticket;
     _Atomic(dm_range_task) task;
     _Atomic(void *) job;
@@ -216,8 +219,35 @@ dm_pool *dm_pool_create(size_t threads, int spin) {
     return NULL;
 }
 
+static int bind_thread(pthread_t thread, int32_t core) {
+    cpu_set_t mask;
+    CPU_ZERO(&mask);
+    CPU_SET((size_t)core, &mask);
+    return pthread_setaffinity_np(thread, sizeof mask, &mask);
+}
+
+static void unbind(dm_pool *pool) {
+    for (size_t i = 0; pool->bound && i < pool->threads; i++) {
+        pthread_setaffinity_np(i == 0 ? pool->caller : pool->handles[i], sizeof pool->before, &pool->before);
+    }
+    pool->bound = 0;
+}
+
+int dm_pool_bind(dm_pool *pool, const int32_t *cores) {
+    int error = pool->bound ? 0 : pthread_getaffinity_np(pthread_self(), sizeof pool->before, &pool->before);
+    if (error != 0) return error;
+    pool->bound = 1;
+    pool->caller = pthread_self();
+    for (size_t i = 0; error == 0 && i < pool->threads; i++) {
+        error = bind_thread(i == 0 ? pool->caller : pool->handles[i], cores[i]);
+    }
+    if (error != 0) unbind(pool);
+    return error;
+}
+
 void dm_pool_destroy(dm_pool *pool) {
     if (pool == NULL) return;
+    unbind(pool);
     atomic_store(&pool->stop, 1);
     tell_news(pool);
     for (size_t i = 1; i <= pool->started; i++) pthread_join(pool->handles[i], NULL);

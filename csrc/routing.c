@@ -17,7 +17,7 @@ typedef struct route_job {
 
 static void route_item(void *argument, size_t item, dm_worker *worker) {
     const route_job *job = argument;
-    float *scratch_E = dm_scratch(worker, DM_SCRATCH_OUT, job->E * sizeof(float));
+    int32_t *scratch_E = dm_scratch(worker, DM_SCRATCH_OUT, job->E * sizeof(int32_t));
     size_t last = dm_item_first(item + 1, job->items, job->T);
     for (size_t t = dm_item_first(item, job->items, job->T); t < last; t++) {
         int kind = job->kernels->route(job->ids_TK + t * job->K, job->weights_TK + t * job->K,

@@ -19,35 +19,51 @@ DM_INLINE float softmax_sum(const float *x, float max, float temperature, size_t
 
 static float softmax_term(float x, float max, float temperature) { return exp_one((x - max) / temperature); }
 
-/* Dividing by 1 changes no bit, so routing shares the sampler's exp. A token with a fault gets weights 0. */
-static int route(int32_t *ids_K, float *weights_K, const float *logits_E, size_t E, size_t K, int norm_topk_prob,
-                 float *scratch_E) {
-    int bad = absmax_bits(logits_E, E) >= DM_INFINITY_BITS;
-    float max = -__builtin_inff();
-    for (size_t e = 0; e < E; e++) {
-        scratch_E[e] = logits_E[e] == logits_E[e] ? logits_E[e] : -__builtin_inff();
-        max = scratch_E[e] > max ? scratch_E[e] : max;
-    }
-    float total = softmax_sum(scratch_E, max, 1.0f, E);
-    float chosen_total = 0.0f;
-    for (size_t k = 0; k < K; k++) {
-        size_t best = E;
-        for (size_t e = 0; e < E; e++) {
-            int taken = 0;
-            for (size_t i = 0; i < k; i++) taken |= ids_K[i] == (int32_t)e;
-            if (!taken && (best == E || scratch_E[e] > scratch_E[best])) best = e;
-        }
-        ids_K[k] = (int32_t)best;
-        weights_K[k] = softmax_term(scratch_E[best], max, 1.0f) / total;
-        chosen_total += weights_K[k];
-    }
-    for (size_t k = 0; k < K; k++) {
-        if (bad)
-            weights_K[k] = 0.0f;
-        else if (norm_topk_prob)
-            weights_K[k] /= chosen_total;
-    }
-    return bad ? DM_FAULT_ROUTER : 0;
+/* A logit as an integer of the same order: NaN as -infinity, -0 as +0. */
+DM_INLINE int32_t rank_of(float logit) {
+    int32_t bits = (int32_t)f32_bits(logit == logit ? logit + 0.0f : -__builtin_inff());
+    return bits >= 0 ? bits : bits ^ 0x7fffffff;
 }
 
+#define TAKEN INT32_MIN /* below the rank of -infinity */
+
+/* The first place of the highest rank. */
+DM_INLINE size_t best_place(const int32_t *rank_E, size_t E) {
+    i32v best = {0};
+    best += TAKEN;
+    size_t e = 0;
+    for (; e + DM_LANES <= E; e += DM_LANES) {
+        i32v ranks;
+        __builtin_memcpy(&ranks, rank_E + e, sizeof ranks);
+        best = max_i32(best, ranks);
+    }
+    int32_t highest = highest_i32(best);
+    for (; e < E; e++) highest = rank_E[e] > highest ? rank_E[e] : highest;
+    e = 0;
+    while (rank_E[e] != highest) e++;
+    return e;
+}
+
+/* Dividing by 1 changes no bit, so routing shares the sampler's exp. A token with a fault gets weights 0. */
+static int route(int32_t *ids_K, float *weights_K, const float *logits_E, size_t E, size_t K, int norm_topk_prob,
+                 int32_t *scratch_E) {
+    int bad = absmax_bits(logits_E, E) >= DM_INFINITY_BITS;
+    for (size_t e = 0; e < E; e++) scratch_E[e] = rank_of(logits_E[e]);
+    for (size_t k = 0; k < K; k++) {
+        size_t best = best_place(scratch_E, E);
+        ids_K[k] = (int32_t)best;
+        weights_K[k] = 0.0f;
+        scratch_E[best] = TAKEN;
+    }
+    if (bad) return DM_FAULT_ROUTER;
+    float max = logits_E[ids_K[0]], total = softmax_sum(logits_E, max, 1.0f, E), chosen_total = 0.0f;
+    for (size_t k = 0; k < K; k++) {
+        weights_K[k] = softmax_term(logits_E[ids_K[k]], max, 1.0f) / total;
+        chosen_total += weights_K[k];
+    }
+    for (size_t k = 0; norm_topk_prob && k < K; k++) weights_K[k] /= chosen_total;
+    return 0;
+}
+
+#undef TAKEN
 #endif

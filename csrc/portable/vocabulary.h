@@ -2,9 +2,21 @@
 #ifndef DM_VOCABULARY_H
 #define DM_VOCABULARY_H
 
+/* The largest of n floats, NaN left out, +0 where it is -0; -infinity if there is none. */
+DM_INLINE float largest(const float *x, size_t n) {
+    f32v best = all_f32(-__builtin_inff());
+    size_t i = 0;
+    for (; i + DM_LANES <= n; i += DM_LANES) {
+        f32v next = load_f32(x + i);
+        best = select_f32(next > best, next, best);
+    }
+    float highest = highest_f32(best);
+    for (; i < n; i++) highest = x[i] > highest ? x[i] : highest;
+    return highest + 0.0f;
+}
+
 static int vocabulary(float *max, float *sum, const float *logits_V, float temperature, size_t n) {
-    float best = -__builtin_inff();
-    for (size_t i = 0; i < n; i++) best = logits_V[i] > best ? logits_V[i] : best;
+    float best = largest(logits_V, n);
     *max = best;
     *sum = n == 0 ? 0.0f : softmax_sum(logits_V, best, temperature, n);
     return absmax_bits(logits_V, n) >= DM_INFINITY_BITS ? DM_FAULT_LOGIT : 0;

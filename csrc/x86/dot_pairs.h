@@ -6,6 +6,13 @@
 #ifndef DM_X86_DOT_PAIRS_H
 #define DM_X86_DOT_PAIRS_H
 
+/* sum + weights * x, here and now: compilers would rather keep all products, far more than there are registers. */
+DM_INLINE i16v add_product(i16v sum, i32v weights, i32v x) {
+    sum += multiply_bytes(weights, x);
+    __asm__("" : "+v"(sum));
+    return sum;
+}
+
 DM_INLINE void dot_nibbles(i32v *dot, const group_weights *weights, const int8_t *q, const int32_t *start, size_t n,
                            size_t registers) {
     i16v sum[8 * DM_STRIP];
@@ -15,7 +22,8 @@ DM_INLINE void dot_nibbles(i32v *dot, const group_weights *weights, const int8_t
         for (size_t r = 0; r < registers; r++) weight[r] = four_weights(&weights[r], j, DM_Q4);
         for (size_t i = 0; i < n; i++) {
             i32v x = four_activations(q + DM_GROUP * i + 4 * j);
-            for (size_t r = 0; r < registers; r++) sum[i * registers + r] += multiply_bytes(weight[r], x);
+            for (size_t r = 0; r < registers; r++)
+                sum[i * registers + r] = add_product(sum[i * registers + r], weight[r], x);
         }
     }
     for (size_t i = 0; i < n * registers; i++) dot[i] = all_i32(start[i / registers]) + add_pairs(sum[i], 1);
@@ -35,8 +43,8 @@ DM_INLINE void dot_bytes_by_nibbles(i32v *dot, const group_weights *weights, con
         for (size_t i = 0; i < n; i++) {
             i32v x = four_activations(q + DM_GROUP * i + 4 * j);
             for (size_t r = 0; r < registers; r++) {
-                low_sum[i * registers + r] += multiply_bytes(low[r], x);
-                high_sum[i * registers + r] += multiply_bytes(high[r], x);
+                low_sum[i * registers + r] = add_product(low_sum[i * registers + r], low[r], x);
+                high_sum[i * registers + r] = add_product(high_sum[i * registers + r], high[r], x);
             }
         }
     }

@@ -70,7 +70,7 @@ def render(form: str, report: BenchReport, facts: Facts) -> str:
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue().rstrip("\n")
-    return "\n".join([*_table(rows), "", *_machine_lines(rows[0], report.limits)])
+    return "\n".join([*_table(rows), "", *_warnings(rows, report.limits), *_machine_lines(rows[0], report.limits)])
 
 
 def _row(timing: Timing, report: BenchReport, facts: Facts) -> Row:
@@ -94,6 +94,7 @@ def _row(timing: Timing, report: BenchReport, facts: Facts) -> Row:
         "bytes_per_step": round(total.bytes / steps),
         "operations_per_step": round((total.int8 + total.f32) / steps),
         "picked_experts": timing.picked_experts,
+        "disk_faults": timing.disk_faults,
         "read_share": total.bytes / seconds / machine.read,
         "compute_share": total.compute_seconds(machine) / seconds,
         "share": timing.share(machine),
@@ -148,24 +149,33 @@ def _table(rows: list[Row]) -> list[str]:
 
 def _machine_lines(row: Row, limits: Limits) -> list[str]:
     """What the shares refer to, and what is not in the table."""
-    lines = [
+    return [
         f"The machine reads {row['read_gb_s']:.1f} GB/s ({_way(limits.read)}; {_other(limits.other_read)}) and does "
         f"{row['int8_gops']:.0f} GOPS of bare int8 dot products ({row['f32_gops']:.0f} in f32; our matmul in the L1 "
         f"cache {row['matmul_gops']:.0f}).",
-    ]
-    if limits.read.bytes < 0.9 * limits.wanted_bytes * row["hosts"]:
-        lines.append(
-            f"Only {limits.read.bytes / 2**30:.2f} GiB could be read in a pass, of {limits.wanted_bytes / 2**30:.2f} "
-            "wanted per host: caches may have helped."
-        )
-    return [
-        *lines,
         "read: bytes that a step must touch / its time / that bandwidth; compute: its operations likewise; share: the "
         "least time of its phases, the larger of both in each, over the time measured (medians).",
         f"Weights loaded in {row['load_s'] * 1e3:.0f} ms; the first token of a prompt of {FIRST_PROMPT_TOKENS} "
         f"{row['first_token_s']:.2f} s after the process began; Python, calls and messages {row['overhead_ms']:.2f} ms "
-        "per decoded token (steps of a model of the same layers whose matrices are next to empty).",
+        "per decoded token (a step less its kernels, of a model of the same layers whose matrices are next to empty).",
     ]
+
+
+def _warnings(rows: list[Row], limits: Limits) -> list[str]:
+    """What a reader must know before believing the table."""
+    lines = []
+    if any(row["disk_faults"] for row in rows):
+        cases = ", ".join(f"{row['test']} {row['batch']} x {row['tokens']}" for row in rows if row["disk_faults"])
+        lines.append(
+            f"Weights were read from the disk while the clock ran ({cases}): the store is not, or does not fit, in the "
+            "page cache; repeat, or free memory."
+        )
+    if limits.read.bytes < 0.9 * limits.wanted_bytes * rows[0]["hosts"]:
+        lines.append(
+            f"The store is small: its {limits.read.bytes / 2**30:.2f} GiB were read again and again, as a run reads "
+            "them, from the caches where they hold it."
+        )
+    return lines
 
 
 def _way(speed: ReadSpeed) -> str:

@@ -23,7 +23,7 @@ from dist_moe.engine.startup import name_bus_errors
 from dist_moe.errors import DistMoeError
 from dist_moe.kernels import KvFormat
 from dist_moe.model_config import ModelConfig
-from dist_moe.parallel.cores import CoreShare, describe_cores, share_cores
+from dist_moe.parallel.cores import CoreShare, describe_cores, share_cores, thread_cores
 from dist_moe.parallel.cpu_limits import expected_threads
 from dist_moe.parallel.launcher import Launcher, detect_launcher
 from dist_moe.parallel.lifeline import start_deadline
@@ -155,6 +155,7 @@ def _start_engine(world: World, source: ModelSource, options: ModelOptions, core
         prefill_chunk=options.prefill_chunk,
         check=options.check,
         scrub=options.scrub,
+        bind=thread_cores(world, cores.threads),
     )
     here = f"{cores.threads} threads on {describe_cores(cores.mask)}"
     logger.info("model %s, %d ranks, %s, MPI %s", directory, world.size, here, world.library)

@@ -5,7 +5,6 @@ Every timed pass begins on all ranks together and lasts until the slowest is don
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from dist_moe.engine.available_memory import available_memory
 from dist_moe.engine.bench_overhead import overhead_seconds
 from dist_moe.kernels import NO_FAULT, KvFormat, WeightFormat, packed_bytes
 from dist_moe.model.step import Slice, Step
@@ -34,7 +34,7 @@ _FIRST_ROUNDS = 256
 _L1_BYTES = 32 << 10
 _TILE_ROWS, _GROUP = 32, 32  # of the matrix in L1
 _FILL_TOKENS = 256
-_FREE_LEFT_BYTES = 512 << 20  # what anonymous memory for reading leaves free
+_FREE_LEFT_BYTES = 1 << 30  # beside the store, which must stay in the page cache
 
 
 class Measurement(IntEnum):
@@ -47,7 +47,7 @@ class Measurement(IntEnum):
     F32 = 4  # -> [operations/s]
     MATMUL = 5  # -> [operations/s] of our own kernel in L1, in the store's format
     FILL = 6  # value: positions, name: sequence -> [0]; fills its KV cache with random numbers
-    OVERHEAD = 7  # value: steps -> [seconds per step] of a model of the same shape without work; rank 0's
+    OVERHEAD = 7  # value: steps -> [seconds per step beside the kernels], rank 0's
 
 
 def order_argument(what: Measurement, value: int = 0, name: int = 0) -> int:
@@ -90,11 +90,13 @@ class Measurer:
         return _part(_mapped(path), host_bytes, self._exchange.world)
 
     def _anonymous_bytes(self, host_bytes: int) -> Bytes:
-        """This rank's part of fresh memory, as much as wanted or as is free, none if less than the search needs."""
-        world = self._exchange.world
-        free = np.array([min(2**31 - 1, max(0, _free_bytes() - _FREE_LEFT_BYTES) >> 20)], dtype=np.int32)
-        self._exchange.min_faults(free)  # the least over ranks: each takes the same
-        size = min(host_bytes, int(free[0]) << 20) // world.local_size
+        """This rank's part of fresh memory, as much as the store leaves room for, none if the search needs more."""
+        world, store = self._exchange.world, self._model.weights.store
+        store_bytes = sum(entry.file_bytes for entry in store.manifest.files)
+        room_bytes = max(0, available_memory().available_bytes - store_bytes - _FREE_LEFT_BYTES)
+        room = np.array([min(2**31 - 1, room_bytes >> 20)], dtype=np.int32)
+        self._exchange.min_faults(room)  # the least over ranks: each takes the same
+        size = min(host_bytes, int(room[0]) << 20) // world.local_size
         return np.ones(size if size * world.local_size >= min(SEARCH_BYTES, host_bytes) else 0, np.uint8)
 
     def _read(self, data: Bytes, host_bytes: int) -> Figures:
@@ -220,13 +222,3 @@ def _part(data: Bytes, host_bytes: int, world: World) -> Bytes:
     size = min(len(data), host_bytes) // world.local_size
     first = size * world.local_rank // 4096 * 4096
     return data[first : first + size]
-
-
-def _free_bytes() -> int:
-    """Memory that nobody uses, not even the page cache, 0 where the system does not tell."""
-    gc.collect()
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemFree:")), 0)

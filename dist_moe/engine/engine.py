@@ -57,6 +57,8 @@ class Engine:
         self.is_leader = world.is_leader
         spin = may_spin(world, options.threads, os.environ)
         self.kernels = agreed(world, "start", lambda: Kernels(options.threads, options.isa, spin))
+        if options.bind is not None:
+            self.kernels.bind(options.bind)
         self._options = options
         self._step_tokens = max(options.prefill_chunk, MAX_LOGIT_ROWS)
         records = agree_on(world, own_record(store, self.kernels, world.library, options))

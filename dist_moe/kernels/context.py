@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TypeVar
 
@@ -55,6 +56,15 @@ class Context:
             raise EnvironmentMismatch(
                 f"cannot start {threads} threads for the {isa} kernels; lower --threads or free memory"
             )
+
+    def bind(self, cores: Sequence[int]) -> bool:
+        """Bind thread i to core cores[i] until `close`, the calling thread first; False if the system does not let us.
+
+        For jobs whose threads fill their cores: the scheduler else lets two of them share one core now and then.
+        """
+        if len(cores) != self.threads:
+            raise TypeError(f"{len(cores)} cores for {self.threads} threads")
+        return int(lib.dm_context_bind(self._context, ffi.new("int32_t[]", list(cores)))) == 0
 
     def close(self) -> None:
         """End the threads and free the scratch memory; every later call is refused."""

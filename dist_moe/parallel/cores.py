@@ -109,6 +109,37 @@ def may_spin(world: World, threads: int, environ: Mapping[str, str]) -> bool:
     return environ.get("DIST_MOE_YIELD") != "1" and fits
 
 
+def thread_cores(world: World, threads: int) -> tuple[int, ...] | None:
+    """A core for each of this rank's threads, if those of its host's ranks fill their cores; else None; collective.
+
+    Where cores are to spare, or threads share them, the scheduler places them better.
+    """
+    texts = world.gather_texts(json.dumps([sorted(own_cores()), threads]))
+    local = [json.loads(text) for text, node in zip(texts, world.node_of_rank, strict=True) if node == world.node]
+    places = place_threads([frozenset(mask) for mask, _ in local], [count for _, count in local])
+    return None if places is None else places[world.local_rank]
+
+
+def place_threads(masks: Sequence[Mask], threads: Sequence[int]) -> list[tuple[int, ...]] | None:
+    """A core of its own for every thread of one host's ranks, if that takes all of their cores; else None; pure.
+
+    Args:
+        masks: Each rank's affinity mask.
+        threads: Each rank's threads.
+
+    Returns:
+        Each rank's cores, ascending. Ranks of few cores choose first.
+    """
+    free = frozenset().union(*masks)
+    if sum(threads) != len(free):
+        return None
+    places: list[tuple[int, ...]] = [()] * len(masks)
+    for rank in sorted(range(len(masks)), key=lambda rank: len(masks[rank])):
+        places[rank] = tuple(sorted(masks[rank] & free)[: threads[rank]])
+        free -= frozenset(places[rank])
+    return places if not free else None
+
+
 def threads_fit(masks: Sequence[Mask], threads: Sequence[int], quota: int | None) -> bool:
     """Whether every thread of one host's ranks can have a core of its own; pure."""
     if sum(threads) > limited(len(frozenset().union(*masks)), quota):

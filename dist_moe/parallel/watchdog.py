@@ -195,6 +195,10 @@ class _Leader(_Watcher):
         if stall is not None:
             self._end(stall)
 
+    def _end(self, line: str = "") -> None:
+        self.leave()  # where ending takes long, the others must not miss this rank meanwhile
+        super()._end(line)
+
     def _lose(self, rank: int) -> None:
         """A connection broke: the rank is dead, or its host."""
         self._seen.pop(rank, None)

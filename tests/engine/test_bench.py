@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +14,11 @@ import pytest
 from dist_moe.checkpoint.hf_config import read_hf_config
 from dist_moe.engine.bench import Bench, BenchPlan, BenchReport, Case, Timing
 from dist_moe.engine.bench_bound import Machine, StepWork, Work, step_work
-from dist_moe.engine.bench_machine import FINALISTS, PASSES, Measurement, order_argument, read_speed
-from dist_moe.engine.bench_overhead import small_config
+from dist_moe.engine.bench_machine import FINALISTS, PASSES, Measurement, ReadSpeed, order_argument, read_speed
+from dist_moe.engine.bench_overhead import KernelClock, small_config
 from dist_moe.engine.engine import Engine, EngineOptions
 from dist_moe.errors import Interrupted
-from dist_moe.kernels import KvFormat, WeightFormat
+from dist_moe.kernels import Kernels, KvFormat, WeightFormat
 from dist_moe.model.step import Slice, Step
 from dist_moe.parallel.world import World
 from dist_moe.store.plan import StoreOptions
@@ -133,12 +135,33 @@ def test_a_host_reads_as_fast_as_its_slowest_rank() -> None:
     assert read_speed(figures_Wn, (0, 0, 1), "memory").rate == 0.0
 
 
+def test_a_small_piece_of_memory_proves_nothing(make_engine: MakeEngine, store: Store) -> None:
+    bench = Bench(make_engine(store), replace(PLAN, read_bytes=1000), lambda _: None, lambda: False)
+    slow, fast = (ReadSpeed(rate, "store", 100, 1, 0) for rate in (4.0, 5.0))
+    little, enough = (ReadSpeed(9.0, "memory", size, 1, 0) for size in (800, 1000))
+    assert bench._better(slow, little, fast, little) == (fast, little)
+    assert bench._better(fast, enough, slow, little) == (enough, fast)
+
+
 def test_the_overhead_is_that_of_the_same_layers_and_experts(store: Store) -> None:
     config = store.config
     small = small_config(config)
     for name in ("layers", "heads", "kv_heads", "experts", "experts_per_token", "dense_layers"):
         assert getattr(small, name) == getattr(config, name)
     assert (small.model_dim, small.expert_hidden, small.dense_hidden) == (32, 32, 32)
+
+
+def test_the_clock_of_kernels_counts_them_alone() -> None:
+    x_TD = np.ones((64, 512), np.float32)
+    with Kernels(1) as kernels:
+        with KernelClock() as clock:
+            time.sleep(0.01)
+        assert clock.seconds == 0.0
+        with KernelClock() as clock:
+            kernels.rmsnorm(x_TD, x_TD, np.ones(512, np.float32), 1e-6)
+            time.sleep(0.2)
+        assert 0.0 < clock.seconds < 0.2
+    assert sys.getprofile() is None
 
 
 # ---- a session ----

@@ -192,7 +192,7 @@ def test_expert_bits_batches_and_partitions(portable, kernels, bench, same_bits,
 @pytest.mark.parametrize("T", [130, 70])  # sums beyond a core's cache, sums within it
 def test_uneven_experts_and_many_tokens(portable, kernels, bench, same_bits, fmt, T):
     """Chunks of 1 to 130 tokens, in any order and taken more than once; rows that do not follow each other."""
-    D, width = 1040, 32
+    D, width = 2064, 32
     case = Experts(bench, portable, fmt, 32, T, D, width, chunks=6)
     for c, count in enumerate((T, 1, 63, 64, 65, 0)):
         case.tokens[c] = np.sort(bench.rng.permutation(T)[:count])
@@ -206,7 +206,7 @@ def test_uneven_experts_and_many_tokens(portable, kernels, bench, same_bits, fmt
 def test_hidden_units_beyond_one_batch(kernels, portable, bench, same_bits):
     """Many tokens of many chunks: their hidden units are kept a few megabytes at a time."""
     repeats = 9
-    case = Experts(bench, portable, WeightFormat.F32, 0, 1040, 130, 128, chunks=1)
+    case = Experts(bench, portable, WeightFormat.F32, 0, 4160, 66, 32, chunks=1)
     many_TD = case.sums(kernels, [0] * repeats)
     same_bits(many_TD, case.sums(kernels) * repeats)
 

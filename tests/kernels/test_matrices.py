@@ -63,6 +63,17 @@ def test_matmul_bits_and_batches(portable, kernels, bench, same_bits, fmt, group
         same_bits(matmul(kernels, bench, packed, (R, C), alone, fmt, group)[0], together_TR[t])
 
 
+@pytest.mark.parametrize(("fmt", "group"), [(WeightFormat.Q8, 0), (WeightFormat.Q4, 32), (WeightFormat.Q4, 64)])
+def test_any_number_of_tokens(portable, kernels, bench, same_bits, fmt, group):
+    shape = (37, 544)  # 17 groups: strips of groups begin and end inside a tile of rows
+    packed = bench.packed(portable, bench.floats(*shape), fmt, group)
+    x_TC = bench.floats(70, shape[1])
+    everything_TR = matmul(portable, bench, packed, shape, bench.operand(portable, x_TC, True), fmt, group)
+    for T in range(1, 71):
+        operand = bench.operand(kernels, x_TC[:T], True)
+        same_bits(matmul(kernels, bench, packed, shape, operand, fmt, group), everything_TR[:T])
+
+
 @pytest.mark.parametrize("fmt", list(WeightFormat))
 def test_matrices_fill_their_columns_and_no_others(portable, kernels, bench, same_bits, fmt):
     shapes = [(17, 64), (32, 64), (1, 64), (40, 64)]

@@ -16,7 +16,7 @@ from helpers.launching import flavour
 pytestmark = pytest.mark.faults
 
 RANKS = 4
-JOBS_AT_A_TIME = 4
+JOBS_AT_A_TIME = 3
 STALL_S = 3
 START_S = 5
 # Generous: the machine may be busy. A job that hangs would take for ever.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.parallel.cores import CoreShare, describe_cores, divide, threads_fit
+from dist_moe.parallel.cores import CoreShare, describe_cores, divide, place_threads, threads_fit
 from dist_moe.parallel.cpu_limits import cpuset_cores, expected_cores, launcher_cores, own_cores, quota_cores
 from dist_moe.parallel.launcher import Launcher
 
@@ -128,3 +128,19 @@ def test_looking_at_the_cpuset_changes_no_mask() -> None:
         assert expected_cores(Launcher()) == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize(
+    ("masks", "threads", "places"),
+    [
+        ([cores(0, 1)], [2], [(0, 1)]),
+        ([cores(0, 1)] * 2, [1, 1], [(0,), (1,)]),
+        ([cores(0, 1, 2, 3), cores(0, 1)], [2, 2], [(2, 3), (0, 1)]),
+        ([cores(4, 5), cores(6, 7)], [2, 2], [(4, 5), (6, 7)]),
+        ([cores(0, 1)] * 2, [2, 2], None),  # crowded
+        ([cores(0, 1, 2, 3)], [2], None),  # cores to spare
+        ([cores(0), cores(0, 1, 2)], [2, 1], None),
+    ],
+)
+def test_threads_that_fill_their_cores_get_one_each(masks, threads, places) -> None:
+    assert place_threads(masks, threads) == places
