@@ -100,7 +100,7 @@ static void widen_values_q8(float *panel, const uint8_t *values, const uint8_t *
     for (size_t j = 0; j < DM_BLOCK_POSITIONS; j++) {
         fetch_ahead(ahead + j * row_bytes, row_bytes);
         for (size_t p = 0; p < P; p += DM_LANES) {
-            store_f32_part(panel + j * P + p, value_q8(values, j, p, DM_LANES, P), P - p);
+            store_f32_part(panel + j * P + p, value_q8(values, j, p, 0, DM_LANES, P), P - p);
         }
     }
 }
@@ -141,6 +141,8 @@ static void values_f16(block_work *work, float *o_RP) {
 }
 static void values_q8(block_work *work, float *o_RP) {
     if (work->rows <= FEW_ROWS) {
+        const size_t P = work->tile->P, q_bytes = DM_BLOCK_POSITIONS * dm_round_up(P, DM_GROUP);
+        fetch_ahead(work->ahead_values + q_bytes, q_bytes / DM_GROUP * sizeof(float));
         all_values(work, o_RP, value_q8, sizeof(int8_t));
         return;
     }
@@ -175,7 +177,7 @@ DM_INLINE void attend(float *state, float *triples, const dm_attention_tile *til
         work.merges = triples == NULL && b > 0;
         float *to = triples == NULL ? state : triples + (b - first) * dm_triple_floats(rows, tile->P);
         scores(&work);
-        for (size_t row = 0; row < rows; row++) row_weights(&work, row);
+        all_weights(&work);
         if (work.merges) {
             merge_sums(&work, to, to + R);
         } else {

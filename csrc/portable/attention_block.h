@@ -72,40 +72,42 @@ static void scores_q8(block_work *work) {
     }
 }
 
-/* The scaled scores of the positions that count; -infinity behind them. */
-DM_INLINE f32v scaled_score(const float *score, size_t i, size_t count, float scale) {
-    const f32v scaled = load_f32(score + i) * scale;
-    if (i + DM_LANES <= count) return scaled;
-    const int32_t present = (int32_t)(i < count ? count - i : 0);
-    return select_f32(lane_numbers() < present, scaled, all_f32(-__builtin_inff()));
+/* Of a register of positions from `first` on, those that count; `other` in the place of the rest. */
+DM_INLINE f32v masked(f32v x, size_t first, size_t count, float other) {
+    const int32_t present = (int32_t)(first < count ? count - first : 0);
+    return select_f32(lane_numbers() < present, x, all_f32(other));
 }
 
 /* One row: p = exp(s - m) in place of the scores, its maximum m and 16-lane sum l. */
-static void row_weights(const block_work *work, size_t row) {
-    const size_t count = row_count(work, row), whole = dm_round_up(count, 16);
+DM_INLINE void weigh_row(const block_work *work, size_t row, size_t count) {
+    enum { REGISTERS = DM_BLOCK_POSITIONS / DM_LANES };
     float *score = work->score + row * DM_BLOCK_POSITIONS;
-    f32v best = all_f32(-__builtin_inff());
-    for (size_t i = 0; i < whole; i += DM_LANES) {
-        const f32v scaled = scaled_score(score, i, count, work->tile->score_scale);
-        store_f32(score + i, scaled);
-        best = max_f32(best, scaled);
+    f32v weight[REGISTERS], best = all_f32(-__builtin_inff());
+    for (size_t i = 0; i < REGISTERS; i++) {
+        weight[i] = load_f32(score + i * DM_LANES) * work->tile->score_scale;
+        if (count < DM_BLOCK_POSITIONS) weight[i] = masked(weight[i], i * DM_LANES, count, -__builtin_inff());
+        best = max_f32(best, weight[i]);
     }
     const float m = highest_f32(best);
     f32x16 sum = zero_f32x16();
-    for (size_t first = 0; first < whole; first += 16) {
-        for (size_t part = 0; part < DM_PARTS; part++) {
-            const size_t i = first + part * DM_LANES;
-            f32v weight = exp_f32(load_f32(score + i) - m);
-            if (i + DM_LANES > count) {
-                const int32_t present = (int32_t)(i < count ? count - i : 0);
-                weight = select_f32(lane_numbers() < present, weight, (f32v){0});
-            }
-            store_f32(score + i, weight);
-            sum.part[part] += weight;
-        }
+    for (size_t i = 0; i < REGISTERS; i++) {
+        weight[i] = exp_f32(weight[i] - m);
+        if (count < DM_BLOCK_POSITIONS) weight[i] = masked(weight[i], i * DM_LANES, count, 0.0f);
+        store_f32(score + i * DM_LANES, weight[i]);
+        sum.part[i % DM_PARTS] += weight[i];
     }
     work->m[row] = m;
     work->l[row] = sum_tree(sum);
+}
+
+static void all_weights(const block_work *work) {
+    for (size_t row = 0; row < work->rows; row++) {
+        const size_t count = row_count(work, row);
+        if (count == DM_BLOCK_POSITIONS)
+            weigh_row(work, row, DM_BLOCK_POSITIONS);
+        else
+            weigh_row(work, row, count);
+    }
 }
 
 /* The state's m and l take in the block's; alpha and beta of every row are kept for o. */

@@ -19,10 +19,19 @@ static int query_q8(void *queries, const float *q_P, size_t row, size_t R, size_
     return bad ? DM_FAULT_QUANTIZER : 0;
 }
 
-/* even and odd bytes of 4 dims times a query's two pairs: 2 * 127 * 127 fits int16. A level may do better. */
-#ifndef DM_HAS_PAIR_SUMS
-DM_INLINE i32v pair_sums(i16v even, i16v odd, const uint32_t *pairs) {
-    return sum_pairs(even * all_pairs(pairs[0]) + odd * all_pairs(pairs[1]));
+/* dot[r] = sum over 32 dims of key * query r. Levels with pair_sums (dot.h) have it faster than dot_bytes. */
+#ifdef DM_HAS_PAIR_SUMS
+DM_INLINE void dot_key_group(i32v *dot, const uint8_t *vectors, const uint32_t *pairs, size_t rows) {
+    for (size_t r = 0; r < rows; r++) dot[r] = (i32v){0};
+    for (size_t j = 0; j < 8; j++) {
+        const i16v keys = (i16v)load_bytes(vectors + 64 * j);
+        const i16v even = even_bytes(keys), odd = odd_bytes(keys);
+        for (size_t r = 0; r < rows; r++) dot[r] += pair_sums(even, odd, pairs + 16 * r + 2 * j);
+    }
+}
+#else
+DM_INLINE void dot_key_group(i32v *dot, const uint8_t *vectors, const uint32_t *pairs, size_t rows) {
+    dot_bytes(dot, vectors, pairs, 16, rows, 0);
 }
 #endif
 
@@ -40,12 +49,7 @@ DM_INLINE void dot_keys(float *score, const void *queries, size_t row, size_t R,
             const uint8_t *vectors = tile + g * DM_KEY_GROUP_BYTES;
             if (part == 0 && row == 0) fetch_ahead(ahead + g * DM_KEY_GROUP_BYTES, DM_KEY_GROUP_BYTES);
             i32v dot[DM_PRODUCT_ROWS];
-            for (size_t r = 0; r < rows; r++) dot[r] = (i32v){0};
-            for (size_t j = 0; j < 8; j++) {
-                const i16v keys = (i16v)load_bytes(vectors + 64 * j + 4 * part);
-                const i16v even = even_bytes(keys), odd = odd_bytes(keys);
-                for (size_t r = 0; r < rows; r++) dot[r] += pair_sums(even, odd, pairs + 16 * r + 2 * j);
-            }
+            dot_key_group(dot, vectors + 4 * part, pairs, rows);
             const f32v key_scale = load_f32((const float *)(vectors + 512) + part);
             for (size_t r = 0; r < rows; r++) {
                 const f32v factor = key_scale * all_f32(scale[r]);

@@ -13,42 +13,44 @@
 #define DM_PRODUCT_WIDTH(rows) \
     (DM_PRODUCT_SUMS / (rows) * DM_LANES < 64 ? DM_PRODUCT_SUMS / (rows) : (size_t)64 / DM_LANES)
 
-/* Columns [c, c + n) of row k, n <= DM_LANES of them present; column c of K is position c of the block. */
-typedef f32v (*column_loader)(const void *b, size_t k, size_t c, size_t n, size_t P);
+/* Register i behind column c of row k, n <= DM_LANES columns of it present; column c of K is position c of the block. A
+ * multiple of the registers' columns stands at c. */
+typedef f32v (*column_loader)(const void *b, size_t k, size_t c, size_t i, size_t n, size_t P);
 
 DM_INLINE size_t key_element(size_t p, size_t position, size_t P) {
     return (position / 16 * P + p) * 16 + position % 16;
 }
 
-DM_INLINE f32v key_f32(const void *keys, size_t p, size_t position, size_t n, size_t P) {
+DM_INLINE f32v key_f32(const void *keys, size_t p, size_t position, size_t i, size_t n, size_t P) {
     (void)n;
-    return load_f32((const float *)keys + key_element(p, position, P));
+    return load_f32((const float *)keys + key_element(p, position + i * DM_LANES, P));
 }
 
-DM_INLINE f32v key_f16(const void *keys, size_t p, size_t position, size_t n, size_t P) {
+DM_INLINE f32v key_f16(const void *keys, size_t p, size_t position, size_t i, size_t n, size_t P) {
     (void)n;
-    return widen_f16((const uint16_t *)keys + key_element(p, position, P));
+    return widen_f16((const uint16_t *)keys + key_element(p, position + i * DM_LANES, P));
 }
 
-DM_INLINE f32v value_f32(const void *values, size_t j, size_t p, size_t n, size_t P) {
-    return load_f32_part((const float *)values + j * P + p, n);
+DM_INLINE f32v value_f32(const void *values, size_t j, size_t p, size_t i, size_t n, size_t P) {
+    return load_f32_part((const float *)values + j * P + p + i * DM_LANES, n);
 }
 
-DM_INLINE f32v value_f16(const void *values, size_t j, size_t p, size_t n, size_t P) {
-    const uint16_t *value = (const uint16_t *)values + j * P + p;
+DM_INLINE f32v value_f16(const void *values, size_t j, size_t p, size_t i, size_t n, size_t P) {
+    const uint16_t *value = (const uint16_t *)values + j * P + p + i * DM_LANES;
     if (n >= DM_LANES) return widen_f16(value);
     uint16_t part[DM_LANES] = {0};
-    for (size_t i = 0; i < n; i++) part[i] = value[i];
+    for (size_t at = 0; at < n; at++) part[at] = value[at];
     return widen_f16(part);
 }
 
-/* Rows of int8 are padded to 32, so a whole register can be read. */
-DM_INLINE f32v value_q8(const void *values, size_t j, size_t p, size_t n, size_t P) {
+/* Rows of int8 are padded to 32, so a whole register can be read. Registers within 32 dims share a scale. */
+DM_INLINE f32v value_q8(const void *values, size_t j, size_t p, size_t i, size_t n, size_t P) {
     (void)n;
     const size_t groups = dm_divide_up(P, DM_GROUP);
-    const int8_t *q = (const int8_t *)values + j * groups * DM_GROUP + p;
+    const int8_t *q = (const int8_t *)values + j * groups * DM_GROUP + p + i * DM_LANES;
     const float *scale = (const float *)((const uint8_t *)values + DM_BLOCK_POSITIONS * groups * DM_GROUP);
-    return all_f32(scale[j * groups + p / DM_GROUP]) * __builtin_convertvector(load_i8(q), f32v);
+    const size_t group = p / DM_GROUP + i * DM_LANES / DM_GROUP;
+    return all_f32(scale[j * groups + group]) * __builtin_convertvector(load_i8(q), f32v);
 }
 
 /* Asks for the lines of [from, from + bytes). */
@@ -64,7 +66,7 @@ DM_INLINE void add_products(f32v *sum, const float *a, size_t a_stride, const vo
                             column_loader load) {
     for (size_t k = first; k < last; k++) {
         f32v column[16];
-        for (size_t i = 0; i < width; i++) column[i] = load(b, k, c + i * DM_LANES, n, P);
+        for (size_t i = 0; i < width; i++) column[i] = load(b, k, c, i, n, P);
         fetch_ahead(ahead + k * bytes, bytes);
         for (size_t r = 0; r < rows; r++) {
             const f32v factor = all_f32(a[r * a_stride + k - first]);
