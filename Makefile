@@ -29,7 +29,7 @@ NEON_HERE := $(and $(NEON_CC_HERE),$(shell command -v $(NEON_RUN)))
 help:
 	@echo "make demo   set everything up and tell a story on four ranks"
 	@echo "make test   set everything up and run every test, under MPICH and Open MPI"
-	@echo "make test-faults  kill 200 jobs at random moments, under both MPIs (half an hour)"
+	@echo "make test-faults  kill, stop and interrupt jobs, then kill 200 at random, under both MPIs (half an hour)"
 	@echo "make test-neon    the AArch64 kernels under qemu, against the bits of this machine"
 	@echo "make lint   ruff, mypy, clang-format, codespell, and the C compiler with -Werror"
 	@echo "make wheel  build dist/*.whl, which runs without a compiler"
