@@ -16,7 +16,7 @@ CFLAGS_NUMERICS := -ffp-contract=off -fno-fast-math -fno-associative-math -fno-r
 CFLAGS_DRIVER := -std=c11 -O3 -Wall -Wextra -Werror -Wno-psabi -pthread $(CFLAGS_NUMERICS)
 CFLAGS_SANITIZE := -std=c11 -O1 -g -Wall -Wextra -Werror -Wno-psabi -pthread \
                    -fsanitize=address,undefined -fno-sanitize-recover=all $(CFLAGS_NUMERICS)
-DRIVER_SOURCES := csrc/*.c csrc/*/level.c csrc/tests/*.c
+DRIVER_SOURCES := csrc/*.c csrc/*/level.c csrc/amx/permission.c csrc/tests/*.c
 
 # The AArch64 kernels on an x86 machine. On an AArch64 machine `make test-sanitize` runs them.
 NEON_CC := aarch64-linux-gnu-gcc

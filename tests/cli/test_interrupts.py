@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -77,6 +79,15 @@ stick()
 """
 
 
+def wait_until_asleep(pid: int) -> None:
+    """Until the main thread has slept for a while: it is inside the second lock, not before it."""
+    asleep = 0
+    while asleep < 20:
+        state = Path(f"/proc/{pid}/task/{pid}/stat").read_text().rsplit(") ")[1][0]
+        asleep = asleep + 1 if state == "S" else 0
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize(("where", "needed"), [("in a step", 2), ("at the start", 1)])
 def test_a_main_thread_that_is_stuck_in_c_is_ended_from_another(where: str, needed: int) -> None:
     process = subprocess.Popen(
@@ -89,6 +100,7 @@ def test_a_main_thread_that_is_stuck_in_c_is_ended_from_another(where: str, need
     try:
         assert process.stdout is not None
         assert [process.stdout.readline() for _ in range(2)] == ["locks\n"] * 2
+        wait_until_asleep(process.pid)
         for _ in range(needed - 1):
             process.send_signal(signal.SIGINT)
             with pytest.raises(subprocess.TimeoutExpired):
