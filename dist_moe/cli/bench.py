@@ -20,7 +20,7 @@ from dist_moe.cli.models import ModelSource, find_model, synthetic_source
 from dist_moe.cli.options import BenchOptions, model_options
 from dist_moe.cli.values import Number, OneOf, PathName, Whole, WholeList, numbers
 from dist_moe.engine.bench import LARGEST_SHARE, Bench, BenchPlan, BenchReport, Case
-from dist_moe.engine.engine import Engine
+from dist_moe.engine.runtime import Runtime
 from dist_moe.errors import BoundError, UsageError
 from dist_moe.kernels import BLOCK_POSITIONS, KvFormat, WeightFormat
 from dist_moe.model_config import ModelConfig, round_up
@@ -44,7 +44,7 @@ class BenchTask:
         """Positions of all sequences of the largest case together."""
         return max(case.batch * round_up(case.depth + case.tokens, BLOCK_POSITIONS) for case in self.plan.cases)
 
-    def lead(self, engine: Engine) -> None:
+    def lead(self, engine: Runtime) -> None:
         """Measure and print.
 
         Raises:

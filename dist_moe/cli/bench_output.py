@@ -11,7 +11,7 @@ from typing import Any
 
 from dist_moe.engine.bench import FIRST_PROMPT_TOKENS, BenchPlan, BenchReport, Limits, Timing
 from dist_moe.engine.bench_machine import ReadSpeed
-from dist_moe.engine.engine import Engine
+from dist_moe.engine.runtime import Runtime
 
 Row = dict[str, Any]
 
@@ -33,7 +33,7 @@ class Facts:
     start_s: float  # of the process until the model was opened
 
     @classmethod
-    def of(cls, engine: Engine, plan: BenchPlan, start_s: float) -> Facts:
+    def of(cls, engine: Runtime, plan: BenchPlan, start_s: float) -> Facts:
         """Ask an engine."""
         manifest, world = engine.model.weights.store.manifest, engine.model.exchange.world
         return cls(

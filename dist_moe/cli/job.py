@@ -18,7 +18,7 @@ from dist_moe.cli.models import ModelSource, find_model, local_store
 from dist_moe.cli.options import ModelOptions
 from dist_moe.cli.threads_file import read_threads_file, threads_of_host
 from dist_moe.engine.agreement import agree_on_versions
-from dist_moe.engine.engine import Engine, EngineOptions
+from dist_moe.engine.runtime import EngineOptions, Runtime
 from dist_moe.engine.startup import name_bus_errors
 from dist_moe.errors import DistMoeError
 from dist_moe.kernels import KvFormat
@@ -48,7 +48,7 @@ class Task(Protocol):
     def context(self) -> int:
         """Positions that a sequence needs at most."""
 
-    def lead(self, engine: Engine) -> None:
+    def lead(self, engine: Runtime) -> None:
         """Do it; the other ranks serve meanwhile."""
 
 
@@ -142,7 +142,7 @@ def _share_cores(world: World, launcher: Launcher, options: ModelOptions) -> Cor
     return share_cores(world, launcher, options.bind, threads_of_host(table, world.hostname) or options.threads)
 
 
-def _start_engine(world: World, source: ModelSource, options: ModelOptions, cores: CoreShare, context: int) -> Engine:
+def _start_engine(world: World, source: ModelSource, options: ModelOptions, cores: CoreShare, context: int) -> Runtime:
     directory = local_store(world, source, full_check=options.check == "full")
     opening_since_s = time.perf_counter()
     with world.progress.loading(), world.together("opening the store"):
@@ -161,10 +161,10 @@ def _start_engine(world: World, source: ModelSource, options: ModelOptions, core
     here = f"{cores.threads} threads on {describe_cores(cores.mask)}"
     logger.info("model %s, %d ranks, %s, MPI %s", directory, world.size, here, world.library)
     with world.progress.loading():
-        return Engine(store, world, engine_options, opening_since_s)
+        return Runtime(store, world, engine_options, opening_since_s)
 
 
-def _lead(engine: Engine, task: Task | None) -> None:
+def _lead(engine: Runtime, task: Task | None) -> None:
     assert task is not None
     try:
         task.lead(engine)

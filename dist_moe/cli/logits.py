@@ -17,7 +17,7 @@ from dist_moe.cli.options import LogitsOptions, model_options
 from dist_moe.cli.prompt import require_room
 from dist_moe.cli.token_ids import read_ids, require_ids
 from dist_moe.cli.values import PathName
-from dist_moe.engine.engine import Engine
+from dist_moe.engine.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class LogitsTask:
         """One position per token."""
         return len(self.ids)
 
-    def lead(self, engine: Engine) -> None:
+    def lead(self, engine: Runtime) -> None:
         """Stream the rows to the file."""
         with NpyRows(self.output, engine.config.vocabulary) as rows:
             engine.logits(self.ids, rows.append, self.interrupted)

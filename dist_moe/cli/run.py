@@ -21,8 +21,8 @@ from dist_moe.cli.output import Output
 from dist_moe.cli.prompt import Prompt, read_prompt, read_tokenizer, require_room
 from dist_moe.cli.sampling import advised_values
 from dist_moe.cli.sampling import sampling_options as chosen_sampling
-from dist_moe.engine.engine import Engine
 from dist_moe.engine.request import Completion, Request
+from dist_moe.engine.runtime import Runtime
 from dist_moe.errors import Interrupted, StoreError, UsageError
 from dist_moe.text.generation_config import read_generation_config
 from dist_moe.text.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ class RunTask:
     logits: Path | None
     interrupted: Callable[[], bool]
 
-    def lead(self, engine: Engine) -> None:
+    def lead(self, engine: Runtime) -> None:
         """Generate, print, and write the logits.
 
         Raises:
@@ -61,7 +61,7 @@ class RunTask:
                 "the weights are damaged (see dist-moe inspect --verify) or this text overflows the model"
             )
 
-    def _generate(self, engine: Engine) -> Completion:
+    def _generate(self, engine: Runtime) -> Completion:
         with ExitStack() as stack:
             request = self.request
             if self.logits is not None:

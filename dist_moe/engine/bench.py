@@ -17,8 +17,8 @@ import numpy as np
 
 from dist_moe.engine.bench_bound import Machine, StepWork, Work, step_work
 from dist_moe.engine.bench_machine import Measurement, ReadSpeed, order_argument, read_speed
-from dist_moe.engine.engine import Engine
 from dist_moe.engine.request import SamplingOptions, describe_fault
+from dist_moe.engine.runtime import Runtime
 from dist_moe.engine.sampling import draw_token
 from dist_moe.errors import DistMoeError, Interrupted
 from dist_moe.kernels import NO_FAULT, KvFormat
@@ -112,7 +112,7 @@ class BenchReport:
 class Bench:
     """One measuring session on rank 0; the other ranks serve."""
 
-    def __init__(self, engine: Engine, plan: BenchPlan, shown: Shown, interrupted: Callable[[], bool]) -> None:
+    def __init__(self, engine: Runtime, plan: BenchPlan, shown: Shown, interrupted: Callable[[], bool]) -> None:
         """Prepare.
 
         Args:
@@ -136,7 +136,7 @@ class Bench:
         Raises:
             Interrupted: `interrupted` said so.
             DistMoeError: The model's numbers overflowed.
-            AgreedError: As `Engine.generate`.
+            AgreedError: As `Runtime.generate`.
         """
         self._shown("the first token")
         first_step_s = self._time(self._prefill_steps(FIRST_PROMPT_TOKENS))

@@ -10,7 +10,7 @@ import pytest
 
 from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.demo import demo_model_directory
-from dist_moe.engine.engine import Engine, EngineOptions
+from dist_moe.engine.runtime import EngineOptions, Runtime
 from dist_moe.kernels import WeightFormat
 from dist_moe.parallel.world import World
 from dist_moe.store.convert import convert
@@ -19,7 +19,7 @@ from dist_moe.store.reader import Store
 from helpers.tiny_model import TinyModel
 
 MakeStore = Callable[..., Store]
-MakeEngine = Callable[..., Engine]
+MakeRuntime = Callable[..., Runtime]
 
 
 def ignore_progress(done_bytes: int, total_bytes: int, what: str) -> None:
@@ -56,12 +56,12 @@ def demo_store(make_store: MakeStore) -> Store:
 
 
 @pytest.fixture
-def make_engine() -> Iterator[MakeEngine]:
+def make_engine() -> Iterator[MakeRuntime]:
     """make_engine(store, **options): an engine on one rank, closed after the test."""
     with ExitStack() as stack:
 
-        def make(store: Store, **options: object) -> Engine:
-            engine = Engine(store, World(), EngineOptions(**{"context": 512, **options}))
+        def make(store: Store, **options: object) -> Runtime:
+            engine = Runtime(store, World(), EngineOptions(**{"context": 512, **options}))
             stack.callback(engine.kernels.close)
             return engine
 

@@ -11,7 +11,7 @@ import pytest
 
 from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.engine import verification
-from dist_moe.engine.engine import Engine, EngineOptions
+from dist_moe.engine.runtime import EngineOptions, Runtime
 from dist_moe.engine.verification import verify_together
 from dist_moe.kernels import Kernels, KvFormat, WeightFormat
 from dist_moe.parallel.world import AgreedError, World
@@ -77,13 +77,13 @@ def others(world: World) -> None:
 def test_other_options_on_a_rank(world: World, directory: Path) -> None:
     store = Store.open(directory)
     options = replace(OPTIONS, kv=KvFormat.Q8) if last(world) else OPTIONS
-    expect_table(world, refused(world, lambda: Engine(store, world, options)), "KV")
+    expect_table(world, refused(world, lambda: Runtime(store, world, options)), "KV")
 
 
 @pytest.mark.usefixtures("others")
 def test_another_store_on_a_rank(world: World, directory: Path) -> None:
     store = Store.open(directory.with_name("other") if last(world) else directory)
-    error = refused(world, lambda: Engine(store, world, OPTIONS))
+    error = refused(world, lambda: Runtime(store, world, OPTIONS))
     expect_table(world, error, "manifest")
     assert "/other" in str(error)
 
@@ -93,7 +93,7 @@ def test_other_bits_on_a_rank(world: World, directory: Path, monkeypatch: pytest
     if last(world):
         monkeypatch.setattr(Kernels, "self_test", lambda self: 4711)
     store = Store.open(directory)
-    error = refused(world, lambda: Engine(store, world, OPTIONS))
+    error = refused(world, lambda: Runtime(store, world, OPTIONS))
     expect_table(world, error, "known answers")
     assert f"{4711:016x}" in str(error)
 
@@ -101,8 +101,8 @@ def test_other_bits_on_a_rank(world: World, directory: Path, monkeypatch: pytest
 def test_a_refused_start_leaves_the_ranks_usable(world: World, directory: Path) -> None:
     store = Store.open(directory)
     if world.size > 1:
-        refused(world, lambda: Engine(store, world, replace(OPTIONS, context=100 + last(world))))
-    engine = Engine(store, world, replace(OPTIONS, check="full"))
+        refused(world, lambda: Runtime(store, world, replace(OPTIONS, context=100 + last(world))))
+    engine = Runtime(store, world, replace(OPTIONS, check="full"))
     engine.stop() if world.is_leader else engine.serve()
 
 
@@ -131,8 +131,8 @@ def test_a_byte_that_flips_is_named(world: World, directory: Path, tensor: str) 
     if world.is_leader:
         flip_byte(directory / name, weight_layout(store.manifest, name).first_byte[tensor] + 5)
     world.barrier()
-    Engine(store, world, OPTIONS)
-    error = refused(world, lambda: Engine(store, world, replace(OPTIONS, check="full")))
+    Runtime(store, world, OPTIONS)
+    error = refused(world, lambda: Runtime(store, world, replace(OPTIONS, check="full")))
     assert error.exit_code == 2
     assert len(error.lines) == 1
     assert f"{directory / name}: tensor '{tensor}'" in str(error)

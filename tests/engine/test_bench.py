@@ -16,7 +16,7 @@ from dist_moe.engine.bench import Bench, BenchPlan, BenchReport, Case, Timing
 from dist_moe.engine.bench_bound import Machine, StepWork, Work, step_work
 from dist_moe.engine.bench_machine import FINALISTS, PASSES, Measurement, ReadSpeed, order_argument, read_speed
 from dist_moe.engine.bench_overhead import KernelClock, small_config
-from dist_moe.engine.engine import Engine, EngineOptions
+from dist_moe.engine.runtime import EngineOptions, Runtime
 from dist_moe.errors import Interrupted
 from dist_moe.kernels import Kernels, KvFormat, WeightFormat
 from dist_moe.model.step import Slice, Step
@@ -36,7 +36,7 @@ PLAN = BenchPlan(
     seed=3,
 )
 
-MakeEngine = Callable[..., Engine]
+MakeRuntime = Callable[..., Runtime]
 
 
 def make_synthetic(directory: Path, fmt: WeightFormat = WeightFormat.Q4) -> Store:
@@ -51,7 +51,7 @@ def store(tmp_path: Path) -> Store:
     return make_synthetic(tmp_path)
 
 
-def run_bench(engine: Engine, plan: BenchPlan = PLAN) -> BenchReport:
+def run_bench(engine: Runtime, plan: BenchPlan = PLAN) -> BenchReport:
     return Bench(engine, plan, lambda _: None, lambda: False).run()
 
 
@@ -135,7 +135,7 @@ def test_a_host_reads_as_fast_as_its_slowest_rank() -> None:
     assert read_speed(figures_Wn, (0, 0, 1), "memory").rate == 0.0
 
 
-def test_a_small_piece_of_memory_proves_nothing(make_engine: MakeEngine, store: Store) -> None:
+def test_a_small_piece_of_memory_proves_nothing(make_engine: MakeRuntime, store: Store) -> None:
     bench = Bench(make_engine(store), replace(PLAN, read_bytes=1000), lambda _: None, lambda: False)
     slow, fast = (ReadSpeed(rate, "store", 100, 1, 0) for rate in (4.0, 5.0))
     little, enough = (ReadSpeed(9.0, "memory", size, 1, 0) for size in (800, 1000))
@@ -167,7 +167,7 @@ def test_the_clock_of_kernels_counts_them_alone() -> None:
 # ---- a session ----
 
 
-def test_a_session_measures_every_case(make_engine: MakeEngine, store: Store) -> None:
+def test_a_session_measures_every_case(make_engine: MakeRuntime, store: Store) -> None:
     engine = make_engine(store, threads=2, prefill_chunk=32)
     report = run_bench(engine)
     assert [timing.case for timing in report.timings] == list(PLAN.cases)
@@ -183,7 +183,7 @@ def test_a_session_measures_every_case(make_engine: MakeEngine, store: Store) ->
     assert report.worst_share()[0] > 0
 
 
-def test_a_depth_is_filled_with_finite_numbers(make_engine: MakeEngine, store: Store) -> None:
+def test_a_depth_is_filled_with_finite_numbers(make_engine: MakeRuntime, store: Store) -> None:
     engine = make_engine(store, prefill_chunk=32)
     empty_bytes = engine.model.cache.allocated_bytes
     run_bench(engine, replace(PLAN, cases=(Case("decode", 1, 2, 130),), repetitions=1))
@@ -192,7 +192,7 @@ def test_a_depth_is_filled_with_finite_numbers(make_engine: MakeEngine, store: S
     assert engine.model.cache.allocated_bytes == 2 * 3 * block_bytes
 
 
-def test_experts_are_counted_as_they_are_routed(make_engine: MakeEngine, store: Store) -> None:
+def test_experts_are_counted_as_they_are_routed(make_engine: MakeRuntime, store: Store) -> None:
     """The counts of a step of two tokens are those of the tokens' own steps, merged."""
     engine = make_engine(store)
     seen: list[set[int]] = []
@@ -207,7 +207,7 @@ def test_experts_are_counted_as_they_are_routed(make_engine: MakeEngine, store: 
     assert bench._count([both]) == [[len(seen[0] | seen[2]), len(seen[1] | seen[3])]]
 
 
-def test_a_session_can_be_interrupted(make_engine: MakeEngine, store: Store) -> None:
+def test_a_session_can_be_interrupted(make_engine: MakeRuntime, store: Store) -> None:
     engine = make_engine(store, prefill_chunk=32)
     with pytest.raises(Interrupted, match="incomplete"):
         Bench(engine, PLAN, lambda _: None, lambda: True).run()
@@ -215,7 +215,7 @@ def test_a_session_can_be_interrupted(make_engine: MakeEngine, store: Store) -> 
 
 
 @pytest.mark.parametrize("fmt", [WeightFormat.F32, WeightFormat.BF16, WeightFormat.Q8])
-def test_every_format_can_be_measured(make_engine: MakeEngine, tmp_path: Path, fmt: WeightFormat) -> None:
+def test_every_format_can_be_measured(make_engine: MakeRuntime, tmp_path: Path, fmt: WeightFormat) -> None:
     engine = make_engine(make_synthetic(tmp_path, fmt), prefill_chunk=32)
     report = run_bench(engine, replace(PLAN, cases=PLAN.cases[:2], repetitions=1))
     assert report.limits.matmul > 0
@@ -228,7 +228,7 @@ def test_all_ranks_are_measured(world: World, tmp_path: Path) -> None:
     if world.is_leader:
         make_synthetic(directory)
     world.barrier()
-    engine = Engine(Store.open(directory / "store"), world, EngineOptions(context=512, prefill_chunk=32))
+    engine = Runtime(Store.open(directory / "store"), world, EngineOptions(context=512, prefill_chunk=32))
     if not world.is_leader:
         engine.serve()
         return

@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.engine.engine import Engine, EngineOptions
 from dist_moe.engine.request import Request, SamplingOptions
+from dist_moe.engine.runtime import EngineOptions, Runtime
 from dist_moe.errors import UsageError
 from dist_moe.kernels import WeightFormat
 from dist_moe.parallel.world import World
@@ -51,11 +51,11 @@ def poisoned_store(world: World, tmp_path: Path) -> Store:
 
 
 def on_all_ranks(
-    world: World, store: Store, options: EngineOptions, lead: Callable[[Engine], Any]
+    world: World, store: Store, options: EngineOptions, lead: Callable[[Runtime], Any]
 ) -> tuple[Any, Any | None]:
     """What `lead` returns on one rank alone (on the leader, else None) and on all ranks together (likewise)."""
-    alone = lead(Engine(store, World(), options)) if world.is_leader else None
-    engine = Engine(store, world, options)
+    alone = lead(Runtime(store, World(), options)) if world.is_leader else None
+    engine = Runtime(store, world, options)
     if not world.is_leader:
         engine.serve()
         return None, None
@@ -71,7 +71,7 @@ def test_generated_text_is_that_of_one_rank(world: World, store: Store, layout: 
         for i in range(5)
     ]
 
-    def lead(engine: Engine) -> list[list[int]]:
+    def lead(engine: Runtime) -> list[list[int]]:
         return [completion.ids for completion in engine.generate(requests)]
 
     alone, together = on_all_ranks(world, store, EngineOptions(context=200, experts=layout, prefill_chunk=32), lead)
@@ -82,7 +82,7 @@ def test_a_row_is_fetched_where_candidates_cannot_decide(world: World, store: St
     monkeypatch.setattr("dist_moe.engine.candidates.CANDIDATES", 4)
     request = Request(random_ids(5, 300), 25, SamplingOptions(temperature=20.0, seed=1))
 
-    def lead(engine: Engine) -> list[int]:
+    def lead(engine: Runtime) -> list[int]:
         return engine.generate([request])[0].ids
 
     alone, together = on_all_ranks(world, store, EngineOptions(context=200), lead)
@@ -90,7 +90,7 @@ def test_a_row_is_fetched_where_candidates_cannot_decide(world: World, store: St
 
 
 def test_logits_are_those_of_one_rank(world: World, store: Store) -> None:
-    def lead(engine: Engine) -> np.ndarray:
+    def lead(engine: Runtime) -> np.ndarray:
         rows: list[np.ndarray] = []
         engine.logits(random_ids(75, 300), lambda rows_NV: rows.extend(rows_NV.copy()))
         return np.array(rows)
@@ -102,7 +102,7 @@ def test_logits_are_those_of_one_rank(world: World, store: Store) -> None:
 def test_a_fault_on_the_last_rank_ends_its_sequence_alone(world: World, poisoned_store: Store) -> None:
     requests = [Request((token, token + 1), 4) for token in range(0, 60, 4)]
 
-    def lead(engine: Engine) -> list[Any]:
+    def lead(engine: Runtime) -> list[Any]:
         return [(done.ids, done.finish_reason, done.error) for done in engine.generate(requests)]
 
     alone, together = on_all_ranks(world, poisoned_store, EngineOptions(context=50, experts="whole"), lead)
@@ -113,7 +113,7 @@ def test_a_fault_on_the_last_rank_ends_its_sequence_alone(world: World, poisoned
 
 
 def test_statistics_add_up(world: World, store: Store) -> None:
-    def lead(engine: Engine) -> Any:
+    def lead(engine: Runtime) -> Any:
         engine.generate([Request(random_ids(9, 300), 6)])
         return engine.statistics()
 
@@ -125,7 +125,7 @@ def test_statistics_add_up(world: World, store: Store) -> None:
 
 
 def test_a_refused_prompt_leaves_the_ranks_usable(world: World, store: Store) -> None:
-    def lead(engine: Engine) -> list[int]:
+    def lead(engine: Runtime) -> list[int]:
         with pytest.raises(UsageError):
             engine.generate([Request((), 3)])
         return engine.generate([Request((1, 2), 3)])[0].ids

@@ -18,7 +18,7 @@ PROGRAM = """
 import sys, threading, time
 from pathlib import Path
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.engine.engine import Engine, EngineOptions
+from dist_moe.engine.runtime import Runtime, EngineOptions
 from dist_moe.engine.request import Request
 from dist_moe.parallel.world import World
 from dist_moe.store.convert import convert
@@ -39,7 +39,7 @@ cache = 0
 if sys.argv[1] == "shard":
     convert(Checkpoint.open(source), store, StoreOptions(), lambda *told: None)
 else:
-    engine = Engine(Store.open(store), World(), EngineOptions(context=1000, threads=2))
+    engine = Runtime(Store.open(store), World(), EngineOptions(context=1000, threads=2))
     engine.generate([Request(tuple(range(600)), 3)])
     cache = engine.model.cache.allocated_bytes
 time.sleep(0.05)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dist_moe.demo import demo_model_directory
-from dist_moe.engine.engine import Engine, EngineOptions
+from dist_moe.engine.runtime import EngineOptions, Runtime
 from dist_moe.kernels import KvFormat
 from dist_moe.parallel.world import World
 from dist_moe.text.tokenizer import Tokenizer
@@ -53,7 +53,7 @@ def qualities(make_store) -> dict[str, Quality]:
     with ExitStack() as stack:
 
         def make_engine(store, **options):
-            engine = Engine(store, World(), EngineOptions(context=2048, **options))
+            engine = Runtime(store, World(), EngineOptions(context=2048, **options))
             stack.callback(engine.kernels.close)
             return engine
 

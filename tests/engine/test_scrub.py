@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.engine.engine import Engine, EngineOptions
 from dist_moe.engine.request import Request
+from dist_moe.engine.runtime import EngineOptions, Runtime
 from dist_moe.engine.scrub import PIECE_BYTES, Scrubber, own_units
 from dist_moe.kernels import WeightFormat
 from dist_moe.parallel.plan import EXPERT_LAYOUTS, Plan, make_plan
@@ -147,7 +147,7 @@ def test_nothing_is_read_inside_a_step() -> None:
 
 
 def test_a_flip_in_idle_time_ends_the_next_request_before_it_is_answered(store: Store) -> None:
-    engine = Engine(store, World(), EngineOptions(context=64, scrub=True))
+    engine = Runtime(store, World(), EngineOptions(context=64, scrub=True))
     engine.generate([Request((1, 2, 3), 3)])
     flip(store.sealed_unit("vocabulary", 0, 1), 5)
     scrubber = engine._scrubber
@@ -162,7 +162,7 @@ def test_a_flip_in_idle_time_ends_the_next_request_before_it_is_answered(store: 
 
 
 def test_the_engine_finishes_what_no_idle_time_was_found_for(store: Store) -> None:
-    engine = Engine(store, World(), EngineOptions(context=64, scrub=True))
+    engine = Runtime(store, World(), EngineOptions(context=64, scrub=True))
     engine.generate([Request((1, 2, 3), 3)])
     engine.finish_scrub()
     assert engine._scrubber is not None

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dist_moe.cli.main import main
-from dist_moe.engine.engine import Engine
+from dist_moe.engine.runtime import Runtime
 from dist_moe.model.step import Step
 from dist_moe.model.transformer import Transformer
 from dist_moe.parallel.launcher import detect_launcher
@@ -41,9 +41,9 @@ def flip_residual(wanted_step: int) -> None:
 
 def harm_when_mapped(path: Path, byte: int, cut: bool) -> None:
     """Change the file under the mapping of a ready engine."""
-    original = Engine.__init__
+    original = Runtime.__init__
 
-    def init(self: Engine, *arguments: Any, **named: Any) -> None:
+    def init(self: Runtime, *arguments: Any, **named: Any) -> None:
         original(self, *arguments, **named)
         if cut:
             os.truncate(path, byte)
@@ -54,7 +54,7 @@ def harm_when_mapped(path: Path, byte: int, cut: bool) -> None:
             file.seek(byte)
             file.write(bytes([found ^ 1]))
 
-    Engine.__init__ = init  # type: ignore[method-assign]
+    Runtime.__init__ = init  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -30,12 +30,12 @@ from dist_moe.parallel.plan import Plan, make_plan
 from dist_moe.parallel.world import World
 from dist_moe.store.reader import Store
 
-__all__ = ["Engine", "EngineOptions"]
+__all__ = ["EngineOptions", "Runtime"]
 
 TokenCallback = Callable[[int, int], None]
 
 
-class Engine:
+class Runtime:
     """A model that is ready to run on all ranks of a world."""
 
     def __init__(
