@@ -217,7 +217,7 @@ def prompt_options(command: Decorated) -> Decorated:
             "--ctx",
             type=Whole(min=1, max=2**31 - 1),
             show_default="prompt + max tokens, at most the model's maximum",
-            help="Positions of the context; at its end the finish reason is `length`.",
+            help="Positions of the context; at its end the finish reason is `context`.",
         ),
         flag("--ignore-eos", "Go on past the tokens that end a text."),
     )
