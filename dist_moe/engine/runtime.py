@@ -82,7 +82,7 @@ class Runtime:
         self._crew = Crew(worker, exchange, self._step_tokens, self._measure)
         self._next_sequence = 0
         self._released: tuple[int, ...] = ()
-        self._clock = Clock()
+        self._clock = Clock(self.model.stopwatch)
         self._load_s = time.perf_counter() - started_s
 
     @property
