@@ -22,9 +22,12 @@ COMMANDS = {
     "run": "Continue a text.",
     "logits": "Write the logits at every position of a list of tokens.",
     "shard": "Make a store, in shards for one or more nodes, from a Hugging Face directory.",
+    "routing": "Show how tokens spread over experts and ranks, from what run --routing wrote.",
+    "cache": "List or remove packed models in the cache directory.",
     "bench": "Measure prefill and decode, each as a share of what the machine allows.",
     "inspect": "List what a store or a shard holds, and verify it.",
     "doctor": "Examine this machine, or all hosts of a job: what is wrong, and the fix.",
+    "completion": "Print the script that completes commands and options in a shell.",
 }
 
 

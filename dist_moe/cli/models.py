@@ -59,6 +59,16 @@ class ModelSource:
             return manifest.config
         return open_source(self.path).config if is_gguf(self.path) else read_hf_config(self.path)
 
+    def name(self) -> str:
+        """What to call the model: as the store's manifest says, else by its directory or file.
+
+        Raises:
+            StoreError: The store's manifest is damaged.
+        """
+        if self.synthetic is not None:
+            return self.synthetic.name
+        return source_name(self.path) if self.format else read_manifest(self.path / MANIFEST_NAME).source_name
+
     def text_directory(self) -> Path:
         """Where tokenizer and generation settings lie; those of a GGUF file are written to the cache directory.
 

@@ -1,4 +1,4 @@
-"""Arrays that grow row by row and become one .npz file at the end; memory stays small, and the file is whole or absent."""
+"""Arrays that grow row by row in bounded memory and become one .npz file at the end, which is whole or absent."""
 
 from __future__ import annotations
 
