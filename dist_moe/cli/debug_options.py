@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import click
+import click.shell_completion
 
 from dist_moe.cli.config_file import option
 from dist_moe.cli.values import PathName, refuse

@@ -30,7 +30,7 @@ LARGEST_RANKS = 4096
 @click.option("--plot", metavar="FILE.png", type=PathName(), help="Draw experts and layers as a heat map (matplotlib).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def routing(records: tuple[str, ...], ranks: int | None, plot: str | None, as_json: bool) -> None:
-    r"""Show how tokens spread over experts in each layer, and what each layout of experts makes of it on N ranks.
+    """Show how tokens spread over experts in each layer, and what each layout of experts makes of it on N ranks.
 
     Records of the same model are added up.
 
@@ -39,7 +39,7 @@ def routing(records: tuple[str, ...], ranks: int | None, plot: str | None, as_js
       dist-moe run -p "Once" --routing once.npz
       dist-moe routing once.npz --ranks 4
       dist-moe routing once.npz twice.npz --plot heat.png
-    """
+    """  # noqa: D301  click wants the character
     if not detect_launcher(os.environ).is_first:
         return
     from dist_moe.cli.heat_map import draw_heat_map, require_matplotlib

@@ -196,7 +196,7 @@ def context_size(options: RunOptions, prompt_tokens: int, max_positions: int) ->
 def run(
     context: click.Context, /, config: str | None, print_config: bool, legacy: tuple[str, ...], **values: Any
 ) -> None:
-    r"""Continue a text.
+    """Continue a text.
 
     Each option can also be set as DIST_MOE_<NAME> in the environment and in a --config file.
 
@@ -210,7 +210,7 @@ def run(
       dist-moe run -p "Once" --show-tokens --debug timing
       dist-moe run -p "Once" --routing once.npz
       dist-moe run model-q8 5 q3_trace
-    """
+    """  # noqa: D301  click wants the character
     _keep_one_prompt(context)
     if legacy:
         context.params.update(legacy_values(context))
