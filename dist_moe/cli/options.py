@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from dist_moe.cli.config_file import config_options, flag, option
+from dist_moe.cli.debug_options import DebugOptions
 from dist_moe.cli.values import Number, OneOf, PathName, Whole
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -38,8 +39,8 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class RunOptions(ModelOptions):
-    """`dist-moe run`. At most one of the three prompts is set."""
+class RunOptions(ModelOptions, DebugOptions):
+    """`dist-moe run`. At most one of the three prompts is set; `trace` and `greedy` come from the legacy form."""
 
     prompt: str | None
     prompt_file: str | None
@@ -55,10 +56,13 @@ class RunOptions(ModelOptions):
     logits: str | None
     json: bool
     quiet: bool
+    show_tokens: bool
+    greedy: bool = False
+    trace: str | None = None
 
 
 @dataclass(frozen=True)
-class LogitsOptions(ModelOptions):
+class LogitsOptions(ModelOptions, DebugOptions):
     """`dist-moe logits`."""
 
     ids: str
@@ -209,6 +213,8 @@ def prompt_options(command: Decorated) -> Decorated:
         option(
             "-n",
             "--max-tokens",
+            "-s",
+            "--steps",
             type=Whole(min=1, max=2**31 - 1),
             default=DEFAULT_MAX_TOKENS,
             help="Tokens to generate at most.",
@@ -274,6 +280,7 @@ def output_options(command: Decorated) -> Decorated:
         ),
         flag("--json", "Print one JSON object at the end: text, ids, finish_reason, usage, timings."),
         flag("--quiet", "Print the generated text alone: neither the prompt before it nor the summary."),
+        flag("--show-tokens", 'Print a line [id] -> "piece" for each token of prompt and answer, then the text.'),
     )
     return _apply(command, decorators)
 

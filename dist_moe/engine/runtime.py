@@ -85,7 +85,7 @@ class Runtime:
         self._crew = Crew(worker, exchange, self._step_tokens, self._measure)
         self._next_sequence = 0
         self._prefixes = PrefixIndex(options.resident_positions)
-        self._clock = Clock()
+        self._clock = Clock(self.model.stopwatch)
         self._load_s = time.perf_counter() - started_s
 
     @property

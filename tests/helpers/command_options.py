@@ -37,4 +37,7 @@ RUN = RunOptions(
     logits=None,
     json=False,
     quiet=False,
+    show_tokens=False,
+    debug=None,
+    routing=None,
 )
