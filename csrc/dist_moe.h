@@ -324,6 +324,15 @@ int dm_describe_address(char *out, size_t out_bytes, const void *address);
  * no memory. Any other SIGBUS goes where it went before. Returns 0 with errno set on failure. */
 int dm_catch_bus_errors(const char *before, int delay_ms, int exit_code, int abort_fd);
 
+/* ---- mapped files ahead of their first use ---- */
+
+/* Bytes of the pages around [first, first + bytes) of a mapped file that are not in memory; 0 if the system does not
+ * tell. To a user who neither owns the file nor may write it, Linux calls every page present. */
+size_t dm_absent_bytes(const void *first, size_t bytes);
+/* Read those pages and enter them into this process's page table. Returns 0, or an error number: EFAULT where the file
+ * cannot be read (before Linux 5.14 that is a SIGBUS). */
+int dm_populate(const void *first, size_t bytes);
+
 /* ---- measuring the machine (dist-moe bench); all threads work, and the clock runs from start to end ---- */
 
 /* Seconds to read `bytes` bytes, in pieces of up to 8 MiB of which each is `streams` runs of whole 256-byte steps side

@@ -13,21 +13,20 @@ import numpy.typing as npt
 from dist_moe.engine.agreement import agree_on, log_records, own_record
 from dist_moe.engine.crew import Crew
 from dist_moe.engine.generation import Drawn, Generation
-from dist_moe.engine.memory import Demand, check_memory
+from dist_moe.engine.loading import load_model
 from dist_moe.engine.options import EngineOptions
 from dist_moe.engine.prefix_index import PrefixIndex
+from dist_moe.engine.read_ahead import ReadProgress
 from dist_moe.engine.request import Completion, Request, check_prompt, describe_fault
 from dist_moe.engine.sampling import draw_token
 from dist_moe.engine.schedule import Part, Schedule, count_tokens
 from dist_moe.engine.scrub import start_scrub
 from dist_moe.engine.startup import agreed, choose_layout, open_exchange
 from dist_moe.engine.statistics import Clock, EngineStatistics, summarize
-from dist_moe.engine.verification import verify_together
 from dist_moe.engine.worker import RowSink, StepResult, Worker
 from dist_moe.errors import DistMoeError, Interrupted
 from dist_moe.kernels import NO_FAULT, Kernels
 from dist_moe.model.step import MAX_LOGIT_ROWS, Slice, Step
-from dist_moe.model.transformer import Transformer
 from dist_moe.parallel.cores import may_spin
 from dist_moe.parallel.plan import Plan, make_plan
 from dist_moe.parallel.world import World
@@ -42,7 +41,12 @@ class Runtime:
     """A model that is ready to run on all ranks of a world."""
 
     def __init__(
-        self, store: Store, world: World, options: EngineOptions, loading_since_s: float | None = None
+        self,
+        store: Store,
+        world: World,
+        options: EngineOptions,
+        loading_since_s: float | None = None,
+        on_reading: ReadProgress | None = None,
     ) -> None:
         """Map the weights and agree with the other ranks; collective.
 
@@ -51,6 +55,7 @@ class Runtime:
             world: All ranks.
             options: How to run.
             loading_since_s: When loading began, on the perf_counter clock, for the statistics; None is now.
+            on_reading: Told (bytes done, bytes in all) while this rank's weights are read from the disk or copied.
 
         Raises:
             AgreedError: Some rank cannot take part; raised on all ranks alike.
@@ -70,16 +75,7 @@ class Runtime:
         exchange = open_exchange(world, spin, os.environ)
         self.layout = agreed(world, "start", lambda: choose_layout(store, exchange, options.layout))
         plans = agreed(world, "start", lambda: [self._plan(rank, world.size) for rank in range(world.size)])
-        copy = options.copy_weights
-        demand = Demand(options.kv, max(options.context, options.resident_positions), self._step_tokens, copy)
-        check_memory(world, store.manifest, plans, demand, records)
-        if options.check == "full":
-            verify_together(world, store)
-        self.model = agreed(
-            world,
-            "load",
-            lambda: Transformer(store, plans[world.rank], exchange, self.kernels, options.kv, self._step_tokens, copy),
-        )
+        self.model = load_model(exchange, store, plans, self.kernels, options, self._step_tokens, records, on_reading)
         self._scrubber = start_scrub(world, store, plans[world.rank]) if options.scrub else None
         worker = Worker(self.model, exchange, world.size, self._scrubber)
         self._crew = Crew(worker, exchange, self._step_tokens, self._measure)

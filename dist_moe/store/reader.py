@@ -124,6 +124,15 @@ class Store:
         """
         return self._files[COMMON_NAME].raw(name)
 
+    def common_span(self) -> tuple[int, int]:
+        """Where the file of what every rank needs is mapped, and its bytes."""
+        weights = self._files[COMMON_NAME]
+        return weights.address, weights.file_bytes
+
+    def weight_paths(self) -> list[Path]:
+        """The mapped files."""
+        return [weights.path for weights in self._files.values()]
+
     def unit(self, kind: UnitKind, layer: int, index: int) -> npt.NDArray[np.uint8]:
         """One unit as a read-only view, uint8 [bytes], 64-byte aligned; `layer` is ignored for the vocabulary.
 
