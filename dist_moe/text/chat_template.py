@@ -34,6 +34,7 @@ class ChatTemplate:
             CheckpointError: The text is not a valid template.
         """
         self.origin = origin
+        self.source = source
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
