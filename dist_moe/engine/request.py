@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from dist_moe.errors import UsageError
+from dist_moe.errors import DistMoeError, UsageError
+from dist_moe.kernels import NO_FAULT
 from dist_moe.model_config import ModelConfig
 
 FinishReason = Literal["stop", "length", "error", "interrupted", "context", "stop_string"]
@@ -54,6 +55,13 @@ def check_prompt(ids: Sequence[int], context: int, config: ModelConfig) -> None:
     beyond = next((i for i in ids if not 0 <= i < config.vocabulary), None)
     if beyond is not None:
         raise UsageError(f"token id {beyond} is outside the model's vocabulary: 0 to {config.vocabulary - 1}")
+
+
+def refuse_faults(fault_T: npt.NDArray[np.int32], first_position: int, layers: int) -> None:
+    """Raise DistMoeError if a token of a text, of which `first_position` were computed before, has a fault."""
+    fault = int(fault_T.min())
+    if fault != NO_FAULT:
+        raise DistMoeError(f"position {first_position + int(fault_T.argmin())}: {describe_fault(fault, layers)}")
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ PACKAGE = ROOT / "dist_moe"
 # A folder may import the folders named after it (and itself, and the top-level modules).
 ALLOWED = {
     "cli": {"engine", "text", "store", "checkpoint", "parallel", "kernels", "demo", "model"},
-    "engine": {"model", "parallel", "kernels", "store"},
+    "engine": {"model", "parallel", "kernels", "store", "text"},
     "model": {"kernels", "parallel", "store"},
-    "store": {"checkpoint", "kernels"},
+    "store": {"checkpoint", "kernels", "demo"},
     "checkpoint": set(),
     "kernels": set(),
     "parallel": set(),
