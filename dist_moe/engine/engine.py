@@ -24,7 +24,7 @@ from dist_moe.engine.streams import Sequences
 from dist_moe.engine.worker import RowSink
 from dist_moe.parallel.launcher import detect_launcher
 from dist_moe.parallel.lifeline import hold_lifeline
-from dist_moe.store.models import find_model
+from dist_moe.store.models import ModelSource, find_model
 from dist_moe.text.messages import Message
 
 if TYPE_CHECKING:
