@@ -130,6 +130,7 @@ typedef struct dm_sampling {
     float temperature;
     float top_p;
     float min_p;
+    float typical_p;
     int64_t top_k;
     uint64_t seed;
     uint64_t sample_index;
@@ -260,10 +261,20 @@ void dm_top_logits(dm_context *context, int32_t *ids_TN, float *logits_TN, const
                    size_t valid, int32_t first_id, size_t count);
 /* Merge candidate lists (each sorted) of several ranks, N in all, into the best `count`; T = 1. */
 void dm_merge_candidates(dm_context *context, int32_t *ids_N, float *logits_N, size_t N);
-/* Draw from the `count` best candidates. B block sums give Z; complete = 1 if no other token exists. Returns the
- * token's place in the list, or -1 if the candidates cannot decide. *probability gets its share of Z. */
+/* Draw from the `count` best candidates. B block sums give Z, which is not known if B = 0; complete = 1 if no other
+ * token exists. Returns the token's place in the list, or -1 if the candidates cannot decide. *probability gets its
+ * share of Z, or 0. */
 int64_t dm_sample(dm_context *context, float *probability, const dm_sampling *how, const int32_t *ids_N,
                   const float *logits_N, const float *max_B, const float *sum_B, size_t count, size_t B, int complete);
+/* Change N logits in place, in this order: add bias_N; where seen_N is not 0, divide what is positive by `repetition`
+ * and multiply the rest by it; where count_N is not 0, take away presence + frequency * count_N; take away dry_N. */
+void dm_penalize(float *logits_N, const float *bias_N, const int32_t *seen_N, const int32_t *count_N,
+                 const float *dry_N, float repetition, float presence, float frequency, size_t N);
+/* log p of N logits, whose vocabulary's mass the B block sums at temperature 1 give. */
+void dm_log_probabilities(dm_context *context, double *out_N, const float *logits_N, const float *max_B,
+                          const float *sum_B, size_t N, size_t B);
+/* base^exponent for a finite base > 0: below 2^-1022 it is 0, above 2^1023 infinity. */
+double dm_power(double base, double exponent);
 /* Uniform in [0, 1) with 53 bits: Philox4x32-10 keyed by seed, counter (sample_index, position). */
 double dm_uniform(uint64_t seed, uint64_t sample_index, uint64_t position);
 

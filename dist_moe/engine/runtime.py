@@ -14,7 +14,6 @@ from dist_moe.engine.crew import Crew
 from dist_moe.engine.memory import Demand, check_memory
 from dist_moe.engine.options import EngineOptions
 from dist_moe.engine.request import Completion, Request, describe_fault
-from dist_moe.engine.sampling import draw_token
 from dist_moe.engine.schedule import Part, Schedule
 from dist_moe.engine.scrub import start_scrub
 from dist_moe.engine.startup import agreed, choose_layout, open_exchange
@@ -273,16 +272,10 @@ class Runtime:
         if part.row is None:
             return
         row = part.row
-        token = draw_token(
-            self.kernels,
-            request.sampling,
-            active.length,
-            result.candidates[row],
-            lambda: self._crew.fetch_row(row),
-            valid,
-        )
         completion = active.completion
-        completion.ids.append(token)
+        token = active.sampler.draw(
+            self.kernels, completion, result.candidates[row], lambda: self._crew.fetch_row(row), valid
+        )
         if request.on_logits is not None:
             request.on_logits(result.full_logits[row])
         if on_token is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dist_moe.engine.request import Completion, FinishReason, Request
+from dist_moe.engine.sampling import Sampler
 from dist_moe.model.step import MAX_LOGIT_ROWS, Slice, Step
 
 
@@ -19,6 +20,10 @@ class Active:
     limit: int  # tokens to generate at most
     completion: Completion
     cached: int = 0
+    sampler: Sampler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sampler = Sampler(self.request)
 
     @property
     def length(self) -> int:
@@ -102,6 +107,7 @@ class Schedule:
             full_logits=any(part.active.request.on_logits is not None for part in wanted),
             valid_vocabulary=valid_vocabulary,
             released=released,
+            unit_sums=any(part.active.request.logprobs is not None for part in wanted),
         )
 
     def finish(self, active: Active, reason: FinishReason, error: str | None = None) -> None:

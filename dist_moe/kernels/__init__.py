@@ -22,7 +22,7 @@ from dist_moe.kernels.layer_kernels import AttentionLayer, ExpertsLayer, LayerBu
 from dist_moe.kernels.mapped_files import MappedFile, MappedTensor, catch_bus_errors, describe_address
 from dist_moe.kernels.native import Kernels
 from dist_moe.kernels.node import NODE_RANK_BYTES, NodeMemory
-from dist_moe.kernels.sampling_kernels import SamplingParameters
+from dist_moe.kernels.sampling_kernels import Penalties, SamplingParameters
 
 __all__ = [
     "ALIGNMENT",
@@ -46,6 +46,7 @@ __all__ = [
     "MatrixList",
     "NodeMemory",
     "Operand",
+    "Penalties",
     "SamplingParameters",
     "WeightFormat",
     "address_of",

@@ -11,7 +11,7 @@ import numpy.typing as npt
 MAX_LOGIT_ROWS = 16
 
 # Words of a packed step before its lists.
-COUNTS = 6
+COUNTS = 7
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Step:
         full_logits: Gather whole rows of logits on rank 0, too.
         valid_vocabulary: Ids from here on are masked in sampling.
         released: Sequences whose KV cache is freed before the step.
+        unit_sums: Sum every row at temperature 1, too, for log-probabilities.
     """
 
     slices: tuple[Slice, ...]
@@ -46,6 +47,7 @@ class Step:
     full_logits: bool
     valid_vocabulary: int
     released: tuple[int, ...] = ()
+    unit_sums: bool = False
 
     @property
     def tokens(self) -> int:
@@ -66,6 +68,7 @@ class Step:
             int(self.full_logits),
             self.valid_vocabulary,
             len(self.released),
+            int(self.unit_sums),
         ]
         for part in self.slices:
             words += (part.sequence, part.position, len(part.ids))
@@ -80,7 +83,8 @@ class Step:
     def unpack(words: npt.NDArray[np.int64]) -> Step:
         """The inverse of `pack`."""
         values = words.tolist()
-        slice_count, row_count, temperature_count, full_logits, valid_vocabulary, released_count = values[:COUNTS]
+        slice_count, row_count, temperature_count, full_logits, valid_vocabulary = values[:5]
+        released_count, unit_sums = values[5:COUNTS]
         heads = [values[COUNTS + 3 * i : COUNTS + 3 * (i + 1)] for i in range(slice_count)]
         at = COUNTS + 3 * slice_count
         slices = []
@@ -98,4 +102,5 @@ class Step:
             full_logits=bool(full_logits),
             valid_vocabulary=valid_vocabulary,
             released=tuple(values[at : at + released_count]),
+            unit_sums=bool(unit_sums),
         )
