@@ -83,7 +83,8 @@ class Sampler:
         """
         if self._history is None:
             return candidates
-        if not (candidates.complete or self._history.only_sinks(candidates.ids_C)):
+        decides = candidates.complete or self._history.only_sinks(candidates.ids_C)
+        if len(candidates.ids_C) == 0 or not decides:
             return None
         ids_C, logits_C = candidates.ids_C.copy(), candidates.logits_C.copy()
         floor, floor_id = logits_C[-1], ids_C[-1]

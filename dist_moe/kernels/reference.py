@@ -256,7 +256,7 @@ def kept_tokens(
 
 
 def typical_tokens(p_N: F64Array, typical_p: float) -> npt.NDArray[np.bool_]:
-    """Which tokens of a distribution locally typical sampling keeps (Meister et al.; transformers' TypicalLogitsWarper).
+    """Which tokens of a distribution locally typical sampling keeps, as transformers' TypicalLogitsWarper.
 
     Those whose surprise -log p is closest to its expectation, until they hold typical_p; equally close ones stay.
     """
