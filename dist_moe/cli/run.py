@@ -16,11 +16,12 @@ from dist_moe.cli import config_file
 from dist_moe.cli.job import Setting, run_job
 from dist_moe.cli.models import find_model
 from dist_moe.cli.npy_rows import NpyRows, require_writable
-from dist_moe.cli.options import RunOptions, model_options, output_options, prompt_options, sampling_options
+from dist_moe.cli.options import RunOptions, model_options, output_options, prompt_options
 from dist_moe.cli.output import Output
 from dist_moe.cli.prompt import Prompt, read_prompt, read_tokenizer, require_room
 from dist_moe.cli.sampling import advised_values
 from dist_moe.cli.sampling import sampling_options as chosen_sampling
+from dist_moe.cli.sampling_options import continuation_options, sampling_options
 from dist_moe.engine.request import Completion, Request
 from dist_moe.engine.runtime import Runtime
 from dist_moe.errors import Interrupted, StoreError, UsageError
@@ -88,7 +89,7 @@ def make_task(options: RunOptions, setting: Setting) -> RunTask:
     request = Request(
         prompt_ids=prompt.ids,
         max_tokens=options.max_tokens,
-        sampling=chosen_sampling(options, advised),
+        sampling=chosen_sampling(options, advised, tokenizer, config.vocabulary),
         stop_ids=frozenset() if options.ignore_eos else stop_ids,
     )
     return RunTask(
@@ -138,6 +139,7 @@ def context_size(options: RunOptions, prompt_tokens: int, max_positions: int) ->
 @prompt_options
 @model_options
 @sampling_options
+@continuation_options
 @output_options
 @click.pass_context
 def run(context: click.Context, /, config: str | None, print_config: bool, **values: Any) -> None:
