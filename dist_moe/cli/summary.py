@@ -11,9 +11,10 @@ from dist_moe.engine.statistics import EngineStatistics
 def summary_lines(statistics: EngineStatistics) -> list[str]:
     """A run's speed in two lines: load, prefill and decode; then where a token's time went."""
     figures = timings(statistics)
+    reused = f" ({statistics.reused_tokens} reused)" if statistics.reused_tokens else ""
     tokens = max(1, statistics.prefill_tokens + statistics.decode_tokens)
     return [
-        f"load {statistics.load_s:.2f} s | prefill {statistics.prefill_tokens} tokens, "
+        f"load {statistics.load_s:.2f} s | prefill {statistics.prefill_tokens} tokens{reused}, "
         f"{figures['prefill_tokens_per_s']:.1f} tokens/s | decode {statistics.decode_tokens} tokens, "
         f"{figures['decode_tokens_per_s']:.1f} tokens/s",
         f"per token: compute {figures['compute_ms_per_token']:.2f} ms, "
@@ -35,6 +36,8 @@ def timings(statistics: EngineStatistics) -> dict[str, float]:
         "waiting_ms_per_token": statistics.waiting_s / tokens * 1e3,
         "exchange_ms_per_token": statistics.exchange_s / tokens * 1e3,
         "sent_bytes": statistics.sent_bytes,
+        "prefill_tokens": statistics.prefill_tokens,
+        "reused_tokens": statistics.reused_tokens,
     }
 
 
@@ -49,6 +52,7 @@ def as_json(
         "error": completion.error,
         "usage": {
             "prompt_tokens": len(prompt_ids),
+            "reused_tokens": completion.reused_tokens,
             "completion_tokens": len(completion.ids),
             "total_tokens": len(prompt_ids) + len(completion.ids),
         },

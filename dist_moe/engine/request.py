@@ -110,12 +110,14 @@ class Completion:
     """A finished (or growing) sequence.
 
     `finish_reason` is `stop` (a stop id was drawn), `length` (max_tokens or the context's end), `interrupted` (by the
-    user) or `error` (then `error` says what went wrong and where).
+    user) or `error` (then `error` says what went wrong and where). `reused_tokens` of the prompt were not computed
+    anew: another sequence had their keys and values.
     """
 
     ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str | None = None
+    reused_tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @property

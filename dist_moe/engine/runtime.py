@@ -13,6 +13,7 @@ from dist_moe.engine.agreement import agree_on, log_records, own_record
 from dist_moe.engine.crew import Crew
 from dist_moe.engine.memory import Demand, check_memory
 from dist_moe.engine.options import EngineOptions
+from dist_moe.engine.prefix_index import PrefixIndex
 from dist_moe.engine.request import Completion, Request, describe_fault
 from dist_moe.engine.schedule import Part, Schedule
 from dist_moe.engine.scrub import start_scrub
@@ -67,7 +68,7 @@ class Runtime:
         self.layout = agreed(world, "start", lambda: choose_layout(store, exchange, options.layout))
         plans = agreed(world, "start", lambda: [self._plan(rank, world.size) for rank in range(world.size)])
         copy = options.copy_weights
-        demand = Demand(options.kv, options.context, self._step_tokens, copy)
+        demand = Demand(options.kv, max(options.context, options.resident_positions), self._step_tokens, copy)
         check_memory(world, store.manifest, plans, demand, records)
         if options.check == "full":
             verify_together(world, store)
@@ -80,7 +81,7 @@ class Runtime:
         worker = Worker(self.model, exchange, world.size, self._scrubber)
         self._crew = Crew(worker, exchange, self._step_tokens, self._measure)
         self._next_sequence = 0
-        self._released: tuple[int, ...] = ()
+        self._prefixes = PrefixIndex(options.resident_positions)
         self._clock = Clock()
         self._load_s = time.perf_counter() - started_s
 
@@ -152,21 +153,22 @@ class Runtime:
             context=self._options.context,
             step_tokens=self._step_tokens,
             prefill_chunk=self._options.prefill_chunk,
+            prefixes=self._prefixes,
         )
         self._next_sequence += len(requests)
         self._compare_after_idling()
         try:
             while parts := schedule.next_parts():
                 with self._clock.step(*_count_tokens(parts)):
-                    result = self._crew.run(schedule.step(parts, valid, self._take_released()))
+                    result = self._crew.run(schedule.step(parts, valid))
                     for part in parts:
                         self._take(schedule, part, result, valid, on_token)
                 if interrupted():
                     schedule.interrupt()
-                self._released += schedule.take_released()
             self._crew.compare()
         finally:
-            self._released += schedule.abandon()
+            schedule.abandon()
+            self._clock.reused_tokens += sum(completion.reused_tokens for completion in schedule.completions)
         return schedule.completions
 
     def logits(self, ids: Sequence[int], sink: RowSink, interrupted: Callable[[], bool] = lambda: False) -> None:
@@ -196,7 +198,7 @@ class Runtime:
                 self._refuse_faults(result, first)
             self._crew.compare()
         finally:
-            self._released += (sequence,)
+            self._prefixes.release(sequence)
 
     # ---- start ----
 
@@ -245,18 +247,16 @@ class Runtime:
             position = first_position + int(result.fault_T.argmin())
             raise DistMoeError(f"position {position}: {describe_fault(fault, self.config.layers)}")
 
-    def _take_released(self) -> tuple[int, ...]:
-        released, self._released = self._released, ()
-        return released
-
     def _logits_step(self, chunk: Slice) -> Step:
+        forks, released = self._prefixes.take_orders()
         return Step(
             slices=(chunk,),
             logit_rows=tuple(range(len(chunk.ids))),
             temperatures=(),
             full_logits=True,
             valid_vocabulary=self.config.vocabulary,
-            released=self._take_released(),
+            released=released,
+            forks=forks,
         )
 
     def _take(

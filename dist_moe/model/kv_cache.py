@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_moe.kernels import BLOCK_POSITIONS, KvFormat, KvView, address_of, aligned_empty, kv_block_bytes
-from dist_moe.model.step import Step
+from dist_moe.model.step import Fork, Step
 
 
 @dataclass
@@ -23,7 +23,8 @@ class KvCache:
     """The caches of all sequences on one rank.
 
     Position block b of a sequence is one buffer [layers][local KV heads][K, then V of 64 positions], so that a
-    sequence costs what it holds, not what it might hold.
+    sequence costs what it holds, not what it might hold. Sequences that were forked share whole blocks, which nobody
+    writes to any more.
 
     Attributes:
         layer_bytes: A layer's part of a block.
@@ -37,11 +38,14 @@ class KvCache:
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes that all sequences hold now."""
-        return sum(len(sequence.buffers) for sequence in self._sequences.values()) * self._block_bytes
+        """Bytes that all sequences hold now, shared blocks counted once."""
+        blocks = {address for sequence in self._sequences.values() for address in sequence.addresses}
+        return len(blocks) * self._block_bytes
 
     def view(self, step: Step, layer: int = 0) -> KvView:
-        """Where the step's tokens read and write in a layer; releases and allocates blocks first."""
+        """Where the step's tokens read and write in a layer; forks, releases and allocates blocks first."""
+        for fork in step.forks:
+            self._fork(fork)
         for sequence in step.released:
             self._sequences.pop(sequence, None)
         blocks: list[int] = []
@@ -60,7 +64,19 @@ class KvCache:
     def _grow(self, name: int, positions: int) -> _Sequence:
         sequence = self._sequences.setdefault(name, _Sequence())
         while len(sequence.buffers) * BLOCK_POSITIONS < positions:
-            buffer = aligned_empty((self._block_bytes,), np.uint8)
-            sequence.buffers.append(buffer)
-            sequence.addresses.append(address_of(buffer))
+            self._add_block(sequence)
         return sequence
+
+    def _fork(self, fork: Fork) -> None:
+        source = self._sequences[fork.source]
+        whole, rest = divmod(fork.positions, BLOCK_POSITIONS)
+        sequence = _Sequence(source.buffers[:whole], source.addresses[:whole])
+        if rest:  # it will be written to: a copy, stale positions included, which are not read before they are written
+            self._add_block(sequence)[:] = source.buffers[whole]
+        self._sequences[fork.sequence] = sequence
+
+    def _add_block(self, sequence: _Sequence) -> npt.NDArray[np.uint8]:
+        buffer: npt.NDArray[np.uint8] = aligned_empty((self._block_bytes,), np.uint8)
+        sequence.buffers.append(buffer)
+        sequence.addresses.append(address_of(buffer))
+        return buffer
