@@ -25,6 +25,10 @@ class PlaceError(StoreError):
     """A directory in which a store cannot be written; ends with advice that the command completes by naming another."""
 
 
+class TraceMismatch(DistMoeError):
+    """The model does not say what a trace says (exit code 2)."""
+
+
 class EnvironmentMismatch(DistMoeError):
     """The machine, the MPI library or the ranks do not fit together (exit code 3)."""
 

@@ -26,7 +26,7 @@ else:
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-_NOT_IN_FILES = {"config", "print_config", "help"}
+_NOT_IN_FILES = {"config", "print_config", "help", "legacy"}
 
 
 def option(*names: str, **attributes: Any) -> Callable[[Decorated], Decorated]:

@@ -16,6 +16,7 @@ from dist_moe.cli.interrupts import Interrupts
 from dist_moe.cli.logs import start_logging
 from dist_moe.cli.models import ModelSource, find_model, local_store
 from dist_moe.cli.options import ModelOptions
+from dist_moe.cli.reading import ReadingProgress
 from dist_moe.cli.threads_file import read_threads_file, threads_of_host
 from dist_moe.engine.agreement import agree_on_versions
 from dist_moe.engine.runtime import EngineOptions, Runtime
@@ -161,7 +162,8 @@ def _start_engine(world: World, source: ModelSource, options: ModelOptions, core
     here = f"{cores.threads} threads on {describe_cores(cores.mask)}"
     logger.info("model %s, %d ranks, %s, MPI %s", directory, world.size, here, world.library)
     with world.progress.loading():
-        return Runtime(store, world, engine_options, opening_since_s)
+        on_reading = ReadingProgress(world.size) if world.is_leader and not getattr(options, "quiet", False) else None
+        return Runtime(store, world, engine_options, opening_since_s, on_reading)
 
 
 def _lead(engine: Runtime, task: Task | None) -> None:

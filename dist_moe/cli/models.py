@@ -19,6 +19,7 @@ from dist_moe.errors import DistMoeError, PlaceError, UsageError
 from dist_moe.kernels import WeightFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.parallel.world import World
+from dist_moe.store.cached import note_use
 from dist_moe.store.carry import DEFAULT_FORMAT, conversion_notes, default_format
 from dist_moe.store.convert import convert
 from dist_moe.store.manifest import FORMAT_VERSION, MANIFEST_NAME, NUMERICS_VERSION, PROGRESS_NAME, read_manifest
@@ -58,6 +59,16 @@ class ModelSource:
             check_text_files(self.path, manifest)
             return manifest.config
         return open_source(self.path).config if is_gguf(self.path) else read_hf_config(self.path)
+
+    def name(self) -> str:
+        """What to call the model: as the store's manifest says, else by its directory or file.
+
+        Raises:
+            StoreError: The store's manifest is damaged.
+        """
+        if self.synthetic is not None:
+            return self.synthetic.name
+        return source_name(self.path) if self.format else read_manifest(self.path / MANIFEST_NAME).source_name
 
     def text_directory(self) -> Path:
         """Where tokenizer and generation settings lie; those of a GGUF file are written to the cache directory.
@@ -155,6 +166,8 @@ def _packed(source: ModelSource, options: StoreOptions, *, shows_progress: bool)
         try:
             if source.synthetic is not None:
                 write_synthetic(source.synthetic, source.path, options, progress)
+                if source.in_cache:
+                    note_use(source.path)
                 return source.path
             model = open_source(source.path)
             key = f"{source.path.resolve()}\n{_versions(model.fingerprint())}"
@@ -162,6 +175,7 @@ def _packed(source: ModelSource, options: StoreOptions, *, shows_progress: bool)
             for line in conversion_notes(model, options.format, options.group_size):
                 logger.info("%s: %s", source.path, line)
             convert(model, directory, options, progress)
+            note_use(directory)
         except PlaceError as error:
             other = "set DIST_MOE_CACHE to another directory" if source.in_cache else "choose another --synthetic-dir"
             raise PlaceError(f"{error} or {other}") from error
@@ -177,6 +191,7 @@ def _write_texts(source: Path) -> Path:
     for name, text in model.text_files().items():
         if not files.is_file(directory / name) or files.read_bytes(directory / name) != text:
             write_text(directory, name, text)
+    note_use(directory)
     return directory
 
 

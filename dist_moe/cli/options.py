@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from dist_moe.cli.config_file import apply, config_options, flag, option
+from dist_moe.cli.debug_options import DebugOptions
 from dist_moe.cli.sampling_options import Continuations, SamplingChoices
 from dist_moe.cli.values import Number, OneOf, PathName, Whole
 
@@ -38,8 +39,8 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class RunOptions(ModelOptions, SamplingChoices, Continuations):
-    """`dist-moe run`. At most one of the three prompts is set."""
+class RunOptions(ModelOptions, SamplingChoices, Continuations, DebugOptions):
+    """`dist-moe run`. At most one of the three prompts is set; `trace` and `greedy` come from the legacy form."""
 
     prompt: str | None
     prompt_file: str | None
@@ -50,10 +51,13 @@ class RunOptions(ModelOptions, SamplingChoices, Continuations):
     logits: str | None
     json: bool
     quiet: bool
+    show_tokens: bool
+    greedy: bool = False
+    trace: str | None = None
 
 
 @dataclass(frozen=True)
-class LogitsOptions(ModelOptions):
+class LogitsOptions(ModelOptions, DebugOptions):
     """`dist-moe logits`."""
 
     ids: str
@@ -204,6 +208,8 @@ def prompt_options(command: Decorated) -> Decorated:
         option(
             "-n",
             "--max-tokens",
+            "-s",
+            "--steps",
             type=Whole(min=1, max=2**31 - 1),
             default=DEFAULT_MAX_TOKENS,
             help="Tokens to generate at most.",
@@ -212,7 +218,7 @@ def prompt_options(command: Decorated) -> Decorated:
             "--ctx",
             type=Whole(min=1, max=2**31 - 1),
             show_default="prompt + max tokens, at most the model's maximum",
-            help="Positions of the context; at its end the finish reason is `length`.",
+            help="Positions of the context; at its end the finish reason is `context`.",
         ),
         flag("--ignore-eos", "Go on past the tokens that end a text."),
     )
@@ -231,5 +237,6 @@ def output_options(command: Decorated) -> Decorated:
         ),
         flag("--json", "Print one JSON object at the end: text, ids, finish_reason, usage, timings."),
         flag("--quiet", "Print the generated text alone: neither the prompt before it nor the summary."),
+        flag("--show-tokens", 'Print a line [id] -> "piece" for each token of prompt and answer, then the text.'),
     )
     return apply(command, decorators)

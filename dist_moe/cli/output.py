@@ -9,6 +9,7 @@ import click
 from dist_moe.cli.options import RunOptions
 from dist_moe.cli.prompt import Prompt
 from dist_moe.cli.summary import as_json, summary_lines
+from dist_moe.cli.token_lines import token_line
 from dist_moe.engine.request import Completion
 from dist_moe.engine.statistics import EngineStatistics
 from dist_moe.errors import UsageError
@@ -27,18 +28,24 @@ class Output:
             stop_ids: Tokens that end the text without being part of it.
         """
         self._options = options
+        self._tokenizer = tokenizer
         self._stream = tokenizer.stream() if tokenizer else None
         self._stop_ids = stop_ids
         self._pieces: list[str] = []
         self._tokens = 0
 
     def begin(self, prompt: Prompt) -> None:
-        """Print the text that is continued."""
-        if not (self._options.json or self._options.quiet):
+        """Print the text that is continued, or its tokens one by one."""
+        if self._options.show_tokens and not self._options.json:
+            for token in () if self._options.quiet else prompt.ids:
+                _print(token_line(self._tokenizer, token) + "\n")
+        elif not (self._options.json or self._options.quiet):
             _print(prompt.text)
 
     def token(self, _: int, token: int) -> None:
         """Print what a token adds (the engine's callback)."""
+        if self._options.show_tokens and not self._options.json:
+            _print(token_line(self._tokenizer, token) + "\n")
         if self._stream is None:
             self._emit(f",{token}" if self._tokens else str(token))
         elif token not in self._stop_ids:
@@ -50,8 +57,12 @@ class Output:
         if self._stream is not None:
             self._emit(self._stream.finish())
         text = "".join(self._pieces)
+        if self._options.show_tokens and not self._options.json:
+            _print("\n" + ("" if self._options.quiet else prompt.text) + text)
         if self._options.json:
             found = as_json(prompt.ids, completion, text if self._stream else None, statistics)
+            if self._options.show_tokens:
+                found["tokens"] = [token_line(self._tokenizer, token) for token in (*prompt.ids, *completion.ids)]
             _print(json.dumps(found, ensure_ascii=False) + "\n")
             return
         if not text.endswith("\n"):
@@ -62,7 +73,7 @@ class Output:
 
     def _emit(self, piece: str) -> None:
         self._pieces.append(piece)
-        if piece and not self._options.json:
+        if piece and not (self._options.json or self._options.show_tokens):
             _print(piece)
 
 

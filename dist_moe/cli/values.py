@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+import click.shell_completion
 from click.core import ParameterSource
 
 if TYPE_CHECKING:
@@ -108,6 +109,12 @@ class PathName(click.types.StringParamType):
         if "\0" in name:
             refuse(self._expected, name, param, ctx)
         return name
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[click.shell_completion.CompletionItem]:
+        """Let the shell complete names of files."""
+        return [click.shell_completion.CompletionItem(incomplete, type="file")]
 
     def fail(self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None) -> NoReturn:
         """Raise."""

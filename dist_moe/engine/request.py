@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-FinishReason = Literal["stop", "length", "error", "interrupted"]
+from dist_moe.errors import UsageError
+from dist_moe.model_config import ModelConfig
+
+FinishReason = Literal["stop", "length", "error", "interrupted", "context", "stop_string"]
 LogitsCallback = Callable[[npt.NDArray[np.float32]], None]
 
 # What the fault kinds of csrc/dist_moe.h mean, in their order.
@@ -28,6 +31,29 @@ def describe_fault(fault: int, layers: int) -> str:
     layer, kind = fault >> 8, fault & 0xFF
     where = f"layer {layer}" if layer < layers else "the final norm and lm_head"
     return f"{_FAULTS[kind]} in {where}"
+
+
+def check_prompt(ids: Sequence[int], context: int, config: ModelConfig) -> None:
+    """Refuse a prompt that cannot be computed.
+
+    Args:
+        ids: Its tokens.
+        context: Positions of a sequence at most.
+        config: The model's sizes.
+
+    Raises:
+        UsageError: It is empty, longer than the context, or has an id beyond the vocabulary.
+    """
+    if not ids:
+        raise UsageError("the prompt has no tokens: give at least one")
+    if len(ids) > context:
+        raise UsageError(
+            f"the prompt has {len(ids)} tokens, the context {context}: shorten it or raise --ctx "
+            f"(the model allows {config.max_positions})"
+        )
+    beyond = next((i for i in ids if not 0 <= i < config.vocabulary), None)
+    if beyond is not None:
+        raise UsageError(f"token id {beyond} is outside the model's vocabulary: 0 to {config.vocabulary - 1}")
 
 
 @dataclass(frozen=True)
@@ -109,9 +135,9 @@ class TokenLogprob:
 class Completion:
     """A finished (or growing) sequence.
 
-    `finish_reason` is `stop` (a stop id was drawn), `length` (max_tokens or the context's end), `interrupted` (by the
-    user) or `error` (then `error` says what went wrong and where). `reused_tokens` of the prompt were not computed
-    anew: another sequence had their keys and values.
+    `finish_reason` is `stop` (a stop id was drawn), `stop_string` (the text met one), `length` (max_tokens), `context`
+    (its end), `interrupted` (by the user) or `error` (then `error` says what went wrong and where). `reused_tokens` of
+    the prompt were not computed anew: another sequence had their keys and values.
     """
 
     ids: list[int] = field(default_factory=list)

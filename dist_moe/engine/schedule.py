@@ -106,7 +106,7 @@ class Schedule:
             active = Active(index, first_sequence + index, request, limit, self.completions[index])
             self._running.append(active)
             if limit <= 0:
-                self.finish(active, "length")
+                self.finish(active, "length" if request.max_tokens <= 0 else "context")
             else:
                 self._look_for_prefix(active)
 
@@ -154,6 +154,11 @@ class Schedule:
             self._prefixes.release(active.sequence)
         else:
             self._prefixes.keep(active.sequence, active.cached_ids())
+
+    def end(self, index: int, reason: FinishReason) -> None:
+        """End the request of this index if it is still in progress."""
+        for active in [active for active in self._running if active.index == index]:
+            self.finish(active, reason)
 
     def interrupt(self) -> None:
         """End all requests that are still in progress."""
@@ -205,6 +210,12 @@ class Schedule:
             running = (running[self._turn :] + running[: self._turn])[:MAX_LOGIT_ROWS]
         yield from (active for active in running if not active.prefilling)
         yield from (active for active in running if active.prefilling)
+
+
+def count_tokens(parts: Sequence[Part]) -> tuple[int, int]:
+    """Prompt tokens and decoded tokens of a step."""
+    prompt = sum(part.count for part in parts if part.active.prefilling)
+    return prompt, sum(part.count for part in parts) - prompt
 
 
 def _array(ids: Sequence[int]) -> npt.NDArray[np.int32]:

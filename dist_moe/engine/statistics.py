@@ -10,14 +10,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dist_moe.model.stopwatch import Part, Stopwatch
+
 
 @dataclass
 class Clock:
     """Tokens and seconds that rank 0 counted.
 
-    A step's time counts as prefill if it has prompt tokens, else as decode.
+    A step's time counts as prefill if it has prompt tokens, else as decode. `stopwatch` divides it further.
     """
 
+    stopwatch: Stopwatch
     prefill_tokens: int = 0
     prefill_s: float = 0.0
     decode_tokens: int = 0
@@ -28,6 +31,7 @@ class Clock:
     @contextmanager
     def step(self, prompt_tokens: int, decoded_tokens: int) -> Iterator[None]:
         """Count a step and the time until the block's end."""
+        self.stopwatch.start()
         started_s = time.perf_counter()
         yield
         elapsed_s = time.perf_counter() - started_s
@@ -38,6 +42,8 @@ class Clock:
             self.prefill_s += elapsed_s
         else:
             self.decode_s += elapsed_s
+        self.stopwatch.mark(Part.SAMPLING)
+        self.stopwatch.finish(prompt_tokens, decoded_tokens)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dist_moe.engine.health import Health
 from dist_moe.engine.scrub import Scrubber
 from dist_moe.kernels import NO_FAULT
 from dist_moe.model.step import MAX_LOGIT_ROWS, Step
+from dist_moe.model.stopwatch import Part
 from dist_moe.model.transformer import Transformer
 from dist_moe.parallel.exchange import Exchange
 from dist_moe.parallel.plan import Plan, make_plan
@@ -73,7 +74,9 @@ class Worker:
         for first in range(0, len(step.logit_rows), MAX_LOGIT_ROWS):
             rows = slice(first, first + MAX_LOGIT_ROWS)
             self._run_rows(step, rows, result, sink)
+        model.stopwatch.mark(Part.OTHER)
         self.health.end_step(model.fault_T)
+        model.stopwatch.mark(Part.EXCHANGE)
         return result if model.share.plan.rank == 0 else None
 
     def fetch_row(self, row: int) -> Floats | None:
@@ -94,9 +97,11 @@ class Worker:
             everything = logits_Nv.shape[1]
             block_sums(self._model.kernels, logits_Nv, (1.0,) * len(tokens), everything, fault_N, layer)
         self._model.add_faults(tokens, fault_N)
+        self._model.stopwatch.mark(Part.SAMPLING)
         if not step.full_logits:
             return
         full_NV = self._gather_full(logits_Nv)
+        self._model.stopwatch.mark(Part.EXCHANGE)
         if full_NV is None:
             return
         if sink is not None:

@@ -41,23 +41,21 @@ class ModelWeights:
     vocabulary: MatrixList
 
 
-def load_weights(
-    store: Store, share: Share, cache_layer_bytes: int, copying_threads: int | None = None
-) -> ModelWeights:
-    """Map this rank's share of a store, or copy it into memory.
+def load_weights(store: Store, share: Share, cache_layer_bytes: int, copied: bool = False) -> ModelWeights:
+    """Map this rank's share of a store, or prepare to copy it into memory.
 
     Args:
         store: The store.
         share: What is this rank's.
         cache_layer_bytes: A layer's part of a block of the KV cache.
-        copying_threads: How many copy it into private huge pages; None maps it.
+        copied: Read it from private huge pages, which hold it after `copy.fill`.
 
     Raises:
         StoreError: A unit that the share needs is not in the files of this host.
     """
-    copy = None if copying_threads is None else PrivateCopy(store)
+    copy = PrivateCopy(store) if copied else None
     source = copy or store
-    weights = ModelWeights(
+    return ModelWeights(
         store=store,
         copy=copy,
         embedding_VD=store.common("embedding"),
@@ -71,9 +69,6 @@ def load_weights(
         final_norm_D=store.common("final_norm"),
         vocabulary=_vocabulary(store, source, share.plan),
     )
-    if copy is not None and copying_threads is not None:
-        copy.fill(copying_threads)
-    return weights
 
 
 def _attention(

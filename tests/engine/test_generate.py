@@ -89,7 +89,7 @@ def test_stop_ids_end_a_sequence_and_the_context_does(make_store, tiny_directory
     engine = make_engine(make_store(tiny_directory, "q8"), context=40)
     ids = prompts(1)[0]
     [free] = engine.generate([Request(ids, 100)])
-    assert (len(free.ids), free.finish_reason) == (40 - len(ids), "length")
+    assert (len(free.ids), free.finish_reason) == (40 - len(ids), "context")
     stop = free.ids[5]
     [stopped] = engine.generate([Request(ids, 100, stop_ids=frozenset([stop]))])
     assert (stopped.ids, stopped.finish_reason) == (free.ids[: free.ids.index(stop) + 1], "stop")

@@ -31,6 +31,7 @@ DOORS = {
     "tokenizers": {"text"},
     "jinja2": {"text"},
     "click": {"cli"},
+    "matplotlib": {"cli/heat_map.py"},
     "gguf": {"checkpoint/gguf_file.py"},
     "xxhash": {"store/checksum.py"},
 }
