@@ -19,12 +19,13 @@ from dist_moe.cli.job import Setting, Task, run_job
 from dist_moe.cli.legacy import legacy_values, start_ids
 from dist_moe.cli.models import find_model
 from dist_moe.cli.npy_rows import NpyRows, require_writable
-from dist_moe.cli.options import RunOptions, model_options, output_options, prompt_options, sampling_options
+from dist_moe.cli.options import RunOptions, model_options, output_options, prompt_options
 from dist_moe.cli.output import Output
 from dist_moe.cli.probes import Probes, make_probes
 from dist_moe.cli.prompt import Prompt, read_prompt, read_tokenizer, require_room
 from dist_moe.cli.sampling import advised_values
 from dist_moe.cli.sampling import sampling_options as chosen_sampling
+from dist_moe.cli.sampling_options import continuation_options, sampling_options
 from dist_moe.cli.token_lines import token_line
 from dist_moe.cli.trace import TraceTask, read_trace
 from dist_moe.cli.values import PathName
@@ -104,7 +105,9 @@ def make_task(options: RunOptions, setting: Setting) -> Task:
     request = Request(
         prompt_ids=prompt.ids,
         max_tokens=options.max_tokens,
-        sampling=SamplingOptions() if options.greedy else chosen_sampling(options, advised),
+        sampling=SamplingOptions()
+        if options.greedy
+        else chosen_sampling(options, advised, tokenizer, config.vocabulary),
         stop_ids=frozenset() if options.ignore_eos else stop_ids,
     )
     return RunTask(
@@ -189,6 +192,7 @@ def context_size(options: RunOptions, prompt_tokens: int, max_positions: int) ->
 @prompt_options
 @model_options
 @sampling_options
+@continuation_options
 @output_options
 @debug_options
 @click.argument("legacy", metavar="[STORE STEPS [TRACE]]", nargs=-1, type=PathName())

@@ -18,7 +18,6 @@ from dist_moe.engine.options import EngineOptions
 from dist_moe.engine.prefix_index import PrefixIndex
 from dist_moe.engine.read_ahead import ReadProgress
 from dist_moe.engine.request import Completion, Request, check_prompt, describe_fault, refuse_faults
-from dist_moe.engine.sampling import draw_token
 from dist_moe.engine.schedule import Part, Schedule, count_tokens
 from dist_moe.engine.scrub import start_scrub
 from dist_moe.engine.startup import agreed, choose_layout, open_exchange
@@ -281,16 +280,10 @@ class Runtime:
         if part.row is None:
             return
         row = part.row
-        token = draw_token(
-            self.kernels,
-            request.sampling,
-            active.length,
-            result.candidates[row],
-            lambda: self._crew.fetch_row(row),
-            valid,
-        )
         completion = active.completion
-        completion.ids.append(token)
+        token = active.sampler.draw(
+            self.kernels, completion, result.candidates[row], lambda: self._crew.fetch_row(row), valid
+        )
         if request.on_logits is not None:
             request.on_logits(result.full_logits[row])
         drawn.append((active.index, token))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,9 +158,26 @@ def test_stdin_is_refused_where_it_never_ends(tokenizer: Tokenizer) -> None:
 
 
 def test_flags_complete_the_models_advice() -> None:
-    advised = GenerationConfig(frozenset(), temperature=0.6, top_k=20, top_p=0.95)
-    assert sampling_options(RUN, advised) == SamplingOptions(0.6, 20, 0.95, 0.0, seed=5)
-    assert sampling_options(replace(RUN, temperature=0.0), advised).temperature == 0.0
+    advised = GenerationConfig(frozenset(), temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.05)
+    expected = SamplingOptions(0.6, 20, 0.95, 0.0, seed=5, repetition_penalty=1.05)
+    assert sampling_options(RUN, advised, None, 300) == expected
+    assert sampling_options(replace(RUN, temperature=0.0), advised, None, 300).temperature == 0.0
+
+
+def test_biases_and_breakers_become_ids(tokenizer: Tokenizer) -> None:
+    advised = GenerationConfig(frozenset())
+    options = replace(RUN, logit_bias=("5=+1.5", "9=-inf"), dry_multiplier=0.8, dry_breakers='["\\n", "Once upon"]')
+    found = sampling_options(options, advised, tokenizer, tokenizer.size)
+    assert found.logit_bias == ((5, 1.5), (9, -math.inf))
+    texts = {tokenizer.decode(ids) for ids in found.dry_breakers}
+    assert all("\n" in text or "Once upon" in text for text in texts)
+    assert {"\n", "Once upon"} <= texts
+    assert tuple(tokenizer.encode("Once upon")) in found.dry_breakers
+    assert sampling_options(replace(options, dry_multiplier=0.0), advised, tokenizer, 9999).dry_breakers == frozenset()
+    with pytest.raises(UsageError, match=r"--logit-bias: token id 9 at position 1 is not in the vocabulary, 0 to 8"):
+        sampling_options(options, advised, tokenizer, 9)
+    with pytest.raises(UsageError, match=r"no tokenizer: give --dry-breakers '\[\]'"):
+        sampling_options(options, advised, None, 300)
 
 
 # ---- models ----
