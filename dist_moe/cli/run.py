@@ -204,7 +204,7 @@ def run(
 
     Each option can also be set as DIST_MOE_<NAME> in the environment and in a --config file.
 
-    STORE STEPS [TRACE] is the form of a predecessor: that many greedy steps. With TRACE (the base name of .ids.npy,
+    STORE STEPS [TRACE] is the legacy form of a predecessor: that many greedy steps. With TRACE (base name of .ids.npy,
     .logits.npy and .probs.npy, or a .npy or .json file of token ids) each step is compared with it; one token that
     differs gives exit code 2.
 
