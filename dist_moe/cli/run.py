@@ -44,16 +44,18 @@ logger = logging.getLogger(__name__)
 class RunTask:
     """A checked prompt and what becomes of it."""
 
-    request: Request
     prompt: Prompt
+    max_tokens: int
+    sampling: SamplingOptions
+    stop: tuple[str, ...]
+    ignore_eos: bool
     context: int
-    valid_vocabulary: int
     output: Output
     logits: Path | None
     probes: Probes
     interrupted: Callable[[], bool]
 
-    def lead(self, engine: Runtime) -> None:
+    def lead_engine(self, engine: Engine) -> None:
         """Generate, print, and write the logits.
 
         Raises:
@@ -61,26 +63,38 @@ class RunTask:
             Interrupted: By Ctrl-C; what was made is printed.
         """
         self.output.begin(self.prompt)
-        completion = self._generate(engine)
-        self.output.end(self.prompt, completion, engine.statistics())
+        result = self._generate(engine)
+        self.output.end(self.prompt, result, engine.statistics())
         self.probes.report()
-        if completion.finish_reason == "interrupted":
-            raise Interrupted(f"interrupted after {len(completion.ids)} tokens")
-        if completion.finish_reason == "error":
+        if result.finish_reason == "interrupted":
+            raise Interrupted(f"interrupted after {len(result.ids)} tokens")
+        if result.finish_reason == "error":
             raise StoreError(
-                f"the text ended after {len(completion.ids)} tokens: {completion.error}: "
+                f"the text ended after {len(result.ids)} tokens: {result.error}: "
                 "the weights are damaged (see dist-moe inspect --verify) or this text overflows the model"
             )
 
-    def _generate(self, engine: Runtime) -> Completion:
+    def _generate(self, engine: Engine) -> Result:
         with ExitStack() as stack:
-            stack.enter_context(self.probes.attached(engine))
-            request = self.request
+            stack.enter_context(self.probes.attached(engine.runtime))
+            on_logits = None
             if self.logits is not None:
                 rows = stack.enter_context(NpyRows(self.logits, engine.config.vocabulary))
-                request = replace(request, on_logits=lambda logits_V: rows.append(logits_V[np.newaxis]))
-            (completion,) = engine.generate([request], self.output.token, self.valid_vocabulary, self.interrupted)
-        return completion
+                on_logits = partial(_append_row, rows)
+            return engine.complete(
+                self.prompt.ids,
+                self.output.piece,
+                max_tokens=self.max_tokens,
+                sampling=self.sampling,
+                stop=self.stop,
+                ignore_eos=self.ignore_eos,
+                on_logits=on_logits,
+                interrupted=self.interrupted,
+            )
+
+
+def _append_row(rows: NpyRows, logits_V: npt.NDArray[np.float32]) -> None:
+    rows.append(logits_V[np.newaxis])
 
 
 def make_task(options: RunOptions, setting: Setting) -> Task:
