@@ -16,6 +16,7 @@ from dist_moe.engine.generation import Drawn, Generation
 from dist_moe.engine.loading import load_model
 from dist_moe.engine.options import EngineOptions
 from dist_moe.engine.prefix_index import PrefixIndex
+from dist_moe.engine.prompt_cache import PromptCache
 from dist_moe.engine.read_ahead import ReadProgress
 from dist_moe.engine.request import Completion, Request, check_prompt, describe_fault, refuse_faults
 from dist_moe.engine.schedule import Part, Schedule, count_tokens
@@ -78,8 +79,8 @@ class Runtime:
         self._scrubber = start_scrub(world, store, plans[world.rank]) if options.scrub else None
         worker = Worker(self.model, exchange, world.size, self._scrubber)
         self._crew = Crew(worker, exchange, self._step_tokens, self._measure)
-        self._next_sequence = 0
         self._prefixes = PrefixIndex(options.resident_positions)
+        self.prompt_cache = PromptCache(self._crew, self._prefixes, store.manifest, options.kv)
         self._clock = Clock(self.model.stopwatch)
         self._load_s = time.perf_counter() - started_s
 
@@ -174,13 +175,12 @@ class Runtime:
         valid = self.config.vocabulary if valid_vocabulary is None else min(valid_vocabulary, self.config.vocabulary)
         schedule = Schedule(
             requests,
-            self._next_sequence,
+            self._prefixes.new_sequences(len(requests)),
             context=self._options.context,
             step_tokens=self._step_tokens,
             prefill_chunk=self._options.prefill_chunk,
             prefixes=self._prefixes,
         )
-        self._next_sequence += len(requests)
         return Generation(schedule, lambda: self._steps(schedule, valid))
 
     def logits(self, ids: Sequence[int], sink: RowSink, interrupted: Callable[[], bool] = lambda: False) -> None:
@@ -199,7 +199,7 @@ class Runtime:
         """
         check_prompt(ids, self._options.context, self.config)
         self._compare_after_idling()
-        sequence, self._next_sequence = self._next_sequence, self._next_sequence + 1
+        sequence = self._prefixes.new_sequences()
         try:
             for first in range(0, len(ids), self._options.prefill_chunk):
                 chunk = Slice(sequence, first, tuple(ids[first : first + self._options.prefill_chunk]))
