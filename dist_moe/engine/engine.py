@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
@@ -22,14 +22,16 @@ from dist_moe.engine.signals import interrupts_wait
 from dist_moe.engine.statistics import EngineStatistics
 from dist_moe.engine.streams import Sequences
 from dist_moe.engine.worker import RowSink
+from dist_moe.model_config import ModelConfig
 from dist_moe.parallel.launcher import detect_launcher
 from dist_moe.parallel.lifeline import hold_lifeline
 from dist_moe.store.models import ModelSource, find_model
 from dist_moe.text.messages import Message
 
 if TYPE_CHECKING:
-    from mpi4py.MPI import Intracomm
     from typing_extensions import Unpack
+
+    from dist_moe.parallel.world import Intracomm
 
 Made = TypeVar("Made")
 PieceCallback = Callable[[Piece], object]
@@ -40,8 +42,8 @@ class Engine(OpenModel):
     """A model on one or many ranks: `with Engine("model-q4") as engine: ...`.
 
     A plain `python` is one rank and needs no MPI. Under mpirun all ranks run the same script and make the same calls in
-    the same order; rank 0 gets the pieces, the loops of the others end without one. What a loop's body calls, and what
-    a script does `if engine.is_leader`, is rank 0's own. Errors are raised on all ranks alike.
+    the same order; rank 0 gets the pieces, the loops of the others end without one. What a loop's body calls is rank
+    0's own, as is what `lead` is given. Errors are raised on all ranks alike.
 
     Attributes:
         config: The model's sizes.
@@ -92,21 +94,8 @@ class Engine(OpenModel):
             CheckpointError, StoreError: The model's files are damaged or not supported.
             EnvironmentMismatch: MPI is missing, or does not fit the launcher; or ranks differ.
         """
-        settings = Settings(
-            context=context,
-            threads=threads,
-            kv=kv,
-            experts=experts,
-            prefill_chunk=prefill_chunk,
-            weights=weights,
-            isa=isa,
-            check=check,
-            scrub=scrub,
-            bind=bind,
-            quant=quant,
-            stall_timeout_s=stall_timeout_s,
-            start_timeout_s=start_timeout_s,
-        )
+        given = locals()
+        settings = Settings(**{field.name: given[field.name] for field in fields(Settings) if field.name in given})
         hold_lifeline(detect_launcher(os.environ), os.environ)
         with own_errors():
             job = Job(threads if isinstance(threads, int) else None, start_timeout_s, lambda _: stall_timeout_s, comm)
@@ -200,7 +189,7 @@ class Engine(OpenModel):
         """
         results, is_one = self._together(
             lambda: self._complete(prompt, on_piece, Wishes(**options)),
-            lambda made: [[dataclasses.asdict(result) for result in made[0]], made[1]],
+            lambda made: [[asdict(result) for result in made[0]], made[1]],
             lambda heard: ([Result.of_dict(values) for values in heard[0]], heard[1]),
         )
         return results[0] if is_one else results
@@ -241,14 +230,12 @@ class Engine(OpenModel):
             DistMoeError: A NaN or overflow in the model.
         """
         return self._together(
-            lambda: self._logits(prompt, sink, interrupted), lambda _: None, lambda _: self._no_logits()
+            lambda: self._logits(prompt, sink, interrupted), lambda _: None, lambda _: _no_logits(self.config)
         )
 
     def statistics(self) -> EngineStatistics:
         """Counts and times since the start, over all ranks and on all of them alike; collective."""
-        return self._together(
-            lambda: self.runtime.statistics(), dataclasses.asdict, lambda heard: EngineStatistics(**heard)
-        )
+        return self._together(lambda: self.runtime.statistics(), asdict, lambda heard: EngineStatistics(**heard))
 
     def lead(self, action: Callable[[Engine], Made]) -> Made | None:
         """Let rank 0 alone do something with the engine, whose calls the other ranks need not make; collective.
@@ -295,15 +282,16 @@ class Engine(OpenModel):
 
     def _logits(self, prompt: Prompt, sink: RowSink | None, interrupted: Callable[[], bool]) -> npt.NDArray[np.float32]:
         ids = self.text.encode(prompt)
-        rows: list[npt.NDArray[np.float32]] = [self._no_logits()]
+        rows: list[npt.NDArray[np.float32]] = [_no_logits(self.config)]
         with interrupts_wait():
             self.runtime.logits(ids, sink or (lambda rows_TV: rows.append(rows_TV.copy())), interrupted)
         return np.concatenate(rows)
-
-    def _no_logits(self) -> npt.NDArray[np.float32]:
-        return np.empty((0, self.config.vocabulary), np.float32)
 
 
 def _follow_pieces(calls: Calls, number: int) -> Generator[Piece, None, None]:
     calls.follow(number, "end")
     yield from ()
+
+
+def _no_logits(config: ModelConfig) -> npt.NDArray[np.float32]:
+    return np.empty((0, config.vocabulary), np.float32)
