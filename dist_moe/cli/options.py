@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 from dist_moe.cli.config_file import apply, config_options, flag, option
 from dist_moe.cli.debug_options import DebugOptions
 from dist_moe.cli.sampling_options import Continuations, SamplingChoices
-from dist_moe.cli.values import Number, OneOf, PathName, Whole
+from dist_moe.cli.values import Number, OneOf, PathName, SomeText, Whole
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -47,6 +47,7 @@ class RunOptions(ModelOptions, SamplingChoices, Continuations, DebugOptions):
     prompt_ids: str | None
     max_tokens: int
     ignore_eos: bool
+    stop: tuple[str, ...]
     ctx: int | None
     logits: str | None
     json: bool
@@ -221,6 +222,14 @@ def prompt_options(command: Decorated) -> Decorated:
             help="Positions of the context; at its end the finish reason is `context`.",
         ),
         flag("--ignore-eos", "Go on past the tokens that end a text."),
+        option(
+            "--stop",
+            type=SomeText(),
+            multiple=True,
+            metavar="TEXT",
+            show_default=False,
+            help="End before this text, which is not printed; \\n is a new line. Can be given several times.",
+        ),
     )
     return apply(command, decorators)
 

@@ -86,7 +86,7 @@ class BeamSearch:
 
     def _prefill(self) -> Iterator[tuple[list[list[TokenLogprob]], str | None]]:
         leader, prompt = self._leader, self._request.prompt_ids
-        self._sequences = [leader.name_sequence()]
+        self._sequences = [leader.prefixes.new_sequences()]
         resident, first = leader.prefixes.find(prompt[:-1])
         if first:
             leader.prefixes.fork(self._sequences[0], resident, first)
@@ -108,7 +108,7 @@ class BeamSearch:
         for text in self._beams.live:
             sequence = before[text.parent]
             if sequence in taken:
-                copy = self._leader.name_sequence()
+                copy = self._leader.prefixes.new_sequences()
                 prefixes.fork(copy, sequence, computed)
                 sequence = copy
             taken.add(sequence)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Made = TypeVar("Made")
+PieceCallback = Callable[[Piece], object]
 DEMO = "demo"
 
 
@@ -169,19 +170,36 @@ class Engine(OpenModel):
         return self._stream(options, lambda wishes: Sequences.of_messages(self.text, messages, thinking, tools, wishes))
 
     @overload
-    def complete(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Result: ...
+    def complete(
+        self, prompt: str | Sequence[int], on_piece: PieceCallback | None = None, **options: Unpack[GenerateOptions]
+    ) -> Result: ...
 
     @overload
-    def complete(self, prompt: list[str] | list[list[int]], **options: Unpack[GenerateOptions]) -> list[Result]: ...
+    def complete(
+        self,
+        prompt: list[str] | list[list[int]],
+        on_piece: PieceCallback | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Result]: ...
 
-    def complete(self, prompt: Prompt | Sequence[Prompt], **options: Unpack[GenerateOptions]) -> Result | list[Result]:
-        """Continue a prompt, or several, to their ends; collective. Args and errors as of `generate`.
+    def complete(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        on_piece: PieceCallback | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Result | list[Result]:
+        """Continue a prompt, or several, to their ends; collective. Errors as of `generate`.
+
+        Args:
+            prompt: As of `generate`.
+            on_piece: Told each piece as it is made, on rank 0.
+            **options: See `GenerateOptions`.
 
         Returns:
             One result, or one per prompt; on all ranks alike, so that a script can decide by it.
         """
         results, is_one = self._together(
-            lambda: self._complete(prompt, Wishes(**options)),
+            lambda: self._complete(prompt, on_piece, Wishes(**options)),
             lambda made: [[dataclasses.asdict(result) for result in made[0]], made[1]],
             lambda heard: ([Result.of_dict(values) for values in heard[0]], heard[1]),
         )
@@ -263,11 +281,16 @@ class Engine(OpenModel):
         with calls.lead(number, "end"):
             yield from sequences.pieces(self.runtime)
 
-    def _complete(self, prompt: Prompt | Sequence[Prompt], wishes: Wishes) -> tuple[list[Result], bool]:
+    def _complete(
+        self, prompt: Prompt | Sequence[Prompt], on_piece: PieceCallback | None, wishes: Wishes
+    ) -> tuple[list[Result], bool]:
         prompts, is_one = split_prompts(prompt)
         sequences = Sequences.of_prompts(self.text, prompts, wishes)
         sequences.check(self.runtime)
-        deque(sequences.pieces(self.runtime), maxlen=0)
+        with closing(sequences.pieces(self.runtime)) as pieces:
+            for piece in pieces:
+                if on_piece is not None:
+                    on_piece(piece)
         return sequences.results(), is_one
 
     def _logits(self, prompt: Prompt, sink: RowSink | None, interrupted: Callable[[], bool]) -> npt.NDArray[np.float32]:

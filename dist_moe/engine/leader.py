@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from dist_moe.engine.crew import Crew
@@ -15,7 +14,7 @@ from dist_moe.model_config import ModelConfig
 
 @dataclass(frozen=True)
 class Leader:
-    """The parts of a running model that rank 0 leads with; `name_sequence` gives an unused name of a KV cache."""
+    """The parts of a running model that rank 0 leads with."""
 
     crew: Crew
     kernels: Kernels
@@ -23,4 +22,3 @@ class Leader:
     clock: Clock
     options: EngineOptions
     config: ModelConfig
-    name_sequence: Callable[[], int]

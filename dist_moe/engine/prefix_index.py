@@ -43,9 +43,19 @@ class PrefixIndex:
         self._residents: OrderedDict[int, Ids] = OrderedDict()
         self._forks: list[Fork] = []
         self._released: list[int] = []
+        self._names = 0
 
     def __len__(self) -> int:
         return len(self._residents)
+
+    def new_sequences(self, count: int = 1) -> int:
+        """The first of so many consecutive names that no sequence had before."""
+        first, self._names = self._names, self._names + count
+        return first
+
+    def fits(self, positions: int) -> bool:
+        """Whether a sequence of so many positions could stay resident."""
+        return blocks_of(positions) <= self._most_blocks
 
     def find(self, ids: Sequence[int]) -> tuple[int, int]:
         """The resident sequence that a text has most in common with.
@@ -63,7 +73,8 @@ class PrefixIndex:
     def keep(self, sequence: int, ids: Sequence[int]) -> None:
         """A sequence has ended and holds K and V of these tokens; what is the beginning of another one is released."""
         ids_T = np.array(ids, dtype=np.int32)
-        if not self._most_blocks or not len(ids_T):
+        holds_nothing_yet = any(fork.sequence == sequence for fork in self._forks)
+        if not self._most_blocks or not len(ids_T) or holds_nothing_yet:
             self.release(sequence)
             return
         for name, held_T in list(self._residents.items()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import operator
 from collections.abc import Callable, Sequence
@@ -154,6 +155,7 @@ class TextSide:
         tokenizer = self.tokenizer
         return min(self._config.vocabulary, tokenizer.size if tokenizer else self._config.vocabulary)
 
+    @functools.cached_property
     def stop_ids(self) -> frozenset[int]:
         """The tokens that end a text."""
         return known_stop_ids(self.advised.stop_ids, self.tokenizer, self._config.vocabulary)
@@ -196,7 +198,7 @@ class TextSide:
             prompt_ids=ids,
             max_tokens=wishes.max_tokens,
             sampling=self.sampling(wishes),
-            stop_ids=frozenset() if wishes.ignore_eos else self.stop_ids(),
+            stop_ids=frozenset() if wishes.ignore_eos else self.stop_ids,
             on_logits=wishes.on_logits,
         )
 

@@ -19,6 +19,7 @@ from dist_moe.engine.leader import Leader
 from dist_moe.engine.loading import load_model
 from dist_moe.engine.options import EngineOptions
 from dist_moe.engine.prefix_index import PrefixIndex
+from dist_moe.engine.prompt_cache import PromptCache
 from dist_moe.engine.read_ahead import ReadProgress
 from dist_moe.engine.request import Completion, Request, check_prompt, describe_fault
 from dist_moe.engine.schedule import Part, Schedule, count_tokens
@@ -81,11 +82,10 @@ class Runtime:
         self._scrubber = start_scrub(world, store, plans[world.rank]) if options.scrub else None
         worker = Worker(self.model, exchange, world.size, self._scrubber)
         self._crew = Crew(worker, exchange, self._step_tokens, self._measure)
-        self._next_sequence = 0
         self._prefixes = PrefixIndex(options.resident_positions)
+        self.prompt_cache = PromptCache(self._crew, self._prefixes, store.manifest, options.kv)
         self._clock = Clock(self.model.stopwatch)
-        parts = (self._crew, self.kernels, self._prefixes, self._clock, options, self.config)
-        self._leader = Leader(*parts, self._name_sequence)
+        self._leader = Leader(self._crew, self.kernels, self._prefixes, self._clock, options, self.config)
         self._load_s = time.perf_counter() - started_s
 
     @property
@@ -179,13 +179,12 @@ class Runtime:
         valid = self._valid_vocabulary(valid_vocabulary)
         schedule = Schedule(
             requests,
-            self._next_sequence,
+            self._prefixes.new_sequences(len(requests)),
             context=self._options.context,
             step_tokens=self._step_tokens,
             prefill_chunk=self._options.prefill_chunk,
             prefixes=self._prefixes,
         )
-        self._next_sequence += len(requests)
         return Generation(schedule, lambda: self._steps(schedule, valid))
 
     def beam_search(
@@ -234,10 +233,6 @@ class Runtime:
 
     def _valid_vocabulary(self, wanted: int | None) -> int:
         return self.config.vocabulary if wanted is None else min(wanted, self.config.vocabulary)
-
-    def _name_sequence(self) -> int:
-        self._next_sequence += 1
-        return self._next_sequence - 1
 
     def _steps(self, schedule: Schedule, valid: int) -> Generator[Drawn, None, None]:
         """Run steps until all requests are finished; yields the tokens of each, (index of the request, token id)."""

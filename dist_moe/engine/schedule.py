@@ -99,6 +99,7 @@ class Schedule:
         self._prefill_chunk = prefill_chunk
         self._running: list[Active] = []
         self._by_beginning: dict[tuple[int, ...], list[Active]] = {}
+        self._started = False
         self._turn = 0
         self.completions = [Completion() for _ in requests]
         for index, request in enumerate(requests):
@@ -107,11 +108,10 @@ class Schedule:
             self._running.append(active)
             if limit <= 0:
                 self.finish(active, "length" if request.max_tokens <= 0 else "context")
-            else:
-                self._look_for_prefix(active)
 
     def next_parts(self) -> list[Part]:
         """The next step's parts; empty when every request is finished."""
+        self._look_for_prefixes()
         for active in self._running:
             if active.source is not None:
                 self._stop_waiting(active, active.source)
@@ -150,6 +150,9 @@ class Schedule:
         active.completion.finish_reason = reason
         active.completion.error = error
         self._running.remove(active)
+        for waiting in self._running:
+            if waiting.source is active:
+                self._stop_waiting(waiting, active)
         if reason == "error":
             self._prefixes.release(active.sequence)
         else:
@@ -171,19 +174,24 @@ class Schedule:
             self._prefixes.keep(active.sequence, active.cached_ids())
         self._running.clear()
 
-    def _look_for_prefix(self, active: Active) -> None:
-        """Begin with what a resident sequence holds, or wait for an earlier request that has more in common.
+    def _look_for_prefixes(self) -> None:
+        """Before the first step, when nothing else can come in between any more."""
+        if self._started:
+            return
+        self._started = True
+        for active in self._running:
+            self._fork_resident(active)
+            self._wait_for_earlier(active)
 
-        The last token of a prompt is always computed: it gives the logits.
-        """
-        prompt = active.request.prompt_ids
-        resident, positions = self._prefixes.find(prompt[:-1])
-        active.cached = active.completion.reused_tokens = positions
+    def _fork_resident(self, active: Active) -> None:
+        """Begin with what a resident sequence holds, but for the prompt's last token: it gives the logits."""
+        resident, positions = self._prefixes.find(active.request.prompt_ids[:-1])
         if positions:
             self._prefixes.fork(active.sequence, resident, positions)
-        self._share(active)
+        active.cached = active.completion.reused_tokens = positions
 
-    def _share(self, active: Active) -> None:
+    def _wait_for_earlier(self, active: Active) -> None:
+        """Wait for the earlier request that will have most in common, if it is worth it."""
         prompt = active.request.prompt_ids
         alike = self._by_beginning.setdefault(prompt[:LEAST_SHARED], [])
         for earlier in alike:

@@ -45,7 +45,7 @@ class Sequences:
         wishes.require_valid(several=len(prompts) > 1)
         requests = [text.request(text.encode(prompt), wishes) for prompt in prompts]
         tokenizer = text.require_tokenizer() if wishes.stop_strings else text.tokenizer
-        silent = text.stop_ids()
+        silent = text.stop_ids
         writers = [
             Writer(index, tokenizer.stream() if tokenizer else None, silent, wishes.stop_strings)
             for index in range(len(requests))
@@ -72,7 +72,7 @@ class Sequences:
         functions = parse_tools(list(tools), "tools") if tools else ()
         prompt = text.chat_format.prompt(parse_messages(turns, "messages"), tools=functions, thinking=thinking)
         stream = text.chat_format.answer(prompt, functions)
-        writer = Writer(0, stream, text.stop_ids(), wishes.stop_strings)
+        writer = Writer(0, stream, text.stop_ids, wishes.stop_strings)
         return cls(text, [text.request(prompt.ids, wishes)], [writer], wishes)
 
     def pieces(self, runtime: Runtime) -> Generator[Piece, None, None]:

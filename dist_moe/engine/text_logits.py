@@ -13,7 +13,7 @@ from dist_moe.model.step import Slice, Step
 
 def text_logits(leader: Leader, ids: Sequence[int], sink: RowSink, interrupted: Callable[[], bool]) -> None:
     """Give the sink all rows in order, chunk by chunk; see `Runtime.logits`."""
-    sequence, chunk_tokens = leader.name_sequence(), leader.options.prefill_chunk
+    sequence, chunk_tokens = leader.prefixes.new_sequences(), leader.options.prefill_chunk
     try:
         for first in range(0, len(ids), chunk_tokens):
             chunk = Slice(sequence, first, tuple(ids[first : first + chunk_tokens]))

@@ -66,7 +66,7 @@ U16 = ElementType(np.uint16, "uint16_t[]")
 
 def address_of(array: Array) -> int:
     """The address of an array's first element, as `ChunkList` and `KvView` take it."""
-    return int(array.ctypes.data)
+    return int(array.__array_interface__["data"][0])  # a fifth of the time of array.ctypes
 
 
 def aligned_empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> Array:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_moe.kernels import BLOCK_POSITIONS, KvFormat, KvView, address_of, aligned_empty, kv_block_bytes
+from dist_moe.model.kv_layout import read_rows, row_bytes, write_rows
 from dist_moe.model.step import Fork, Step
 
 
@@ -32,9 +33,16 @@ class KvCache:
 
     def __init__(self, kv_format: KvFormat, layers: int, kv_heads: int, head_dim: int) -> None:
         self._format = kv_format
+        self._kv_heads = kv_heads
+        self._head_dim = head_dim
         self.layer_bytes = kv_heads * kv_block_bytes(kv_format, head_dim)
         self._block_bytes = layers * self.layer_bytes
         self._sequences: dict[int, _Sequence] = {}
+
+    @property
+    def row_bytes(self) -> int:
+        """B: bytes of one position of one KV head in one layer."""
+        return row_bytes(self._format, self._head_dim)
 
     @property
     def allocated_bytes(self) -> int:
@@ -60,6 +68,38 @@ class KvCache:
             blocks += self._grow(part.sequence, stop).addresses
             at = rows.stop
         return KvView(np.array(blocks, dtype=np.uint64), table_T, position_T, layer * self.layer_bytes, self._format)
+
+    def read(self, name: int, layer: int, first: int, stop: int) -> npt.NDArray[np.uint8]:
+        """K and V of some positions of a sequence.
+
+        Args:
+            name: The sequence.
+            layer: Of which layer.
+            first: The first position, a multiple of 64.
+            stop: Behind the last position.
+
+        Returns:
+            uint8 [stop - first, local KV heads, B] (see kv_layout).
+        """
+        parts = [
+            read_rows(self._layer(name, layer, block), self._format, self._head_dim)
+            for block in range(first // BLOCK_POSITIONS, -(-stop // BLOCK_POSITIONS))
+        ]
+        return np.concatenate(parts)[: stop - first]
+
+    def write(self, name: int, layer: int, first: int, rows: npt.NDArray[np.uint8]) -> None:
+        """The inverse of `read`: uint8 [n, local KV heads, B]; what follows them in the last block becomes zeros."""
+        self._grow(name, first + len(rows))
+        for start in range(0, len(rows), BLOCK_POSITIONS):
+            whole = np.zeros((BLOCK_POSITIONS, *rows.shape[1:]), np.uint8)
+            whole[: len(rows) - start] = rows[start : start + BLOCK_POSITIONS]
+            part = self._layer(name, layer, (first + start) // BLOCK_POSITIONS)
+            write_rows(part, whole, self._format, self._head_dim)
+
+    def _layer(self, name: int, layer: int, block: int) -> npt.NDArray[np.uint8]:
+        """A layer's part of a block, uint8 [local KV heads, bytes of a KV head's block]."""
+        buffer = self._sequences[name].buffers[block]
+        return buffer[layer * self.layer_bytes : (layer + 1) * self.layer_bytes].reshape(self._kv_heads, -1)
 
     def _grow(self, name: int, positions: int) -> _Sequence:
         sequence = self._sequences.setdefault(name, _Sequence())

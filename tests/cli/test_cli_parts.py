@@ -21,8 +21,10 @@ from dist_moe.cli.prompt import Prompt, read_prompt
 from dist_moe.cli.sampling import sampling_options
 from dist_moe.cli.token_ids import parse_ids, read_ids, require_ids
 from dist_moe.demo import demo_model_directory
+from dist_moe.engine.pieces import Result, Usage
 from dist_moe.engine.request import Completion, SamplingOptions
 from dist_moe.engine.statistics import EngineStatistics
+from dist_moe.engine.writer import Writer
 from dist_moe.errors import UsageError
 from dist_moe.kernels import WeightFormat
 from dist_moe.parallel.launcher import Launcher
@@ -239,11 +241,12 @@ def printed(capsys: pytest.CaptureFixture[str], options: RunOptions, tokenizer: 
     """Stdout and stderr of a run that continues "Hé" with "llo €" and an ordinary token that happens to end a text."""
     prompt = Prompt((1, 2), "Hé" if tokenizer else "")
     ids = [*tokenizer.encode("llo €"), *tokenizer.encode("!")] if tokenizer else [7, 8, 9]
-    output = Output(options, tokenizer, frozenset(ids[-1:]))
+    output, writer = Output(options, tokenizer), Writer(0, tokenizer and tokenizer.stream(), frozenset(ids[-1:]), ())
     output.begin(prompt)
-    for token in ids:
-        output.token(0, token)
-    output.end(prompt, Completion(ids, "stop"), STATISTICS)
+    for token in ids[:-1]:
+        output.piece(writer.push(token))
+    output.piece(writer.finish(writer.push(ids[-1]), Completion(ids, "stop")))
+    output.end(prompt, Result("", tuple(ids), "stop", Usage(2, len(ids))), STATISTICS)
     captured = capsys.readouterr()
     return captured.out, captured.err
 
@@ -256,6 +259,7 @@ def test_text_follows_its_prompt_and_the_summary_goes_to_stderr(
     assert err.splitlines() == [
         "load 0.50 s | prefill 10 tokens, 100.0 tokens/s | decode 4 tokens, 10.0 tokens/s",
         "per token: compute 21.43 ms, waiting 7.14 ms, exchange 7.14 ms | sent 2.5 MB in all, 178.6 KB per token",
+        "finish reason: stop",
     ]
 
 
@@ -288,8 +292,8 @@ def test_json_without_a_tokenizer_has_no_text(capsys: pytest.CaptureFixture[str]
 def test_text_is_flushed_token_by_token(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces: list[str] = []
     monkeypatch.setattr(click, "echo", lambda text="", **_: pieces.append(text))
-    output = Output(replace(RUN, quiet=True), tokenizer, frozenset())
+    output, writer = Output(replace(RUN, quiet=True), tokenizer), Writer(0, tokenizer.stream(), frozenset(), ())
     for token in tokenizer.encode("one €"):
-        output.token(0, token)
+        output.piece(writer.push(token))
     assert "".join(pieces) == "one €"
     assert all("�" not in piece and piece for piece in pieces)

@@ -14,6 +14,7 @@ from dist_moe.kernels import KvFormat, WeightFormat
 from dist_moe.parallel.world import World
 from dist_moe.store.convert import convert
 from dist_moe.store.plan import StoreOptions
+from dist_moe.store.prompt_file import PromptFile
 from dist_moe.store.reader import Store
 from helpers.tiny_model import TinyModel, random_ids
 
@@ -65,3 +66,29 @@ def test_what_ranks_reuse_has_the_bits_of_a_fresh_prefill(world: World, store: S
     assert reused == REUSED
     assert none == [[0], [0, 100, 100], [0, 64]]
     assert found == expected
+
+
+@pytest.mark.parametrize("kv", KvFormat)
+def test_a_saved_prompt_does_not_depend_on_the_rank_count(
+    world: World, store: Store, kv: KvFormat, tmp_path: Path
+) -> None:
+    """All ranks write the bytes that one rank writes, and continue from them as it does."""
+    options = EngineOptions(context=400, kv=kv)
+    engine = Runtime(store, world, options)
+    if not world.is_leader:
+        engine.serve()
+        return
+    alone = Runtime(store, World(), options)
+    for name, runtime in (("together", engine), ("alone", alone)):
+        runtime.generate([Request(TEXT, 2)])
+        assert runtime.prompt_cache.save(tmp_path / name, TEXT) == len(TEXT)
+    assert (tmp_path / "together").read_bytes() == (tmp_path / "alone").read_bytes()
+    prompt = (*TEXT[:140], 4)
+    expected = alone.generate([Request(prompt, 9)])[0].ids
+    engine.generate([Request(random_ids(390, 300, seed=2), 1)])  # evicts the text
+    assert engine.generate([Request(prompt, 1)])[0].reused_tokens == 0
+    engine.generate([Request(random_ids(390, 300, seed=3), 1)])
+    assert engine.prompt_cache.restore(PromptFile(tmp_path / "alone")) == len(TEXT)
+    [completion] = engine.generate([Request(prompt, 9)])
+    assert (completion.reused_tokens, completion.ids) == (140, expected)
+    engine.stop()

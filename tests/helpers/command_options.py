@@ -48,6 +48,7 @@ RUN = RunOptions(
     length_penalty=0.0,
     logprobs=None,
     ignore_eos=False,
+    stop=(),
     ctx=None,
     logits=None,
     json=False,
