@@ -26,6 +26,7 @@ class Clock:
     decode_tokens: int = 0
     decode_s: float = 0.0
     steps: int = 0
+    reused_tokens: int = 0
 
     @contextmanager
     def step(self, prompt_tokens: int, decoded_tokens: int) -> Iterator[None]:
@@ -51,7 +52,7 @@ class EngineStatistics:
 
     Seconds per rank in steps are split in three: `exchange_s` is what the rank that waited least spent in collectives,
     `waiting_s` is what the others spent there beyond that (mean over ranks), `compute_s` is the rest (mean).
-    `sent_bytes` is the sum over ranks.
+    `sent_bytes` is the sum over ranks. `reused_tokens` of prompts were not computed; `prefill_tokens` were.
     """
 
     load_s: float
@@ -64,6 +65,7 @@ class EngineStatistics:
     waiting_s: float
     exchange_s: float
     sent_bytes: int
+    reused_tokens: int = 0
 
 
 def summarize(load_s: float, clock: Clock, ranks_R3: npt.NDArray[np.float64]) -> EngineStatistics:
@@ -87,4 +89,5 @@ def summarize(load_s: float, clock: Clock, ranks_R3: npt.NDArray[np.float64]) ->
         waiting_s=float(collective_s.mean()) - exchange_s,
         exchange_s=exchange_s,
         sent_bytes=int(sent_bytes.sum()),
+        reused_tokens=clock.reused_tokens,
     )

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from dist_moe.engine.candidates import CandidateExchange, Candidates, block_sums
 from dist_moe.engine.health import Health
+from dist_moe.engine.kv_transfer import KvTransfer
 from dist_moe.engine.scrub import Scrubber
 from dist_moe.kernels import NO_FAULT
 from dist_moe.model.step import MAX_LOGIT_ROWS, Step
@@ -44,6 +45,7 @@ class Worker:
             scrubber: Re-checks mapped weights in idle time, on all ranks or on none.
         """
         self._model = model
+        self.kv = KvTransfer(model, exchange, ranks)
         self.health = Health(model, exchange, scrubber)
         self._exchange = exchange
         plan, config = model.share.plan, model.config
@@ -89,7 +91,9 @@ class Worker:
         fault_N = np.full(len(tokens), NO_FAULT, dtype=np.int32)
         layer = self._model.config.layers
         if step.temperatures:
-            found = self._candidates.gather(logits_Nv, step.temperatures[rows], step.valid_vocabulary, fault_N, layer)
+            found = self._candidates.gather(
+                logits_Nv, step.temperatures[rows], step.valid_vocabulary, fault_N, layer, step.unit_sums
+            )
             result.candidates.extend(found or [])
         else:
             everything = logits_Nv.shape[1]

@@ -51,7 +51,7 @@ class Transformer:
             kernels: An ISA level with its threads.
             kv_format: How K and V are kept.
             max_tokens: Tokens of the largest step.
-            copy_weights: Into private memory, instead of reading the mapped files.
+            copy_weights: Read them from private memory (once `weights.copy` is filled), not from the mapped files.
 
         Raises:
             StoreError: A unit that this rank needs is missing.
@@ -61,9 +61,7 @@ class Transformer:
         self.kernels = kernels
         self.exchange = exchange
         self.cache = KvCache(kv_format, self.config.layers, len(plan.kv_heads), self.config.head_dim)
-        self.weights = load_weights(
-            store, self.share, self.cache.layer_bytes, kernels.threads if copy_weights else None
-        )
+        self.weights = load_weights(store, self.share, self.cache.layer_bytes, copy_weights)
         self.observer: Observer | None = None
         self.stopwatch = Stopwatch()
         self.state_hash = 0  # of what every rank holds alike; 0 on one rank alone

@@ -46,7 +46,7 @@ class _Held(NamedTuple):
 
     def row_of(self, index: int) -> int | None:
         """The row that holds a unit, or None."""
-        row = int(np.searchsorted(self.tensor.indices, index))
+        row = int(self.tensor.indices.searchsorted(index))
         return row if row < len(self.rows) and self.tensor.indices[row] == index else None
 
 
@@ -123,6 +123,15 @@ class Store:
             A read-only view: float32 vectors; "embedding" float32 or (bf16) uint16 [V, D]; routers packed uint8 [n].
         """
         return self._files[COMMON_NAME].raw(name)
+
+    def common_span(self) -> tuple[int, int]:
+        """Where the file of what every rank needs is mapped, and its bytes."""
+        weights = self._files[COMMON_NAME]
+        return weights.address, weights.file_bytes
+
+    def weight_paths(self) -> list[Path]:
+        """The mapped files."""
+        return [weights.path for weights in self._files.values()]
 
     def unit(self, kind: UnitKind, layer: int, index: int) -> npt.NDArray[np.uint8]:
         """One unit as a read-only view, uint8 [bytes], 64-byte aligned; `layer` is ignored for the vocabulary.
