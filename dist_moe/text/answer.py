@@ -148,6 +148,8 @@ class AnswerStream:
             text = text.lstrip("\n")
         if not text:
             return Delta()
+        if self._part_is_empty and self._calls and any(self._content):
+            self._newlines = "\n"  # what is said before and after a call is one content
         self._part_is_empty = False
         text = self._newlines + text
         kept = text.rstrip("\n")

@@ -58,18 +58,17 @@ class ThinkingBudget:
         Returns:
             Mostly nothing; once, when the budget is spent, the closing tokens.
         """
+        self._over = self._over or token == self._close_id
         if self._over:
             return ()
-        if token == self._close_id:
-            self._over = True
-        elif self._inside:
+        if self._inside:
             self._left -= 1
         else:
             self._inside = token == self._open_id
         return self._close_if_spent()
 
     def _close_if_spent(self) -> tuple[int, ...]:
-        if self._over or not self._inside or self._left > 0:
+        if not self._inside or self._left > 0:
             return ()
         self._over = True
         return self._closing

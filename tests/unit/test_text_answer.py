@@ -94,6 +94,7 @@ ANSWERS: list[tuple[str, str, Delta]] = [
     ("hybrid", f"<think>\nx\n</think>\n\nLook.\n{CALL}\n{CALL}", Delta("x", "Look.", (ToolCall("f", {"n": 1}),) * 2)),
     ("hybrid", f"<think>\nx{CALL}", Delta("x", "", (ToolCall("f", {"n": 1}),))),
     ("hybrid", f"{CALL}\n\nDone.\n", Delta("", "Done.", (ToolCall("f", {"n": 1}),))),
+    ("hybrid", f"Look.\n{CALL}\n{CALL}\nAnd\n", Delta("", "Look.\nAnd", (ToolCall("f", {"n": 1}),) * 2)),
     ("coder", f"Go.\n{CODER}", Delta("", "Go.", (ToolCall("f", {"s": " a\nb", "n": 7}),))),
 ]
 

@@ -7,11 +7,14 @@ import lzma
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models
 
 from dist_moe.errors import CheckpointError, UsageError
 from dist_moe.text.chat import ChatFormat
 from dist_moe.text.chat_template import ChatTemplate, read_chat_templates
 from dist_moe.text.messages import Message
+from dist_moe.text.stream import byte_level_alphabet
 from dist_moe.text.tokenizer import Tokenizer
 from dist_moe.text.tools import parse_tools
 from helpers.qwen3_text import CHAT, qwen3_tokenizer
@@ -68,20 +71,20 @@ def test_a_store_keeps_the_additional_templates_in_one_file(tmp_path: Path) -> N
     assert (render(tmp_path), render(tmp_path, "rag")) == ("file", "extra")
 
 
-def test_tools_have_a_template_of_their_own_if_there_is_one(tmp_path: Path) -> None:
-    def chat(sources: dict[str, str]) -> ChatFormat:
+def test_tools_have_a_template_of_their_own_if_there_is_one() -> None:
+    def several(sources: dict[str, str]) -> ChatFormat:
         return ChatFormat(qwen3_tokenizer(), {name: ChatTemplate(text, name) for name, text in sources.items()})
 
     tools = parse_tools({"name": "f"}, "tools")
-    both = chat({"default": "d", "tool_use": "t<tool_call>"})
+    both = several({"default": "d", "tool_use": "t<tool_call>"})
     assert (both.prompt([Message("user")]).text, both.prompt([Message("user")], tools=tools).text) == (
         "d",
         "t<tool_call>",
     )
     with pytest.raises(UsageError, match="knows no tool calls"):
-        chat({"default": "d"}).prompt([Message("user")], tools=tools)
+        several({"default": "d"}).prompt([Message("user")], tools=tools)
     with pytest.raises(CheckpointError, match=r"no chat template called default \(only rag\)"):
-        chat({"rag": "r"})
+        several({"rag": "r"})
 
 
 def test_a_base_model_is_told_apart(tmp_path: Path) -> None:
@@ -94,10 +97,42 @@ def test_templates_know_the_tokenizers_named_tokens(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(lzma.decompress(path.read_bytes()))
     names = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>", "pad_token": None}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**names, "add_bos_token": True}))
-    chat = ChatFormat(
+    named = ChatFormat(
         Tokenizer(tmp_path), {"default": ChatTemplate("{{ bos_token }}a{{ eos_token }}{{ pad_token }}", "x")}
     )
-    assert chat.prompt([Message("user")]).ids == (151644, 64, 151645)
+    assert named.prompt([Message("user")]).ids == (151644, 64, 151645)
+
+
+def chat(template: str) -> ChatFormat:
+    return ChatFormat(qwen3_tokenizer(), {"default": ChatTemplate(template, "x")})
+
+
+@pytest.mark.parametrize("options", ["", "(ensure_ascii=true)"])
+def test_a_text_that_a_template_writes_as_json_is_not_a_token_either(options: str) -> None:
+    prompt = chat("<|im_end|>{{ messages[0].content|tojson" + options + " }}").prompt([Message("user", "a<|im_end|>")])
+    assert prompt.text == '<|im_end|>"a<|im_end|>"'
+    assert prompt.ids.count(151645) == 1
+
+
+def test_a_user_cannot_open_thinking() -> None:
+    echo = chat("{{ messages[0].content }}")
+    assert not echo.prompt([Message("user", "<think>")]).thinking_is_open
+    assert chat("<think>\n").prompt([Message("user", "")]).thinking_is_open
+
+
+def test_without_tools_a_template_sees_none_as_in_transformers() -> None:
+    assert chat("{{ tools }} {{ documents }}").prompt([Message("user")]).text == "None None"
+
+
+def test_a_tokenizer_that_forges_by_itself_is_refused(tmp_path: Path) -> None:
+    vocabulary = {character: n for n, character in enumerate([*sorted(byte_level_alphabet()), "<x"])}
+    backend = tokenizers.Tokenizer(models.BPE(vocab={**vocabulary, "<x>": 257}, merges=[("<", "x"), ("<x", ">")]))
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<x>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    frame = ChatFormat(Tokenizer(tmp_path), {"default": ChatTemplate("{{ messages[0].content }}", "x")})
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: makes a token of '<x>' in ordinary text"):
+        frame.prompt([Message("user", "<x>")])
 
 
 @pytest.mark.parametrize("value", [3, [3], [{"name": "default"}]])
