@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dist_moe.errors import UsageError
-from dist_moe.text.markers import MarkerStream, Span
+from dist_moe.text.markers import THINK_CLOSE, THINK_OPEN, MarkerStream, Span
 from dist_moe.text.messages import Message, ToolCall
-from dist_moe.text.reasoning import THINK_CLOSE, THINK_OPEN
 from dist_moe.text.tokenizer import Tokenizer
 from dist_moe.text.tool_calls import CALL_CLOSE, CALL_OPEN, FUNCTION_OPEN, Dialect, is_closed, parse_call
 from dist_moe.text.tools import Tool

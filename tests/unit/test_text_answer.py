@@ -282,6 +282,27 @@ def run_budget(form: str, tokens: int, text: str, thinking: bool | None = None) 
     return tokenizer.decode(forced), taken
 
 
+@given(st.lists(PIECES).map("".join), st.integers(0, 6), st.sampled_from(["hybrid", "always"]), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_a_budget_and_the_answer_agree_on_where_thinking_is(text: str, tokens: int, form: str, tools: bool) -> None:
+    chat, tokenizer = qwen3_format(form), qwen3_tokenizer()
+    prompt = chat.prompt([Message("user", "Hi")], tools=TOOLS if tools else ())
+    budget, answer = chat.thinking_budget(tokens, prompt), chat.answer(prompt)
+    forced, thought = list(budget.start()), 0
+    for token in [] if forced else tokenizer.encode_trusted(text):
+        thought += answer.is_thinking
+        answer.push(token)
+        if forced := list(budget.push(token)):
+            break
+        assert thought <= tokens or not answer.is_thinking
+    if forced:
+        assert answer.is_thinking
+        assert thought == tokens
+        for token in forced:
+            answer.push(token)
+        assert not answer.is_thinking
+
+
 def test_a_thinking_budget_closes_thinking_once() -> None:
     long = "one two three four five six"  # six tokens
     assert run_budget("always", 3, long) == (EARLY_STOP, 3)
