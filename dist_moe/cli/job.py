@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from dist_moe.cli.interrupts import Interrupts
 from dist_moe.cli.logs import start_logging
@@ -32,6 +32,7 @@ from dist_moe.parallel.mpi import abort_channel, end_interrupted
 from dist_moe.parallel.plan import make_plan
 from dist_moe.parallel.watchdog import Watchdog
 from dist_moe.parallel.world import AgreedError, UnfinishedStepError, World
+from dist_moe.store.manifest import Manifest
 from dist_moe.store.reader import Store
 
 Options = TypeVar("Options", bound=ModelOptions)
@@ -51,6 +52,14 @@ class Task(Protocol):
 
     def lead(self, engine: Runtime) -> None:
         """Do it; the other ranks serve meanwhile."""
+
+
+@runtime_checkable
+class StoreChecker(Protocol):
+    """A task that was given something that fits certain stores only."""
+
+    def check_store(self, manifest: Manifest, kv: KvFormat) -> None:
+        """Refuse a store that it does not fit; called on rank 0 before the weights are read."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,7 @@ def _run(
         world, lambda: make_task(options, Setting(source.text_directory(), config, launcher, interrupts.requested))
     )
     context = int(world.gather_texts(str(task.context if task else ""))[0])
-    engine = _start_engine(world, source, options, cores, context)
+    engine = _start_engine(world, source, options, cores, context, task)
     if task is None:
         engine.serve()
     with interrupts.orderly():
@@ -143,16 +152,20 @@ def _share_cores(world: World, launcher: Launcher, options: ModelOptions) -> Cor
     return share_cores(world, launcher, options.bind, threads_of_host(table, world.hostname) or options.threads)
 
 
-def _start_engine(world: World, source: ModelSource, options: ModelOptions, cores: CoreShare, context: int) -> Runtime:
+def _start_engine(
+    world: World, source: ModelSource, options: ModelOptions, cores: CoreShare, context: int, task: Task | None
+) -> Runtime:
     directory = local_store(world, source, full_check=options.check == "full")
     opening_since_s = time.perf_counter()
     with world.progress.loading(), world.together("opening the store"):
         store = Store.open(directory)
+    kv = KvFormat.parse(options.kv)
+    _on_leader(world, lambda: task.check_store(store.manifest, kv) if isinstance(task, StoreChecker) else None)
     engine_options = EngineOptions(
         context=context,
         threads=cores.threads,
         experts=options.experts,
-        kv=KvFormat.parse(options.kv),
+        kv=kv,
         prefill_chunk=options.prefill_chunk,
         check=options.check,
         scrub=options.scrub,

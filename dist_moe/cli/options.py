@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from dist_moe.cli.config_file import config_options, flag, option
+from dist_moe.cli.context_options import ContextOptions
 from dist_moe.cli.debug_options import DebugOptions
 from dist_moe.cli.values import Number, OneOf, PathName, Whole
 
@@ -39,7 +40,7 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class RunOptions(ModelOptions, DebugOptions):
+class RunOptions(ModelOptions, DebugOptions, ContextOptions):
     """`dist-moe run`. At most one of the three prompts is set; `trace` and `greedy` come from the legacy form."""
 
     prompt: str | None

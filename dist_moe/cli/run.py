@@ -14,6 +14,7 @@ import click
 import numpy as np
 
 from dist_moe.cli import config_file
+from dist_moe.cli.context_options import context_options
 from dist_moe.cli.debug_options import debug_options
 from dist_moe.cli.job import Setting, Task, run_job
 from dist_moe.cli.legacy import legacy_values, start_ids
@@ -25,13 +26,16 @@ from dist_moe.cli.probes import Probes, make_probes
 from dist_moe.cli.prompt import Prompt, read_prompt, read_tokenizer, require_room
 from dist_moe.cli.sampling import advised_values
 from dist_moe.cli.sampling import sampling_options as chosen_sampling
+from dist_moe.cli.saved_prompt import SavedPrompt, read_saved_prompt
 from dist_moe.cli.token_lines import token_line
 from dist_moe.cli.trace import TraceTask, read_trace
 from dist_moe.cli.values import PathName
 from dist_moe.engine.request import Completion, Request, SamplingOptions
 from dist_moe.engine.runtime import Runtime
 from dist_moe.errors import Interrupted, StoreError, UsageError
+from dist_moe.kernels import KvFormat
 from dist_moe.model_config import ModelConfig
+from dist_moe.store.manifest import Manifest
 from dist_moe.text.generation_config import read_generation_config
 from dist_moe.text.tokenizer import Tokenizer
 
@@ -51,6 +55,12 @@ class RunTask:
     logits: Path | None
     probes: Probes
     interrupted: Callable[[], bool]
+    saved: SavedPrompt | None = None
+
+    def check_store(self, manifest: Manifest, kv: KvFormat) -> None:
+        """Refuse a prompt cache of another store."""
+        if self.saved is not None:
+            self.saved.check(manifest, kv)
 
     def lead(self, engine: Runtime) -> None:
         """Generate, print, and write the logits.
@@ -59,10 +69,14 @@ class RunTask:
             StoreError: The model's numbers overflowed.
             Interrupted: By Ctrl-C; what was made is printed.
         """
+        if self.saved is not None:
+            self.saved.restore(engine, self.request.prompt_ids)
         self.output.begin(self.prompt)
         completion = self._generate(engine)
         self.output.end(self.prompt, completion, engine.statistics())
         self.probes.report()
+        if self.saved is not None:
+            self.saved.save(engine, self.request.prompt_ids, completion)
         if completion.finish_reason == "interrupted":
             raise Interrupted(f"interrupted after {len(completion.ids)} tokens")
         if completion.finish_reason == "error":
@@ -116,6 +130,7 @@ def make_task(options: RunOptions, setting: Setting) -> Task:
         logits=Path(options.logits) if options.logits is not None else None,
         probes=_probes(options, config, tokenizer),
         interrupted=setting.interrupted,
+        saved=read_saved_prompt(options),
     )
 
 
@@ -190,6 +205,7 @@ def context_size(options: RunOptions, prompt_tokens: int, max_positions: int) ->
 @model_options
 @sampling_options
 @output_options
+@context_options
 @debug_options
 @click.argument("legacy", metavar="[STORE STEPS [TRACE]]", nargs=-1, type=PathName())
 @click.pass_context

@@ -40,4 +40,7 @@ RUN = RunOptions(
     show_tokens=False,
     debug=None,
     routing=None,
+    prompt_cache=None,
+    prompt_cache_ro=False,
+    prompt_cache_all=False,
 )
