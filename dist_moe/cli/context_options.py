@@ -1,4 +1,4 @@
-"""The options about what a run starts from: a saved prompt."""
+"""The options about the context: how far it reaches, and the saved prompt that it begins with."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import click
+
 from dist_moe.cli.config_file import flag, option
-from dist_moe.cli.values import PathName
+from dist_moe.cli.values import PathName, refuse
+from dist_moe.errors import UsageError
+from dist_moe.store.rope_scaling import FORM, RopeScaling
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -19,6 +23,30 @@ class ContextOptions:
     prompt_cache: str | None
     prompt_cache_ro: bool
     prompt_cache_all: bool
+
+
+class _Scaling(click.types.StringParamType):
+    """A `RopeScaling`; the value stays a text."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text = super().convert(value, param, ctx)
+        try:
+            RopeScaling.parse(text)
+        except UsageError:
+            refuse(f"{FORM}, with a factor above 1", value, param, ctx)
+        return text
+
+
+def rope_scaling_option() -> Callable[[Decorated], Decorated]:
+    """`--rope-scaling`."""
+    return option(
+        "--rope-scaling",
+        type=_Scaling(),
+        metavar="yarn:FACTOR[:ORIGINAL]",
+        show_default="as the model's config.json says",
+        help="Stretch the context by YaRN to FACTOR times ORIGINAL positions (else: times the model's maximum; for "
+        "the first Qwen3 models, take yarn:4:32768). Changes the numbers of all prompts, short ones too.",
+    )
 
 
 def context_options(command: Decorated) -> Decorated:

@@ -34,6 +34,7 @@ from dist_moe.parallel.watchdog import Watchdog
 from dist_moe.parallel.world import AgreedError, UnfinishedStepError, World
 from dist_moe.store.manifest import Manifest
 from dist_moe.store.reader import Store
+from dist_moe.store.rope_scaling import RopeScaling, scale_config
 
 Options = TypeVar("Options", bound=ModelOptions)
 Made = TypeVar("Made")
@@ -115,14 +116,21 @@ def _run(
     with world.progress.loading():
         with world.together("reading the model"):
             source = find(options)
-            config = source.read_config()
+            scaling = RopeScaling.parse(options.rope_scaling) if options.rope_scaling else None
+            config = scale_config(source.read_config(), scaling)
             require_heads(config, world.size)
         cores = _share_cores(world, launcher, options)
     task = _on_leader(
         world, lambda: make_task(options, Setting(source.text_directory(), config, launcher, interrupts.requested))
     )
+    if scaling is not None and world.is_leader:
+        logger.warning(
+            "--rope-scaling %s: up to %d positions; all prompts, short ones too, give other numbers than without it",
+            options.rope_scaling,
+            config.max_positions,
+        )
     context = int(world.gather_texts(str(task.context if task else ""))[0])
-    engine = _start_engine(world, source, options, cores, context, task)
+    engine = _start_engine(world, source, options, cores, context, scaling, task)
     if task is None:
         engine.serve()
     with interrupts.orderly():
@@ -153,12 +161,18 @@ def _share_cores(world: World, launcher: Launcher, options: ModelOptions) -> Cor
 
 
 def _start_engine(
-    world: World, source: ModelSource, options: ModelOptions, cores: CoreShare, context: int, task: Task | None
+    world: World,
+    source: ModelSource,
+    options: ModelOptions,
+    cores: CoreShare,
+    context: int,
+    scaling: RopeScaling | None,
+    task: Task | None,
 ) -> Runtime:
     directory = local_store(world, source, full_check=options.check == "full")
     opening_since_s = time.perf_counter()
     with world.progress.loading(), world.together("opening the store"):
-        store = Store.open(directory)
+        store = Store.open(directory, rope_scaling=scaling)
     kv = KvFormat.parse(options.kv)
     _on_leader(world, lambda: task.check_store(store.manifest, kv) if isinstance(task, StoreChecker) else None)
     engine_options = EngineOptions(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from dist_moe.cli.config_file import config_options, flag, option
-from dist_moe.cli.context_options import ContextOptions
+from dist_moe.cli.context_options import ContextOptions, rope_scaling_option
 from dist_moe.cli.debug_options import DebugOptions
 from dist_moe.cli.values import Number, OneOf, PathName, Whole
 
@@ -37,6 +37,7 @@ class ModelOptions:
     weights: Literal["mapped", "copy"]
     verbose: int
     log_file: str | None
+    rope_scaling: str | None
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ def model_options(command: Decorated) -> Decorated:
             show_default=False,
             help="Log there instead of stderr, each line with its rank; %r in the name becomes the rank.",
         ),
+        rope_scaling_option(),
         config_options(*COMMANDS_WITH_CONFIG),
     )
     return _apply(command, decorators)

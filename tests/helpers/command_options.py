@@ -20,6 +20,7 @@ MODEL = ModelOptions(
     weights="mapped",
     verbose=0,
     log_file=None,
+    rope_scaling=None,
 )
 RUN = RunOptions(
     **vars(MODEL),
