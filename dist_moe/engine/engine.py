@@ -64,6 +64,7 @@ class Engine(OpenModel):
         scrub: bool = False,
         bind: str = "auto",
         quant: str | None = None,
+        rope_scaling: str | None = None,
         stall_timeout_s: float = 60.0,
         start_timeout_s: float = 60.0,
     ) -> None:
@@ -84,6 +85,7 @@ class Engine(OpenModel):
             scrub: Recompute checksums of mapped weights in idle time.
             bind: auto widens a launcher's binding that is too narrow, keep does not.
             quant: Format of the weights when a model is packed: f32, bf16, q8 or q4; None: what suits it.
+            rope_scaling: Stretch the context by YaRN, as "yarn:4" or "yarn:4:32768"; changes all numbers.
             stall_timeout_s: End the job when no rank moves for so long inside a call.
             start_timeout_s: End the job when MPI has not started on all ranks after so long.
 
