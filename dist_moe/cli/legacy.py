@@ -64,6 +64,8 @@ def start_ids(vocabulary: int) -> str:
 
 def _default(parameter: click.Parameter) -> Any:
     """A parameter's value as if nothing had been said of it, not even by a config file."""
+    if getattr(parameter, "multiple", False):
+        return ()
     value = parameter.default
     return value if isinstance(value, (bool, int, float, str)) else None  # click has a sentinel for "none"
 

@@ -24,7 +24,7 @@ from dist_moe.store.models import ModelSource
 from dist_moe.store.plan import StoreOptions
 
 if TYPE_CHECKING:
-    from mpi4py.MPI import Intracomm
+    from dist_moe.parallel.world import Intracomm
 
 Made = TypeVar("Made")
 # Shows how packing goes, unless it is told to be quiet.

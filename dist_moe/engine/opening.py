@@ -20,9 +20,12 @@ from dist_moe.kernels import KvFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.parallel.cores import CoreShare, describe_cores, share_cores, thread_cores
 from dist_moe.parallel.plan import make_plan
+from dist_moe.store.manifest import Manifest
 from dist_moe.store.models import ModelSource
 from dist_moe.store.reader import Store
+from dist_moe.store.rope_scaling import RopeScaling, scale_config
 
+StoreCheck = Callable[[Manifest, KvFormat], None]
 logger = logging.getLogger(__name__)
 # What a host may decide for its own ranks; in all else rank 0's settings hold everywhere.
 _OWN_SETTINGS = ("threads", "isa")
@@ -65,7 +68,9 @@ class Opening:
             self.settings = _settings_of_leader(job, settings)
             with world.together("reading the model"):
                 self._source = find()
-                self.config: ModelConfig = self._source.read_config()
+                wanted = self.settings.rope_scaling
+                self._scaling = RopeScaling.parse(wanted) if wanted else None
+                self.config: ModelConfig = scale_config(self._source.read_config(), self._scaling)
                 require_heads(self.config, world.size)
             self._cores = self._share_cores()
         directory = job.on_leader(self._source.text_directory)
@@ -74,11 +79,12 @@ class Opening:
             if directory is not None:
                 self.text = TextSide(directory, self.config)
 
-    def open(self, context: int) -> Runtime:
+    def open(self, context: int, check_store: StoreCheck | None) -> Runtime:
         """Load the weights; collective.
 
         Args:
             context: Positions of a sequence at most.
+            check_store: May refuse the store, on rank 0, before its weights are read.
 
         Raises:
             AgreedError: Some rank cannot take part.
@@ -88,12 +94,15 @@ class Opening:
         directory = local_store(world, self._source, full_check=full_check, show=self._shows.packing)
         opening_since_s = time.perf_counter()
         with world.progress.loading(), world.together("opening the store"):
-            store = Store.open(directory)
+            store = Store.open(directory, rope_scaling=self._scaling)
+        kv = KvFormat.parse(settings.kv)
+        self._job.on_leader(lambda: check_store(store.manifest, kv) if check_store else None)
+        self._warn_of_scaling()
         options = EngineOptions(
             context=context,
             threads=self._cores.threads,
             experts=settings.experts,
-            kv=KvFormat.parse(settings.kv),
+            kv=kv,
             prefill_chunk=settings.prefill_chunk,
             isa=settings.isa,
             check=settings.check,
@@ -106,6 +115,14 @@ class Opening:
         shows = self._shows.reading if world.is_leader else None
         with world.progress.loading():
             return Runtime(store, world, options, opening_since_s, shows(world.size) if shows else None)
+
+    def _warn_of_scaling(self) -> None:
+        if self._scaling is not None and self._job.world.is_leader:
+            logger.warning(
+                "--rope-scaling %s: up to %d positions; all prompts, short ones too, give other numbers than without it",
+                self.settings.rope_scaling,
+                self.config.max_positions,
+            )
 
     def _share_cores(self) -> CoreShare:
         """This rank's cores and threads: as rank 0 says for this host, else as asked, else its share."""

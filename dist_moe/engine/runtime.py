@@ -79,7 +79,7 @@ class Runtime:
         self.layout = agreed(world, "start", lambda: choose_layout(store, exchange, options.layout))
         plans = agreed(world, "start", lambda: [self._plan(rank, world.size) for rank in range(world.size)])
         self.model = load_model(exchange, store, plans, self.kernels, options, self._step_tokens, records, on_reading)
-        self._scrubber = start_scrub(world, store, plans[world.rank]) if options.scrub else None
+        self._scrubber = start_scrub(world, self.model.weights, plans[world.rank]) if options.scrub else None
         worker = Worker(self.model, exchange, world.size, self._scrubber)
         self._crew = Crew(worker, exchange, self._step_tokens, self._measure)
         self._prefixes = PrefixIndex(options.resident_positions)

@@ -40,6 +40,7 @@ class Settings:
     stall_timeout_s: float = 60.0
     start_timeout_s: float = 60.0
     threads_by_host: Mapping[str, int] = field(default_factory=dict)
+    rope_scaling: str | None = None
 
     def require_valid(self) -> None:
         """Refuse values that nothing can be done with.

@@ -17,7 +17,7 @@ from dist_moe.parallel.mpi import abort, short_version, start_mpi, world_communi
 from dist_moe.parallel.progress import Progress
 
 if TYPE_CHECKING:
-    from mpi4py.MPI import Intracomm
+    from mpi4py.MPI import Intracomm as Intracomm
 
 # Between two looks of a rank that waits for a long piece of work elsewhere.
 _NAP_S = 0.02
