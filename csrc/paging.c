@@ -11,9 +11,6 @@
 #define MADV_POPULATE_READ 22 /* Linux 5.14 */
 #endif
 
-/* Pages whose state is asked for at once. */
-#define ASKED_PAGES 4096
-
 typedef struct pages {
     uint8_t *first;
     size_t count, page_bytes;
@@ -26,16 +23,14 @@ static pages pages_of(const void *first, size_t bytes) {
     return (pages){(uint8_t *)first - before, (before + bytes + page_bytes - 1) / page_bytes, page_bytes};
 }
 
-size_t dm_absent_bytes(const void *first, size_t bytes) {
+int dm_is_absent(const void *first, size_t bytes, size_t stride) {
     pages all = pages_of(first, bytes);
-    unsigned char state[ASKED_PAGES];
-    size_t absent = 0;
-    for (size_t page = 0; page < all.count; page += ASKED_PAGES) {
-        size_t count = all.count - page < ASKED_PAGES ? all.count - page : ASKED_PAGES;
-        if (mincore(all.first + page * all.page_bytes, count * all.page_bytes, state) != 0) return 0;
-        for (size_t i = 0; i < count; i++) absent += !(state[i] & 1);
+    size_t step = stride < all.page_bytes ? 1 : stride / all.page_bytes;
+    for (size_t page = 0; page < all.count; page += step) {
+        unsigned char state;
+        if (mincore(all.first + page * all.page_bytes, all.page_bytes, &state) == 0 && !(state & 1)) return 1;
     }
-    return absent * all.page_bytes;
+    return 0;
 }
 
 static void touch(const pages *all) {

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 
 class DistMoeError(Exception):
-    """A planned error: one clear sentence with what, where, expected, actual and what to do."""
+    """A planned error: one clear sentence with what, where, expected, actual and what to do.
+
+    Attributes:
+        exit_code: Of a command that it ends.
+        agreed: All ranks raise it alike, so none waits for another.
+    """
 
     exit_code = 2
+    agreed = False
 
 
 class UsageError(DistMoeError):

@@ -36,9 +36,11 @@ def legacy_values(context: click.Context) -> dict[str, Any]:
     """
     words: tuple[str, ...] = context.params["legacy"]
     if len(words) not in (2, 3):
-        raise UsageError(
-            f"{FORM}: expected two or three words, found {len(words)} ({' '.join(words)[:60]}): quote a text and "
-            "give it with --prompt"
+        plural = "s" if len(words) > 1 else ""
+        raise click.UsageError(
+            f"Got unexpected extra argument{plural} ({' '.join(words)[:60]}), and {FORM} has two or three words: quote "
+            "a text and give it with --prompt",
+            context,
         )
     steps = words[1]
     if not (steps.isascii() and steps.isdecimal() and 1 <= int(steps[:12]) <= 2**31 - 1):
@@ -62,6 +64,8 @@ def start_ids(vocabulary: int) -> str:
 
 def _default(parameter: click.Parameter) -> Any:
     """A parameter's value as if nothing had been said of it, not even by a config file."""
+    if getattr(parameter, "multiple", False):
+        return ()
     value = parameter.default
     return value if isinstance(value, (bool, int, float, str)) else None  # click has a sentinel for "none"
 

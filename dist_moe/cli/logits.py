@@ -20,7 +20,7 @@ from dist_moe.cli.probes import Probes, make_probes
 from dist_moe.cli.prompt import require_room
 from dist_moe.cli.token_ids import read_ids, require_ids
 from dist_moe.cli.values import PathName
-from dist_moe.engine.runtime import Runtime
+from dist_moe.engine.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class LogitsTask:
         """One position per token."""
         return len(self.ids)
 
-    def lead(self, engine: Runtime) -> None:
+    def lead_engine(self, engine: Engine) -> None:
         """Stream the rows to the file."""
-        with NpyRows(self.output, engine.config.vocabulary) as rows, self.probes.attached(engine):
+        with NpyRows(self.output, engine.config.vocabulary) as rows, self.probes.attached(engine.runtime):
             engine.logits(self.ids, rows.append, self.interrupted)
         self.probes.report()
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from dist_moe.engine.request import Completion
+from dist_moe.engine.pieces import Result
 from dist_moe.engine.statistics import EngineStatistics
 
 
@@ -41,20 +42,26 @@ def timings(statistics: EngineStatistics) -> dict[str, float]:
     }
 
 
-def as_json(
-    prompt_ids: tuple[int, ...], completion: Completion, text: str | None, statistics: EngineStatistics
-) -> dict[str, Any]:
+def ending(result: Result) -> str:
+    """Why a text ended, in one line."""
+    stop = f" {json.dumps(result.stop, ensure_ascii=False)}" if result.stop is not None else ""
+    return f"finish reason: {result.finish_reason}{stop}"
+
+
+def as_json(result: Result, text: str | None, statistics: EngineStatistics) -> dict[str, Any]:
     """A finished run as one JSON object; `text` is null for a model without a tokenizer."""
+    usage = result.usage
     return {
         "text": text,
-        "ids": completion.ids,
-        "finish_reason": completion.finish_reason,
-        "error": completion.error,
+        "ids": list(result.ids),
+        "finish_reason": result.finish_reason,
+        "stop": result.stop,
+        "error": result.error,
         "usage": {
-            "prompt_tokens": len(prompt_ids),
-            "reused_tokens": completion.reused_tokens,
-            "completion_tokens": len(completion.ids),
-            "total_tokens": len(prompt_ids) + len(completion.ids),
+            "prompt_tokens": usage.prompt_tokens,
+            "reused_tokens": usage.reused_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.total_tokens,
         },
         "timings": {name: _six_digits(value) for name, value in timings(statistics).items()},
     }

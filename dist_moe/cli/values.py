@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     TextChoice = click.Choice[str]
 else:
     TextChoice = click.Choice  # generic since click 8.2
+
+_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 
 # In a context's `meta`: how the config file spells each option that stands in it.
 CONFIG_KEYS = "dist_moe.config_keys"
@@ -65,6 +68,22 @@ class WholeList(click.types.StringParamType):
         if not all(part.isdecimal() and part.isascii() and self._least <= int(part) <= self._most for part in parts):
             refuse(f"whole numbers {_range(self._least, self._most)} with commas between them", value, param, ctx)
         return ",".join(str(int(part)) for part in parts)
+
+
+class SomeText(click.types.StringParamType):
+    """A text of at least one character, see `unescape`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check."""
+        text = super().convert(value, param, ctx)
+        if not text:
+            refuse("a text of at least one character", value, param, ctx)
+        return text
+
+
+def unescape(text: str) -> str:
+    r"""A text in which \n, \r, \t and \\ stand for the characters that a shell makes hard to write."""
+    return re.sub(r"\\([nrt\\])", lambda found: _ESCAPES[found[1]], text)
 
 
 def numbers(text: str) -> tuple[int, ...]:

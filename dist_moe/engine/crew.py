@@ -36,6 +36,7 @@ class Order(IntEnum):
     MEASURE = 7  # what bench asks of all ranks at once; argument: what and how much
     SAVE = 8  # show rank 0 K and V of a sequence; arguments: its name, how many positions
     RESTORE = 9  # take K and V of a new sequence from rank 0; arguments likewise
+    SAY = 10  # return the text that follows from follow(); argument: its bytes in UTF-8
 
 
 # Where an order begins, for the watchdog; a scrub takes as long as the weights are large.
@@ -133,6 +134,13 @@ class Crew:
             self._post(Order.SCRUB)
             self._worker.health.finish_scrub()
 
+    def say(self, text: str) -> None:
+        """Let the followers return with a text."""
+        data = np.frombuffer(text.encode(), np.uint8).copy()
+        with self._working(Order.SAY):
+            self._post(Order.SAY, len(data))
+            self._exchange.broadcast(data)
+
     def stop(self) -> None:
         """Let the followers return."""
         with self._working(Order.STOP):
@@ -140,15 +148,22 @@ class Crew:
 
     # ---- the other ranks ----
 
-    def follow(self) -> None:
-        """Do what rank 0 orders until it stops."""
+    def follow(self) -> str | None:
+        """Do what rank 0 orders until it says something, which is returned, or stops."""
         while True:
             self._exchange.wait_step(self._header)
             order, argument = Order(int(self._header[0])), int(self._header[1])
             if order is Order.STOP:
-                return
+                return None
             with self._working(order):
+                if order is Order.SAY:
+                    return self._hear(argument)
                 self._obey(order, argument)
+
+    def _hear(self, length: int) -> str:
+        data = np.empty(length, np.uint8)
+        self._exchange.broadcast(data)
+        return data.tobytes().decode()
 
     def _obey(self, order: Order, argument: int) -> None:
         if order is Order.STEP:

@@ -18,14 +18,13 @@ from dist_moe.engine.options import EngineOptions
 from dist_moe.engine.prefix_index import PrefixIndex
 from dist_moe.engine.prompt_cache import PromptCache
 from dist_moe.engine.read_ahead import ReadProgress
-from dist_moe.engine.request import Completion, Request, check_prompt, describe_fault
-from dist_moe.engine.sampling import draw_token
+from dist_moe.engine.request import Completion, Request, check_prompt, describe_fault, refuse_faults
 from dist_moe.engine.schedule import Part, Schedule, count_tokens
 from dist_moe.engine.scrub import start_scrub
 from dist_moe.engine.startup import agreed, choose_layout, open_exchange
 from dist_moe.engine.statistics import Clock, EngineStatistics, summarize
 from dist_moe.engine.worker import RowSink, StepResult, Worker
-from dist_moe.errors import DistMoeError, Interrupted
+from dist_moe.errors import Interrupted
 from dist_moe.kernels import NO_FAULT, Kernels
 from dist_moe.model.step import MAX_LOGIT_ROWS, Slice, Step
 from dist_moe.parallel.cores import may_spin
@@ -86,6 +85,11 @@ class Runtime:
         self._load_s = time.perf_counter() - started_s
 
     @property
+    def context(self) -> int:
+        """Positions of a sequence at most."""
+        return self._options.context
+
+    @property
     def crew(self) -> Crew:
         """The orders that `generate` and `logits` are made of, for measurements; to be used on rank 0 alone."""
         return self._crew
@@ -96,13 +100,20 @@ class Runtime:
         return self._crew.busy
 
     def serve(self) -> None:
-        """Follow rank 0 until it stops; on the other ranks.
+        """Follow rank 0 until it stops; on the other ranks. Errors as of `generate`."""
+        while self.follow() is not None:
+            pass
 
-        Raises:
-            AgreedError: As `generate`.
-        """
-        self._crew.follow()
-        self._close()
+    def follow(self) -> str | None:
+        """Follow rank 0 until it says something, which is returned, or stops; errors as of `generate`."""
+        text = self._crew.follow()
+        if text is None:
+            self._close()
+        return text
+
+    def say(self, text: str) -> None:
+        """Let the other ranks return from `follow` with a text; on rank 0 alone."""
+        self._crew.say(text)
 
     def stop(self) -> None:
         """Let the followers return from serve(); on rank 0 alone."""
@@ -196,7 +207,7 @@ class Runtime:
                     result = self._crew.run(self._logits_step(chunk), sink)
                 if interrupted():
                     raise Interrupted(f"interrupted after {first + len(chunk.ids)} of {len(ids)} tokens")
-                self._refuse_faults(result, first)
+                refuse_faults(result.fault_T, first, self.config.layers)
             self._crew.compare()
         finally:
             self._prefixes.release(sequence)
@@ -246,12 +257,6 @@ class Runtime:
         if self._scrubber is not None:
             self._scrubber.close()
 
-    def _refuse_faults(self, result: StepResult, first_position: int) -> None:
-        fault = int(result.fault_T.min())
-        if fault != NO_FAULT:
-            position = first_position + int(result.fault_T.argmin())
-            raise DistMoeError(f"position {position}: {describe_fault(fault, self.config.layers)}")
-
     def _logits_step(self, chunk: Slice) -> Step:
         forks, released = self._prefixes.take_orders()
         return Step(
@@ -275,16 +280,10 @@ class Runtime:
         if part.row is None:
             return
         row = part.row
-        token = draw_token(
-            self.kernels,
-            request.sampling,
-            active.length,
-            result.candidates[row],
-            lambda: self._crew.fetch_row(row),
-            valid,
-        )
         completion = active.completion
-        completion.ids.append(token)
+        token = active.sampler.draw(
+            self.kernels, completion, result.candidates[row], lambda: self._crew.fetch_row(row), valid
+        )
         if request.on_logits is not None:
             request.on_logits(result.full_logits[row])
         drawn.append((active.index, token))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from dist_moe.engine.prefix_index import PrefixIndex, blocks_of, common_prefix
 from dist_moe.engine.request import Completion, FinishReason, Request
+from dist_moe.engine.sampling import Sampler
 from dist_moe.kernels import BLOCK_POSITIONS
 from dist_moe.model.step import MAX_LOGIT_ROWS, Slice, Step
 
@@ -30,6 +31,10 @@ class Active:
     cached: int = 0
     source: Active | None = None
     shared: int = 0
+    sampler: Sampler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sampler = Sampler(self.request)
 
     @property
     def length(self) -> int:
@@ -137,6 +142,7 @@ class Schedule:
             valid_vocabulary=valid_vocabulary,
             released=released,
             forks=forks,
+            unit_sums=any(part.active.request.logprobs is not None for part in wanted),
         )
 
     def finish(self, active: Active, reason: FinishReason, error: str | None = None) -> None:

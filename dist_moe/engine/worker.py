@@ -91,7 +91,9 @@ class Worker:
         fault_N = np.full(len(tokens), NO_FAULT, dtype=np.int32)
         layer = self._model.config.layers
         if step.temperatures:
-            found = self._candidates.gather(logits_Nv, step.temperatures[rows], step.valid_vocabulary, fault_N, layer)
+            found = self._candidates.gather(
+                logits_Nv, step.temperatures[rows], step.valid_vocabulary, fault_N, layer, step.unit_sums
+            )
             result.candidates.extend(found or [])
         else:
             everything = logits_Nv.shape[1]

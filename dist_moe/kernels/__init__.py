@@ -22,8 +22,8 @@ from dist_moe.kernels.layer_kernels import AttentionLayer, ExpertsLayer, LayerBu
 from dist_moe.kernels.mapped_files import MappedFile, MappedTensor, catch_bus_errors, describe_address
 from dist_moe.kernels.native import Kernels
 from dist_moe.kernels.node import NODE_RANK_BYTES, NodeMemory
-from dist_moe.kernels.paging import absent_bytes, populate
-from dist_moe.kernels.sampling_kernels import SamplingParameters
+from dist_moe.kernels.paging import is_absent, populate
+from dist_moe.kernels.sampling_kernels import Penalties, SamplingParameters
 
 __all__ = [
     "ALIGNMENT",
@@ -47,15 +47,16 @@ __all__ = [
     "MatrixList",
     "NodeMemory",
     "Operand",
+    "Penalties",
     "SamplingParameters",
     "WeightFormat",
-    "absent_bytes",
     "address_of",
     "aligned_empty",
     "catch_bus_errors",
     "chunk_bytes",
     "describe_address",
     "hash_floats",
+    "is_absent",
     "isa_levels",
     "kv_block_bytes",
     "packed_bytes",

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dist_moe.kernels.library import ffi, lib
 
 
-def absent_bytes(address: int, count: int) -> int:
-    """Bytes of the pages around a run of mapped bytes that are not in memory; 0 where the system does not tell."""
-    return int(lib.dm_absent_bytes(ffi.cast("void *", address), count))
+def is_absent(address: int, count: int, stride: int) -> bool:
+    """Whether some page of a run of mapped bytes is not in memory; one in every `stride` bytes is looked at.
+
+    False where the system does not tell, as to users who neither own the file nor may write it.
+    """
+    return bool(lib.dm_is_absent(ffi.cast("void *", address), count, stride))
 
 
 def populate(address: int, count: int) -> int:

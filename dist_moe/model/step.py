@@ -11,7 +11,7 @@ import numpy.typing as npt
 MAX_LOGIT_ROWS = 16
 
 # Words of a packed step before its lists.
-COUNTS = 7
+COUNTS = 8
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Step:
         valid_vocabulary: Ids from here on are masked in sampling.
         released: Sequences whose KV cache is freed before the step, after the forks.
         forks: Made before anything else, in this order.
+        unit_sums: Sum every row at temperature 1, too, for log-probabilities.
     """
 
     slices: tuple[Slice, ...]
@@ -57,6 +58,7 @@ class Step:
     valid_vocabulary: int
     released: tuple[int, ...] = ()
     forks: tuple[Fork, ...] = ()
+    unit_sums: bool = False
 
     @property
     def tokens(self) -> int:
@@ -78,6 +80,7 @@ class Step:
             self.valid_vocabulary,
             len(self.released),
             len(self.forks),
+            int(self.unit_sums),
         ]
         for part in self.slices:
             words += (part.sequence, part.position, len(part.ids))
@@ -95,7 +98,7 @@ class Step:
         """The inverse of `pack`."""
         values = words.tolist()
         slice_count, row_count, temperature_count, full_logits, valid_vocabulary = values[:5]
-        released_count, fork_count = values[5:COUNTS]
+        released_count, fork_count, unit_sums = values[5:COUNTS]
         heads = [values[COUNTS + 3 * i : COUNTS + 3 * (i + 1)] for i in range(slice_count)]
         at = COUNTS + 3 * slice_count
         slices = []
@@ -115,4 +118,5 @@ class Step:
             valid_vocabulary=valid_vocabulary,
             released=tuple(values[at:first_fork]),
             forks=tuple(Fork(*values[first_fork + 3 * i : first_fork + 3 * (i + 1)]) for i in range(fork_count)),
+            unit_sums=bool(unit_sums),
         )

@@ -133,10 +133,13 @@ def _experts(store: Store, source: Store | PrivateCopy, share: Share, layer: int
 def _vocabulary(store: Store, source: Store | PrivateCopy, plan: Plan) -> MatrixList:
     config, manifest = store.config, store.manifest
     store.require("vocabulary", 0, plan.vocabulary_blocks)
-    matrices = []
-    for place, block in enumerate(plan.vocabulary_blocks):
-        rows = min(VOCABULARY_BLOCK, config.vocabulary - block * VOCABULARY_BLOCK)
-        used_bytes = packed_bytes(manifest.format, rows, config.model_dim, manifest.group_size)
-        unit = source.unit("vocabulary", 0, block)[:used_bytes]  # the last block is padded
-        matrices.append((unit, rows, place * VOCABULARY_BLOCK))
+    last_rows = config.vocabulary - (plan.vocabulary_blocks.stop - 1) * VOCABULARY_BLOCK
+    matrices = [
+        (source.unit("vocabulary", 0, block), VOCABULARY_BLOCK, place * VOCABULARY_BLOCK)
+        for place, block in enumerate(plan.vocabulary_blocks)
+    ]
+    if 0 < last_rows < VOCABULARY_BLOCK and matrices:  # the last block is padded
+        unit, _, column = matrices[-1]
+        used_bytes = packed_bytes(manifest.format, last_rows, config.model_dim, manifest.group_size)
+        matrices[-1] = unit[:used_bytes], last_rows, column
     return MatrixList(matrices)

@@ -48,7 +48,7 @@ class _Held(NamedTuple):
 
     def row_of(self, index: int) -> int | None:
         """The row that holds a unit, or None."""
-        row = int(np.searchsorted(self.tensor.indices, index))
+        row = int(self.tensor.indices.searchsorted(index))
         return row if row < len(self.rows) and self.tensor.indices[row] == index else None
 
 
