@@ -63,7 +63,8 @@ class PrivateCopy:
     def _take(self, count: int) -> npt.NDArray[np.uint8]:
         """So many bytes on a boundary of ALIGNMENT."""
         if not self._arenas or self._used_bytes + count > len(self._arenas[-1]):
-            memory = mmap.mmap(-1, max(_ARENA_BYTES, count))
+            # Python's default, MAP_SHARED, would be shared memory, which has no huge pages as a rule.
+            memory = mmap.mmap(-1, max(_ARENA_BYTES, count), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with contextlib.suppress(OSError):  # a kernel without them
                     memory.madvise(mmap.MADV_HUGEPAGE)
