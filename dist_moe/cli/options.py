@@ -144,8 +144,8 @@ def model_options(command: Decorated) -> Decorated:
         ),
         flag(
             "--scrub",
-            "Recompute the checksums of the mapped weights in idle time (of a chat, say), and at the end those that no "
-            "idle time was found for; names a flipped byte's file and unit.",
+            "Recompute the checksums of the weights, mapped or copied, in idle time (of a chat, say), and at the end "
+            "those that no idle time was found for; names a flipped byte's file and unit.",
         ),
         option(
             "--weights",

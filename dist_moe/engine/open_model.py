@@ -145,8 +145,10 @@ class OpenModel:
 
     # ---- calls ----
 
-    def _together(self, work: Callable[[], Made], encode: Callable[[Made], Any], decode: Callable[[Any], Made]) -> Made:
-        return self._ready().together(work, encode, decode)
+    def _together(
+        self, name: str, work: Callable[[], Made], encode: Callable[[Made], Any], decode: Callable[[Any], Made]
+    ) -> Made:
+        return self._ready().together(name, work, encode, decode)
 
     def _ready(self) -> Calls:
         self.load()

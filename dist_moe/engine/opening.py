@@ -124,8 +124,7 @@ class Opening:
         """This rank's cores and threads: as rank 0 says for this host, else as asked, else its share."""
         settings, world = self.settings, self._job.world
         threads = threads_of_host(settings.threads_by_host, world.hostname) or settings.threads
-        bind = "keep" if settings.bind == "keep" else "auto"
-        return share_cores(world, self._job.launcher, "keep" if bind == "keep" else "auto", threads)
+        return share_cores(world, self._job.launcher, "keep" if settings.bind == "keep" else "auto", threads)
 
 
 def require_heads(config: ModelConfig, ranks: int) -> None:
