@@ -17,7 +17,7 @@ import numpy.typing as npt
 from dist_moe.cli import config_file
 from dist_moe.cli.context_options import context_options
 from dist_moe.cli.debug_options import debug_options
-from dist_moe.cli.job import EngineTask, Setting, run_job
+from dist_moe.cli.job import EngineTask, Setting, Task, run_job
 from dist_moe.cli.legacy import legacy_values, start_ids
 from dist_moe.cli.models import find_model
 from dist_moe.cli.npy_rows import NpyRows, require_writable
@@ -115,7 +115,7 @@ def _append_row(rows: NpyRows, logits_V: npt.NDArray[np.float32]) -> None:
     rows.append(logits_V[np.newaxis])
 
 
-def make_task(options: RunOptions, setting: Setting) -> EngineTask:
+def make_task(options: RunOptions, setting: Setting) -> EngineTask | Task:
     """Check the prompt and the outputs before any weight is read.
 
     Raises:
