@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dist_moe.engine.request import FinishReason
+from dist_moe.engine.request import FinishReason, TokenLogprob
 from dist_moe.text.messages import ToolCall
 
-__all__ = ["FinishReason", "Piece", "Result", "Usage"]
+__all__ = ["FinishReason", "Piece", "Result", "TokenLogprob", "Usage"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,9 @@ class Result:
     Attributes:
         text: Without the tokens that end a text, and without the stop string.
         ids: All generated tokens, those two included.
+        sample: Of several samples: which; see `Engine.complete_several`, also for the next two.
+        score: What several texts are ranked by.
+        logprobs: Each token's log-probability, and the best tokens of its place.
     """
 
     text: str
@@ -70,8 +73,21 @@ class Result:
     usage: Usage
     stop: str | None = None
     error: str | None = None
+    sample: int | None = None
+    score: float | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def logprob(self) -> float:
+        """The log-probability of all tokens together; 0 if none were noted."""
+        return sum((token.logprob for token in self.logprobs), 0.0)
 
     @classmethod
     def of_dict(cls, values: Mapping[str, Any]) -> Result:
         """The inverse of `dataclasses.asdict`, after a journey as JSON."""
-        return cls(**{**values, "ids": tuple(values["ids"]), "usage": Usage(**values["usage"])})
+        logprobs = tuple(
+            TokenLogprob(token["id"], token["logprob"], tuple((id_, logprob) for id_, logprob in token["best"]))
+            for token in values["logprobs"]
+        )
+        usage = Usage(**values["usage"])
+        return cls(**{**values, "ids": tuple(values["ids"]), "usage": usage, "logprobs": logprobs})
