@@ -11,7 +11,7 @@ from dist_moe.cli.values import Number, OneOf, PathName, Whole
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-COMMANDS_WITH_CONFIG = ("run", "logits", "bench")
+COMMANDS_WITH_CONFIG = ("run", "chat", "logits", "bench")
 DEFAULT_MAX_TOKENS = 256
 LARGEST_SEED = 2**63 - 1
 

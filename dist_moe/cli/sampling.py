@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dist_moe.cli.chat_options import ChatOptions
 from dist_moe.cli.options import RunOptions
 from dist_moe.engine.request import SamplingOptions
 from dist_moe.text.generation_config import GENERATION_FILE, GenerationConfig
@@ -11,7 +12,7 @@ from dist_moe.text.generation_config import GENERATION_FILE, GenerationConfig
 NAMES = ("temperature", "top_k", "top_p", "min_p")
 
 
-def sampling_options(options: RunOptions, advised: GenerationConfig) -> SamplingOptions:
+def sampling_options(options: RunOptions | ChatOptions, advised: GenerationConfig) -> SamplingOptions:
     """The options that were given, completed by the model's own."""
     chosen = {name: getattr(options, name) for name in NAMES}
     missing = {name: getattr(advised, name) for name, value in chosen.items() if value is None}
