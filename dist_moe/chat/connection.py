@@ -122,18 +122,22 @@ class Line:
         del self._received[: end + 1]
         return decode(text)
 
-    def introduce(self, own_token: str, other_token: str) -> None:
-        """Show a token and see the other's.
+    def introduce(self, own_token: str, other_token: str, *, speaks_first: bool) -> None:
+        """Show a token and see the other's; the caller speaks first, so that a stranger learns no token.
 
         Raises:
             LineClosed: The other end is gone, says nothing in time, or has another token.
             ProtocolError: It speaks another version.
         """
         self._connection.settimeout(_INTRODUCED_WITHIN_S)
-        self.send(Hello(PROTOCOL_VERSION, own_token))
+        own = Hello(PROTOCOL_VERSION, own_token)
+        if speaks_first:
+            self.send(own)
         hello = self.receive()
         if not isinstance(hello, Hello) or not hmac.compare_digest(hello.token.encode(), other_token.encode()):
             raise LineClosed
+        if not speaks_first:
+            self.send(own)
         if hello.version != PROTOCOL_VERSION:
             raise ProtocolError(
                 f"the chat's two ends speak protocols {PROTOCOL_VERSION} and {hello.version}: "
@@ -183,7 +187,7 @@ class Listener:
             return None
         line = Line(connection)
         try:
-            line.introduce(self.address.front_token, self.address.rank_token)
+            line.introduce(self.address.front_token, self.address.rank_token, speaks_first=False)
         except LineClosed:  # a stranger
             line.close()
             return None
@@ -230,7 +234,7 @@ def _call(place: str | tuple[str, int], address: Address, timeout_s: float) -> L
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     line = Line(connection)
     try:
-        line.introduce(address.rank_token, address.front_token)
+        line.introduce(address.rank_token, address.front_token, speaks_first=True)
     except BaseException:
         line.close()
         raise

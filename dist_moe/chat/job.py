@@ -20,13 +20,15 @@ from dist_moe.chat.connection import VARIABLE, Line, LineClosed, Listener
 from dist_moe.chat.protocol import ProtocolError, Quit, Ready
 from dist_moe.errors import DistMoeError, EnvironmentMismatch, UsageError
 from dist_moe.parallel.hostfile import Hostfile
-from dist_moe.parallel.mpi import library_family, mpi_library
+from dist_moe.parallel.mpi import library_family
 from dist_moe.parallel.side_channel import local_addresses
 
 # This very package, whatever the working directory holds: `-m` would look there first.
 _PROGRAM = "import sys; sys.path[0] = sys.argv.pop(1); from dist_moe.cli.start import main; sys.exit(main())"
 # Reads a line from this process, or its end, be it by SIGKILL: then rank 0 has ended the job, or this does.
 _GUARD = 'read -r word && exit; sleep 1.2; kill -KILL -- "-$1" 2>/dev/null; rm -f "$2/rank0"; rmdir "$2" 2>/dev/null'
+# Not in this process: mpi4py catches SIGHUP when it is imported, and a front end must die of that.
+_ASK_LIBRARY = "import sys; sys.path[0] = sys.argv.pop(1); from dist_moe.parallel.mpi import mpi_library; "
 _LOOK_S = 0.2
 _LEAVES_WITHIN_S = 20.0
 _KILLED_WITHIN_S = 5.0
@@ -65,7 +67,7 @@ class Job:
             addresses = [] if hosts is None else _addresses()
             self._listener = Listener(self._directory, addresses)
             environ = {**os.environ, VARIABLE: self._listener.address.to_environment()}
-            program = [sys.executable, "-c", _PROGRAM, str(Path(dist_moe.__file__).parents[1]), *arguments]
+            program = [sys.executable, "-c", _PROGRAM, _home(), *arguments]
             launcher = [] if ranks in (None, 1) and hosts is None else launcher_command(ranks, hosts, environ)
             self._process = subprocess.Popen(
                 [*launcher, *program],
@@ -181,7 +183,7 @@ def launcher_command(ranks: int | None, hosts: Hostfile | None, environ: Mapping
         EnvironmentMismatch: There is no MPI library, or no mpirun that fits it.
         UsageError: The host file is of the other MPI's dialect.
     """
-    library = mpi_library()
+    library = _library()
     family = library_family(library)
     if not family:
         raise EnvironmentMismatch(
@@ -225,6 +227,17 @@ def find_mpirun(family: str, library: str) -> str:
         f"this Python's MPI library is {library}, but no mpirun of it is beside this Python or in PATH{others}: "
         "install or load it, or start the ranks yourself: mpirun -n N dist-moe chat"
     )
+
+
+def _library() -> str:
+    """The MPI library of this Python, "none" without one."""
+    command = [sys.executable, "-c", _ASK_LIBRARY + "print(mpi_library())", _home()]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout.strip() or "none"
+
+
+def _home() -> str:
+    """Where this package lies."""
+    return str(Path(dist_moe.__file__).parents[1])
 
 
 def _family_of(mpirun: str) -> str:
