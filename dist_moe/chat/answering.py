@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 from dist_moe.chat.protocol import Done, Generate, Note, Piece, Refused
-from dist_moe.engine.request import Completion, Request, SamplingOptions
-from dist_moe.engine.runtime import Runtime
+from dist_moe.engine.engine import Engine
+from dist_moe.engine.request import SamplingOptions
 from dist_moe.errors import UsageError
 from dist_moe.text.answer import AnswerStream, Delta
 from dist_moe.text.chat import ChatFormat, ChatPrompt, Thinking
@@ -26,24 +27,20 @@ class Answerer:
     Attributes:
         format: The model's.
         sampling: How tokens are drawn; each request brings its own seed.
-        stop_ids: Tokens that end an answer.
         context: Positions of the conversation and its answer together.
         max_tokens: Of one answer at most; None: as many as the context takes.
-        valid_vocabulary: Ids from here on are never drawn.
     """
 
     format: ChatFormat
     sampling: SamplingOptions
-    stop_ids: frozenset[int]
     context: int
     max_tokens: int | None
-    valid_vocabulary: int
 
-    def answer(self, runtime: Runtime, request: Generate, show: Show, interrupted: Asked) -> Done | Refused:
+    def answer(self, engine: Engine, request: Generate, show: Show, interrupted: Asked) -> Done | Refused:
         """Generate one answer.
 
         Args:
-            runtime: Rank 0's.
+            engine: On rank 0, which leads.
             request: The conversation.
             show: Told what the tokens add.
             interrupted: Asked after each step whether to end.
@@ -58,15 +55,15 @@ class Answerer:
         except UsageError as error:
             return Refused(str(error))
         writer = _Writer(self.format.answer(prompt, tools), budget, show)
-        before = runtime.statistics()
-        completion = self._generate(runtime, request.seed, prompt, writer, interrupted)
+        before = engine.statistics()
+        reason, fault = self._generate(engine, request.seed, prompt, writer, interrupted)
         writer.finish()
-        after = runtime.statistics()
-        computed = after.prefill_tokens - before.prefill_tokens
+        after = engine.statistics()
+        computed = after.prefill_tokens - before.prefill_tokens - writer.forced_tokens
         return Done(
             message=writer.stream.message.to_json(),
-            finish_reason=completion.finish_reason or "error",
-            error=completion.error or "",
+            finish_reason=reason,
+            error=fault,
             prompt_tokens=len(prompt.ids),
             reused_tokens=max(0, len(prompt.ids) - computed),
             completion_tokens=len(writer.ids),
@@ -100,26 +97,39 @@ class Answerer:
         return self.format.thinking_budget(int(thinking), prompt) if thinking.isdecimal() else None
 
     def _generate(
-        self, runtime: Runtime, seed: int, prompt: ChatPrompt, writer: _Writer, interrupted: Asked
-    ) -> Completion:
-        """Generate; where thinking is cut short, go on behind the tokens that end it."""
+        self, engine: Engine, seed: int, prompt: ChatPrompt, writer: _Writer, interrupted: Asked
+    ) -> tuple[str, str]:
+        """Generate; where thinking is cut short, go on behind the tokens that end it.
+
+        Returns:
+            The finish reason, and what went wrong in the model or "".
+        """
         room = self.context - len(prompt.ids)
         most = room if self.max_tokens is None else min(room, self.max_tokens)
         while True:
             writer.take_forced(most)
             if len(writer.ids) == most:
-                return Completion(list(writer.ids), "length")
-            request = Request(
-                prompt_ids=(*prompt.ids, *writer.ids),
+                return _name_end("length", most, room), ""
+            pieces = engine.generate(
+                [*prompt.ids, *writer.ids],
                 max_tokens=most - len(writer.ids),
                 sampling=replace(self.sampling, seed=seed),
-                stop_ids=self.stop_ids,
+                interrupted=interrupted,
             )
-            (completion,) = runtime.generate(
-                [request], writer.token, self.valid_vocabulary, lambda: interrupted() or writer.is_forced
-            )
-            if completion.finish_reason != "interrupted" or interrupted() or not writer.is_forced:
-                return completion
+            with closing(pieces):
+                for piece in pieces:
+                    writer.take(piece.ids)
+                    if piece.finish_reason is not None:
+                        return _name_end(piece.finish_reason, most, room), piece.error or ""
+                    if writer.is_forced:
+                        break
+            if interrupted():
+                return "interrupted", ""
+
+
+def _name_end(reason: str, most: int, room: int) -> str:
+    """The finish reason; an answer that may be as long as there is room is ended by the context."""
+    return "context" if reason == "length" and most == room else reason
 
 
 class _Writer:
@@ -130,23 +140,26 @@ class _Writer:
         self.ids: list[int] = []
         self._budget, self._show = budget, show
         self._forced = budget.start() if budget else ()
+        self.forced_tokens = 0
 
     @property
     def is_forced(self) -> bool:
         """Whether certain tokens must come next."""
         return bool(self._forced)
 
-    def token(self, _: int, token: int) -> None:
-        """Take a token that the model chose (the engine's callback)."""
-        self._push(token)
-        if self._budget is not None:
-            self._forced = self._budget.push(token)
+    def take(self, tokens: Sequence[int]) -> None:
+        """Take tokens that the model chose."""
+        for token in tokens:
+            self._push(token)
+            if self._budget is not None:
+                self._forced = self._budget.push(token)
 
     def take_forced(self, most: int) -> None:
         """Take the tokens that must come next, as many as there is room for."""
-        for token in self._forced[: most - len(self.ids)]:
+        forced, self._forced = self._forced[: most - len(self.ids)], ()
+        self.forced_tokens += len(forced)
+        for token in forced:
             self._push(token)
-        self._forced = ()
 
     def finish(self) -> None:
         """Show what was held back."""

@@ -12,7 +12,7 @@ from types import FrameType
 from dist_moe.chat.answering import Answerer, Show
 from dist_moe.chat.connection import Line, LineClosed
 from dist_moe.chat.protocol import Done, Generate, Note, Piece, ProtocolError, Refused, Stop
-from dist_moe.engine.runtime import Runtime
+from dist_moe.engine.engine import Engine
 
 _STOPPING = b"\nstopping after this step; Ctrl-C once more leaves the chat\n"
 
@@ -85,13 +85,13 @@ class OneInterrupt:
 class LocalBackend:
     """This process is rank 0 of a job that somebody started with mpirun."""
 
-    runtime: Runtime
+    engine: Engine
     answerer: Answerer
     interrupt: OneInterrupt
 
     def answer(self, request: Generate, show: Show) -> Done | Refused:
         """See `session.Backend`."""
         try:
-            return self.answerer.answer(self.runtime, request, show, self.interrupt.requested)
+            return self.answerer.answer(self.engine, request, show, self.interrupt.requested)
         finally:
             self.interrupt.use_up()

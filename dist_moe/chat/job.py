@@ -26,7 +26,7 @@ from dist_moe.parallel.side_channel import local_addresses
 # This very package, whatever the working directory holds: `-m` would look there first.
 _PROGRAM = "import sys; sys.path[0] = sys.argv.pop(1); from dist_moe.cli.start import main; sys.exit(main())"
 # Reads a line from this process, or its end, be it by SIGKILL: then rank 0 has ended the job, or this does.
-_GUARD = 'read -r word && exit; sleep 1.2; kill -KILL -- "-$1" 2>/dev/null; rm -f "$2/rank0"; rmdir "$2" 2>/dev/null'
+_GUARD = 'read -r word && exit; sleep 1.2; kill -s KILL -- "-$1" 2>/dev/null; rm -f "$2/rank0"; rmdir "$2" 2>/dev/null'
 # Not in this process: mpi4py catches SIGHUP when it is imported, and a front end must die of that.
 _ASK_LIBRARY = "import sys; sys.path[0] = sys.argv.pop(1); from dist_moe.parallel.mpi import mpi_library; "
 _LOOK_S = 0.2

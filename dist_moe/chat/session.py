@@ -204,7 +204,11 @@ class Chat:
         if found.finish_reason == "error":
             self.display.complain(f"the answer ended early: {found.error}")
         elif found.finish_reason == "length":
-            self.display.say(f"(cut after {found.completion_tokens} tokens: --max-tokens or the context's end)")
+            self.display.say(f"(cut after {found.completion_tokens} tokens: --max-tokens)")
+        elif found.finish_reason == "context":
+            self.display.say(
+                f"(cut after {found.completion_tokens} tokens: the context of {self.facts.context} is full)"
+            )
         elif found.finish_reason == "interrupted":
             self.display.say(f"(stopped after {found.completion_tokens} tokens)")
 

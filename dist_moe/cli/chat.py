@@ -30,17 +30,15 @@ from dist_moe.cli import config_file
 from dist_moe.cli.chat_options import DEFAULT_CONTEXT, ChatOptions, chat_options
 from dist_moe.cli.job import Setting, run_job
 from dist_moe.cli.models import find_model
-from dist_moe.cli.options import model_options, sampling_options
-from dist_moe.cli.prompt import read_tokenizer
-from dist_moe.cli.run import known_stop_ids
+from dist_moe.cli.options import model_options
 from dist_moe.cli.sampling import advised_values
 from dist_moe.cli.sampling import sampling_options as chosen_sampling
+from dist_moe.cli.sampling_options import sampling_options
 from dist_moe.cli.text_files import read_text
-from dist_moe.engine.runtime import Runtime
+from dist_moe.engine.engine import Engine
 from dist_moe.errors import UsageError
 from dist_moe.parallel.hostfile import read_hostfile
 from dist_moe.parallel.launcher import Launcher, detect_launcher
-from dist_moe.text.chat import ChatFormat
 from dist_moe.text.generation_config import read_generation_config
 from dist_moe.text.messages import Message
 from dist_moe.text.tools import Tool, read_tools
@@ -55,9 +53,9 @@ class ChatTask:
     context: int
     answerer: Answerer
     facts: Ready
-    hold: Callable[[Runtime, Answerer, Ready], None]
+    hold: Callable[[Engine, Answerer, Ready], None]
 
-    def lead(self, engine: Runtime) -> None:
+    def lead_engine(self, engine: Engine) -> None:
         """Hold the conversation."""
         self.hold(engine, self.answerer, self.facts)
 
@@ -126,7 +124,7 @@ def _serve(options: ChatOptions, launcher: Launcher, address: Address) -> None:
     os.environ.pop(VARIABLE)
     service = Service(call_front_end(address)) if launcher.is_first else None
 
-    def hold(engine: Runtime, answerer: Answerer, facts: Ready) -> None:
+    def hold(engine: Engine, answerer: Answerer, facts: Ready) -> None:
         assert service is not None
         service.serve(facts, lambda request, show, stop: answerer.answer(engine, request, show, stop))
 
@@ -149,7 +147,7 @@ def _hold_under_launcher(options: ChatOptions, launcher: Launcher) -> None:
         settings, conversation = _read_inputs(options)
         once = OneInterrupt(setting.interrupted)
 
-        def hold(engine: Runtime, answerer: Answerer, facts: Ready) -> None:
+        def hold(engine: Engine, answerer: Answerer, facts: Ready) -> None:
             reader = LineReader(sys.stdin.fileno(), interrupted=once.requested)
             display = Display(show_thinking=options.show_thinking, environ=os.environ)
             display.say(f"line by line under mpirun; with an editor: dist-moe chat --ranks {facts.ranks}")
@@ -160,27 +158,23 @@ def _hold_under_launcher(options: ChatOptions, launcher: Launcher) -> None:
     run_job(options, make)
 
 
-def make_task(options: ChatOptions, setting: Setting, hold: Callable[[Runtime, Answerer, Ready], None]) -> ChatTask:
+def make_task(options: ChatOptions, setting: Setting, hold: Callable[[Engine, Answerer, Ready], None]) -> ChatTask:
     """Check on rank 0, before any weight is read, that the model can chat as the options want it.
 
     Raises:
         UsageError: An option does not fit the model.
         CheckpointError: The model has no tokenizer or chat template, or one that cannot be used.
     """
-    config, advised = setting.config, read_generation_config(setting.directory)
-    tokenizer = read_tokenizer(setting.directory, required=True)
-    assert tokenizer is not None
+    config, text = setting.config, setting.text
     if options.ctx is not None and options.ctx > config.max_positions:
         raise UsageError(
             f"--ctx {options.ctx} is more than the model's maximum of {config.max_positions} positions: lower it"
         )
     answerer = Answerer(
-        format=ChatFormat.read(setting.directory, tokenizer),
-        sampling=chosen_sampling(options, advised),
-        stop_ids=known_stop_ids(advised.stop_ids, tokenizer, config.vocabulary),
+        format=text.chat_format,
+        sampling=chosen_sampling(options, text.advised, text.tokenizer, config.vocabulary),
         context=options.ctx or min(config.max_positions, DEFAULT_CONTEXT),
         max_tokens=options.max_tokens,
-        valid_vocabulary=min(config.vocabulary, tokenizer.size),
     )
     tools = () if options.tools is None else read_tools(Path(options.tools))
     probe = [Message("user", "x").to_json()]

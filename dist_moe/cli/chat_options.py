@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from dist_moe.cli.config_file import option
+from dist_moe.cli.config_file import apply, option
 from dist_moe.cli.options import ModelOptions
+from dist_moe.cli.sampling_options import SamplingChoices
 from dist_moe.cli.values import PathName, Whole, YesNo
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -17,7 +18,7 @@ DEFAULT_CONTEXT = 32768
 
 
 @dataclass(frozen=True)
-class ChatOptions(ModelOptions):
+class ChatOptions(ModelOptions, SamplingChoices):
     """`dist-moe chat`. At most one of `system` and `system_file` is set."""
 
     ranks: int | None
@@ -30,11 +31,6 @@ class ChatOptions(ModelOptions):
     load: str | None
     max_tokens: int | None
     ctx: int | None
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    seed: int
 
 
 def chat_options(command: Decorated) -> Decorated:
@@ -103,6 +99,4 @@ def chat_options(command: Decorated) -> Decorated:
             help="Positions of the conversation and the answer together.",
         ),
     )
-    for decorate in reversed(decorators):
-        command = decorate(command)
-    return command
+    return apply(command, decorators)

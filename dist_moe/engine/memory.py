@@ -101,6 +101,19 @@ def check_memory(
     return needs
 
 
+def fits(world: World, need: MemoryNeed, records: Sequence[StartRecord]) -> bool:
+    """Whether all that a host's ranks read stays in its memory, so that reading it ahead is worth while.
+
+    Args:
+        world: All ranks.
+        need: Of this rank's host, as `check_memory` found it.
+        records: What the ranks reported, by rank.
+    """
+    mates = [record for record, node in zip(records, world.node_of_rank, strict=True) if node == world.node]
+    available_bytes = min(record.available_bytes for record in mates)
+    return available_bytes == 0 or available_bytes >= need.full_bytes
+
+
 def host_need(manifest: Manifest, plans: Sequence[Plan], threads: Sequence[int], demand: Demand) -> MemoryNeed:
     """What the ranks of one host need together.
 

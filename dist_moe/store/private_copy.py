@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +18,9 @@ from dist_moe.store.units import UnitKind
 _ARENA_BYTES = 256 << 20
 
 
+_Pair = tuple[npt.NDArray[Any], npt.NDArray[Any]]  # a copy and its source
+
+
 class PrivateCopy:
     """Copies of what one rank reads. Views are handed out at once, but hold the weights only after `fill`."""
 
@@ -26,7 +29,7 @@ class PrivateCopy:
         self._store = store
         self._arenas: list[npt.NDArray[np.uint8]] = []
         self._used_bytes = 0  # of the last arena
-        self._pending: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
+        self._pending: list[_Pair] = []
 
     def common(self, name: str) -> npt.NDArray[Any]:
         """As Store.common."""
@@ -43,10 +46,13 @@ class PrivateCopy:
             addresses[index] = self.unit("chunk", layer, index).ctypes.data
         return addresses
 
-    def fill(self, threads: int) -> None:
-        """Copy everything that was handed out."""
+    def fill(self, threads: int) -> Iterator[tuple[int, int]]:
+        """Copy everything that was handed out, yielding the bytes that are done and all of them."""
+        total_bytes, done_bytes = sum(source.nbytes for _, source in self._pending), 0
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda pair: np.copyto(*pair), self._pending))
+            for _, source in pool.map(_copied, self._pending):
+                done_bytes += source.nbytes
+                yield done_bytes, total_bytes
         self._pending.clear()
 
     def _copy(self, source: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -66,3 +72,8 @@ class PrivateCopy:
         taken = self._arenas[-1][self._used_bytes : self._used_bytes + count]
         self._used_bytes += -(-count // ALIGNMENT) * ALIGNMENT
         return taken
+
+
+def _copied(pair: _Pair) -> _Pair:
+    np.copyto(*pair)
+    return pair

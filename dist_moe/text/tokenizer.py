@@ -104,6 +104,11 @@ class Tokenizer:
         except KeyError:  # an added token: literal text outside the byte-level alphabet
             return content.encode()
 
+    def special_text(self, token: int) -> str | None:
+        """How a special token is written, such as `<|im_end|>`; None for any other."""
+        text: str | None = self._backend.id_to_token(token) if token in self._special_ids else None
+        return text
+
     def _encode(self, text: str, *, special_as_text: bool) -> list[int]:
         _require_unicode(text)
         self._backend.encode_special_tokens = special_as_text

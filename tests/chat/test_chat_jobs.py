@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from dist_moe.chat.connection import VARIABLE, Listener
+from dist_moe.chat.protocol import Generate, Piece, Ready
 from helpers import launching
 from helpers.launching import flavour
 
@@ -117,6 +119,35 @@ def base_model(directory: Path) -> Path:
     config.pop("chat_template", None)
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return directory
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_back_end_leaves_in_good_order_when_its_front_end_is_gone(ranks: int, busy: bool, tmp_path: Path) -> None:
+    """Here nobody else is there to end it: no guard, and a launcher that waits."""
+    listener = Listener(tmp_path)
+    slow = [str(Path(launching.__file__).with_name("slow_steps")), launching.child_environment()["PYTHONPATH"]]
+    environ = {"PYTHONPATH": os.pathsep.join(slow), "DIST_MOE_TEST_STEP_S": "0.05"}
+    process = subprocess.Popen(
+        [*([launching.mpirun_path(), "-n", str(ranks)] if ranks > 1 else []), *CHAT, "--threads", "1"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=launching.child_environment({VARIABLE: listener.address.to_environment(), **environ}),
+        start_new_session=True,
+    )
+    try:
+        line = listener.accept(60)
+        assert line is not None
+        assert isinstance(line.receive(), Ready)
+        if busy:
+            line.send(Generate([{"role": "user", "content": "Hello"}], [], "auto", 1))
+            assert isinstance(line.receive(), Piece)
+        line.close()
+        assert process.wait(60) == 0, process.stderr and process.stderr.read()
+    finally:
+        launching.kill_tree(process)
+        listener.close()
 
 
 def test_a_reader_of_stdout_that_leaves_ends_the_chat(lines: int) -> None:

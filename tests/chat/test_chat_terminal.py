@@ -104,6 +104,16 @@ def test_a_front_end_killed_while_it_waits_or_loads(home: Path, ranks: int) -> N
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
+def test_ranks_that_cannot_leave_are_killed_with_their_front_end(home: Path, ranks: int) -> None:
+    with TerminalChat(ranks, home=home) as chat:
+        chat.wait_until_asked()
+        for rank in chat.back_ends():
+            os.kill(rank, signal.SIGSTOP)
+        chat.hit(signal.SIGKILL)
+        assert chat.end() == (None, [])
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
 def test_a_job_that_dies_is_told_in_one_line(home: Path, ranks: int) -> None:
     with TerminalChat(ranks, home=home) as chat:
         chat.wait_until_asked()
