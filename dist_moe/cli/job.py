@@ -23,10 +23,12 @@ from dist_moe.engine.questions import TextSide
 from dist_moe.engine.runtime import Runtime
 from dist_moe.engine.settings import Settings
 from dist_moe.errors import DistMoeError
+from dist_moe.kernels import KvFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.parallel.launcher import Launcher
 from dist_moe.parallel.mpi import end_interrupted
 from dist_moe.parallel.world import AgreedError, UnfinishedStepError, World
+from dist_moe.store.manifest import Manifest
 
 Options = TypeVar("Options", bound=ModelOptions)
 
@@ -55,6 +57,14 @@ class EngineTask(Protocol):
 
     def lead_engine(self, engine: Engine) -> None:
         """Do it; the other ranks serve meanwhile."""
+
+
+@runtime_checkable
+class StoreChecker(Protocol):
+    """A task that was given something that fits certain stores only."""
+
+    def accept(self, manifest: Manifest, kv: KvFormat) -> None:
+        """Refuse a store that it does not fit; called on rank 0 before the weights are read."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +127,14 @@ def settings_of(options: ModelOptions, threads_by_host: dict[str, int]) -> Setti
         stall_timeout_s=options.stall_timeout,
         start_timeout_s=options.start_timeout,
         threads_by_host=threads_by_host,
+        rope_scaling=options.rope_scaling,
     )
 
 
 def _run(job: Job, engine: Engine, make_task: Callable[[], Task | EngineTask], interrupts: Interrupts) -> None:
     task = job.on_leader(make_task)
-    engine.load(int(job.of_leader(str(task.context if task else "1"))))
+    accept = task.accept if isinstance(task, StoreChecker) else None
+    engine.load(int(job.of_leader(str(task.context if task else "1"))), accept)
     with interrupts.orderly():
         try:
             engine.lead(lambda _: _lead(engine, task))

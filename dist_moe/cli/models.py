@@ -9,9 +9,17 @@ from dist_moe.cli.shard import ShardProgress
 from dist_moe.engine import job
 from dist_moe.parallel.world import World
 from dist_moe.store import models
-from dist_moe.store.models import ModelSource, cache_directory, synthetic_source
+from dist_moe.store.models import ModelSource, cache_directory, is_source, packed_directory, synthetic_source
 
-__all__ = ["ModelSource", "cache_directory", "find_model", "local_store", "synthetic_source"]
+__all__ = [
+    "ModelSource",
+    "cache_directory",
+    "find_model",
+    "is_source",
+    "local_store",
+    "packed_directory",
+    "synthetic_source",
+]
 
 
 def find_model(options: ModelOptions) -> ModelSource:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from dist_moe.cli.config_file import apply, config_options, flag, option
+from dist_moe.cli.context_options import ContextOptions, rope_scaling_option
 from dist_moe.cli.debug_options import DebugOptions
 from dist_moe.cli.sampling_options import Continuations, SamplingChoices
 from dist_moe.cli.values import Number, OneOf, PathName, SomeText, Whole
@@ -36,10 +37,11 @@ class ModelOptions:
     weights: Literal["mapped", "copy"]
     verbose: int
     log_file: str | None
+    rope_scaling: str | None
 
 
 @dataclass(frozen=True)
-class RunOptions(ModelOptions, SamplingChoices, Continuations, DebugOptions):
+class RunOptions(ModelOptions, SamplingChoices, Continuations, DebugOptions, ContextOptions):
     """`dist-moe run`. At most one of the three prompts is set; `trace` and `greedy` come from the legacy form."""
 
     prompt: str | None
@@ -142,8 +144,8 @@ def model_options(command: Decorated) -> Decorated:
         ),
         flag(
             "--scrub",
-            "Recompute the checksums of the mapped weights in idle time (of a chat, say), and at the end those that no "
-            "idle time was found for; names a flipped byte's file and unit.",
+            "Recompute the checksums of the weights, mapped or copied, in idle time (of a chat, say), and at the end "
+            "those that no idle time was found for; names a flipped byte's file and unit.",
         ),
         option(
             "--weights",
@@ -182,6 +184,7 @@ def model_options(command: Decorated) -> Decorated:
             show_default=False,
             help="Log there instead of stderr, each line with its rank; %r in the name becomes the rank.",
         ),
+        rope_scaling_option(),
         config_options(*COMMANDS_WITH_CONFIG),
     )
     return apply(command, decorators)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_moe.cli import config_file
+from dist_moe.cli.context_options import context_options
 from dist_moe.cli.debug_options import debug_options
 from dist_moe.cli.job import EngineTask, Setting, Task, run_job
 from dist_moe.cli.legacy import legacy_values, start_ids
@@ -27,14 +28,19 @@ from dist_moe.cli.prompt import Prompt, read_prompt, read_tokenizer, require_roo
 from dist_moe.cli.sampling import advised_values
 from dist_moe.cli.sampling import sampling_options as chosen_sampling
 from dist_moe.cli.sampling_options import continuation_options, sampling_options
+from dist_moe.cli.saved_prompt import SavedPrompt, read_saved_prompt
+from dist_moe.cli.several import SeveralTask, wants_several
 from dist_moe.cli.token_lines import token_line
 from dist_moe.cli.trace import TraceTask, read_trace
 from dist_moe.cli.values import PathName, unescape
 from dist_moe.engine.engine import Engine
 from dist_moe.engine.pieces import Result
-from dist_moe.engine.request import SamplingOptions
+from dist_moe.engine.questions import known_stop_ids
+from dist_moe.engine.request import Request, SamplingOptions
 from dist_moe.errors import Interrupted, StoreError, UsageError
+from dist_moe.kernels import KvFormat
 from dist_moe.model_config import ModelConfig
+from dist_moe.store.manifest import Manifest
 from dist_moe.text.generation_config import read_generation_config
 from dist_moe.text.tokenizer import Tokenizer
 
@@ -56,6 +62,12 @@ class RunTask:
     logits: Path | None
     probes: Probes
     interrupted: Callable[[], bool]
+    saved: SavedPrompt | None = None
+
+    def accept(self, manifest: Manifest, kv: KvFormat) -> None:
+        """Refuse a prompt cache of another store."""
+        if self.saved is not None:
+            self.saved.check(manifest, kv)
 
     def lead_engine(self, engine: Engine) -> None:
         """Generate, print, and write the logits.
@@ -64,10 +76,14 @@ class RunTask:
             StoreError: The model's numbers overflowed.
             Interrupted: By Ctrl-C; what was made is printed.
         """
+        if self.saved is not None:
+            self.saved.restore(engine.runtime, self.prompt.ids)
         self.output.begin(self.prompt)
         result = self._generate(engine)
         self.output.end(self.prompt, result, engine.statistics())
         self.probes.report()
+        if self.saved is not None:
+            self.saved.save(engine.runtime, self.prompt.ids, result.ids)
         if result.finish_reason == "interrupted":
             raise Interrupted(f"interrupted after {len(result.ids)} tokens")
         if result.finish_reason == "error":
@@ -115,6 +131,8 @@ def make_task(options: RunOptions, setting: Setting) -> EngineTask | Task:
         options = replace(options, prompt_ids=start_ids(config.vocabulary))
     prompt = read_prompt(options, tokenizer, config.vocabulary, setting.launcher)
     context = context_size(options, len(prompt.ids), config.max_positions)
+    if wants_several(options):
+        return make_several_task(options, setting, prompt, tokenizer, context)
     if options.logits is not None:
         require_writable(Path(options.logits))
     return RunTask(
@@ -129,6 +147,30 @@ def make_task(options: RunOptions, setting: Setting) -> EngineTask | Task:
         output=Output(options, tokenizer),
         logits=Path(options.logits) if options.logits is not None else None,
         probes=_probes(options, config, tokenizer),
+        interrupted=setting.interrupted,
+        saved=read_saved_prompt(options),
+    )
+
+
+def make_several_task(
+    options: RunOptions, setting: Setting, prompt: Prompt, tokenizer: Tokenizer | None, context: int
+) -> SeveralTask:
+    """Several texts of one prompt, or one with its log-probabilities; errors as of `make_task`."""
+    config, advised = setting.config, read_generation_config(setting.directory)
+    stop_ids = known_stop_ids(advised.stop_ids, tokenizer, config.vocabulary)
+    return SeveralTask(
+        options=options,
+        request=Request(
+            prompt_ids=prompt.ids,
+            max_tokens=options.max_tokens,
+            sampling=chosen_sampling(options, advised, tokenizer, config.vocabulary),
+            stop_ids=frozenset() if options.ignore_eos else stop_ids,
+            logprobs=options.logprobs,
+        ),
+        prompt=prompt,
+        context=context,
+        valid_vocabulary=_valid_vocabulary(config, tokenizer),
+        tokenizer=tokenizer,
         interrupted=setting.interrupted,
     )
 
@@ -197,6 +239,7 @@ def context_size(options: RunOptions, prompt_tokens: int, max_positions: int) ->
 @sampling_options
 @continuation_options
 @output_options
+@context_options
 @debug_options
 @click.argument("legacy", metavar="[STORE STEPS [TRACE]]", nargs=-1, type=PathName())
 @click.pass_context

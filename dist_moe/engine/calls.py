@@ -15,7 +15,8 @@ from dist_moe.parallel.world import AgreedError
 
 Made = TypeVar("Made")
 _INTERRUPT = "KeyboardInterrupt"
-_Key = tuple[int, str]
+_SAME_CALLS = "all ranks make the same calls in the same order; what is rank 0's alone belongs into engine.lead()"
+_Key = tuple[int, str]  # the number of a call, and its name with the stage that it has come to
 
 
 class Calls:
@@ -94,6 +95,7 @@ class Calls:
         key = (number, stage)
         with interrupts_ignored():
             while key not in self._heard and not self.over:
+                self._require_same(number, stage)
                 text = self._runtime.follow()
                 if text is None:
                     self.over = True
@@ -101,11 +103,16 @@ class Calls:
                     heard_number, heard_stage, said = json.loads(text)
                     self._heard[heard_number, heard_stage] = said
         if key not in self._heard:
-            raise UsageError("rank 0 has closed the engine without this call: make the same calls on all ranks")
+            raise UsageError(f"rank 0 has closed the engine without this {_name(stage)}(): {_SAME_CALLS}")
         said = self._heard.pop(key)
         if "error" in said:
             raise _rebuild(said["error"])
         return said.get("value")
+
+    def _require_same(self, number: int, stage: str) -> None:
+        others = [heard for of, heard in self._heard if of == number and _name(heard) != _name(stage)]
+        if others:
+            raise UsageError(f"rank 0 calls {_name(others[0])}() where this rank calls {_name(stage)}(): {_SAME_CALLS}")
 
     def follow_end(self) -> None:
         """Do what rank 0 orders until it closes the engine."""
@@ -115,22 +122,30 @@ class Calls:
 
     # ---- all ranks ----
 
-    def together(self, work: Callable[[], Made], encode: Callable[[Made], Any], decode: Callable[[Any], Made]) -> Made:
+    def together(
+        self, name: str, work: Callable[[], Made], encode: Callable[[Made], Any], decode: Callable[[Any], Made]
+    ) -> Made:
         """Let rank 0 do something and give all ranks what it made.
 
         Args:
+            name: The call's.
             work: Done on rank 0.
             encode: What it made as JSON.
             decode: The inverse.
         """
         number = self.number()
         if not self._leads:
-            return decode(self.follow(number, "end"))
-        with self.lead(number, "end") as said:
+            return decode(self.follow(number, name))
+        with self.lead(number, name) as said:
             made = work()
             if not self._alone:
                 said["value"] = encode(made)
         return made
+
+
+def _name(stage: str) -> str:
+    """The call's name, of "generate begins"."""
+    return stage.split()[0]
 
 
 def _describe(error: BaseException) -> list[Any]:

@@ -30,6 +30,7 @@ class Dry:
         for breaker in options.dry_breakers:
             self._breakers.setdefault(breaker[-1], []).append(breaker)
         self._noted: list[int] = []
+        self._longest = options.dry_allowed_length + _steps_to_most(options)
 
     def extend(self, ids: Sequence[int]) -> None:
         """Add tokens at the end."""
@@ -56,28 +57,36 @@ class Dry:
         """The tokens that would prolong a repetition of the text's end, each with the longest one's length.
 
         A repetition is at least `dry_allowed_length` long, holds no breaker, and lies in the last `dry_last_n` tokens.
+        Those that are penalized by MOST count as the shortest of them.
         """
         options = self._options
         first = 0 if options.dry_last_n < 0 else max(0, self._count - options.dry_last_n)
         ids = self._ids[first : self._count]
-        most = min(len(ids), self._count - self._after_breaker)
+        most = min(len(ids), self._count - self._after_breaker, self._longest)
         least = max(1, options.dry_allowed_length)
         if most < least:
             return {}
         ends = np.flatnonzero(ids[:-1] == ids[-1])  # where an earlier occurrence of the last `length` tokens ends
         found: dict[int, int] = {}
-        length = 1
-        while len(ends):
-            if length >= least:
-                found.update(dict.fromkeys(ids[ends + 1].tolist(), length))
-            if length == most:
+        for length in range(1, most + 1):
+            if not len(ends):
                 break
-            ends = ends[ends >= length]
-            ends = ends[ids[ends - length] == ids[-1 - length]]
-            length += 1
+            longer = (ends >= length) & (ids[ends - length] == ids[-1 - length]) if length < most else ends < 0
+            if length >= least:
+                found.update(dict.fromkeys(ids[ends[~longer] + 1].tolist(), length))
+            ends = ends[longer]
         return found
 
     def _ends_with(self, breaker: tuple[int, ...]) -> bool:
         if len(breaker) > self._count:
             return False
         return tuple(self._ids[self._count - len(breaker) : self._count].tolist()) == breaker
+
+
+def _steps_to_most(options: SamplingOptions) -> int:
+    """How often the penalty grows until it is MOST; at base 1 never, but 10000 tokens are enough."""
+    growth, steps = options.dry_multiplier, 0
+    while 0 < growth < MOST and steps < 10_000:
+        growth *= options.dry_base
+        steps += 1
+    return steps

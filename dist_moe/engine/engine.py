@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -16,11 +15,11 @@ from dist_moe.engine.job import Job, finalize_at_exit
 from dist_moe.engine.open_model import OpenModel, own_errors
 from dist_moe.engine.opening import Shows
 from dist_moe.engine.pieces import Piece, Result
-from dist_moe.engine.questions import GenerateOptions, Prompt, Wishes, split_prompts, whole_numbers
+from dist_moe.engine.questions import GenerateOptions, Prompt, Wishes, whole_numbers
 from dist_moe.engine.settings import Settings
 from dist_moe.engine.signals import interrupts_wait
 from dist_moe.engine.statistics import EngineStatistics
-from dist_moe.engine.streams import Sequences
+from dist_moe.engine.streams import PieceCallback, Sequences
 from dist_moe.engine.worker import RowSink
 from dist_moe.model_config import ModelConfig
 from dist_moe.parallel.launcher import detect_launcher
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from dist_moe.parallel.world import Intracomm
 
 Made = TypeVar("Made")
-PieceCallback = Callable[[Piece], object]
 DEMO = "demo"
 
 
@@ -44,10 +42,6 @@ class Engine(OpenModel):
     A plain `python` is one rank and needs no MPI. Under mpirun all ranks run the same script and make the same calls in
     the same order; rank 0 gets the pieces, the loops of the others end without one. What a loop's body calls is rank
     0's own, as is what `lead` is given. Errors are raised on all ranks alike.
-
-    Attributes:
-        config: The model's sizes.
-        is_leader: Whether this is rank 0.
     """
 
     def __init__(
@@ -66,6 +60,8 @@ class Engine(OpenModel):
         scrub: bool = False,
         bind: str = "auto",
         quant: str | None = None,
+        rope_scaling: str | None = None,
+        resident: int | None = None,
         stall_timeout_s: float = 60.0,
         start_timeout_s: float = 60.0,
     ) -> None:
@@ -86,6 +82,8 @@ class Engine(OpenModel):
             scrub: Recompute checksums of mapped weights in idle time.
             bind: auto widens a launcher's binding that is too narrow, keep does not.
             quant: Format of the weights when a model is packed: f32, bf16, q8 or q4; None: what suits it.
+            rope_scaling: Stretch the context by YaRN, as "yarn:4" or "yarn:4:32768"; changes all numbers.
+            resident: Positions of K and V that stay for prompts that begin alike; None: one context's.
             stall_timeout_s: End the job when no rank moves for so long inside a call.
             start_timeout_s: End the job when MPI has not started on all ranks after so long.
 
@@ -105,7 +103,7 @@ class Engine(OpenModel):
 
     @classmethod
     def join(cls, job: Job, settings: Settings, find: Callable[[], ModelSource], shows: Shows) -> Engine:
-        """An engine on ranks that are a job already: the command line's door. Collective; see `OpenModel`."""
+        """An engine on ranks that are a job already, for the command line; collective; see `OpenModel`."""
         engine = cls.__new__(cls)
         OpenModel.__init__(engine, job, settings, find, shows)
         return engine
@@ -130,7 +128,7 @@ class Engine(OpenModel):
             UsageError: A prompt or an option does not fit; raised before the first piece.
             CheckpointError: Text is given to or asked of a model whose tokenizer is damaged or missing.
         """
-        return self._stream(options, lambda wishes: Sequences.of_prompts(self.text, split_prompts(prompt)[0], wishes))
+        return self._stream("generate", options, lambda wishes: Sequences.of_prompts(self.text, prompt, wishes))
 
     def chat(
         self,
@@ -156,7 +154,9 @@ class Engine(OpenModel):
             UsageError: The messages or options do not fit.
             CheckpointError: The model has no chat template.
         """
-        return self._stream(options, lambda wishes: Sequences.of_messages(self.text, messages, thinking, tools, wishes))
+        return self._stream(
+            "chat", options, lambda wishes: Sequences.of_messages(self.text, messages, thinking, tools, wishes)
+        )
 
     @overload
     def complete(
@@ -188,6 +188,7 @@ class Engine(OpenModel):
             One result, or one per prompt; on all ranks alike, so that a script can decide by it.
         """
         results, is_one = self._together(
+            "complete",
             lambda: self._complete(prompt, on_piece, Wishes(**options)),
             lambda made: [[asdict(result) for result in made[0]], made[1]],
             lambda heard: ([Result.of_dict(values) for values in heard[0]], heard[1]),
@@ -200,7 +201,7 @@ class Engine(OpenModel):
         Raises:
             CheckpointError: The model has no tokenizer.
         """
-        return self._together(lambda: self.text.require_tokenizer().encode(text), list, list)
+        return self._together("tokenize", lambda: self.text.require_tokenizer().encode(text), list, list)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of some ids, special tokens left out; on all ranks alike; collective.
@@ -209,7 +210,7 @@ class Engine(OpenModel):
             UsageError: They are no whole numbers.
             CheckpointError: The model has no tokenizer.
         """
-        return self._together(lambda: self.text.require_tokenizer().decode(whole_numbers(ids)), str, str)
+        return self._together("detokenize", lambda: self.text.require_tokenizer().decode(whole_numbers(ids)), str, str)
 
     def logits(
         self, prompt: Prompt, sink: RowSink | None = None, interrupted: Callable[[], bool] = lambda: False
@@ -230,12 +231,14 @@ class Engine(OpenModel):
             DistMoeError: A NaN or overflow in the model.
         """
         return self._together(
-            lambda: self._logits(prompt, sink, interrupted), lambda _: None, lambda _: _no_logits(self.config)
+            "logits", lambda: self._logits(prompt, sink, interrupted), lambda _: None, lambda _: _no_logits(self.config)
         )
 
     def statistics(self) -> EngineStatistics:
         """Counts and times since the start, over all ranks and on all of them alike; collective."""
-        return self._together(lambda: self.runtime.statistics(), asdict, lambda heard: EngineStatistics(**heard))
+        return self._together(
+            "statistics", lambda: self.runtime.statistics(), asdict, lambda heard: EngineStatistics(**heard)
+        )
 
     def lead(self, action: Callable[[Engine], Made]) -> Made | None:
         """Let rank 0 alone do something with the engine, whose calls the other ranks need not make; collective.
@@ -246,39 +249,36 @@ class Engine(OpenModel):
         Raises:
             DistMoeError: The action raised it; on all ranks.
         """
-        return self._together(lambda: action(self), lambda _: None, lambda _: None)
+        return self._together("lead", lambda: action(self), lambda _: None, lambda _: None)
 
     # ---- calls ----
 
-    def _stream(self, options: GenerateOptions, prepare: Callable[[Wishes], Sequences]) -> Generator[Piece, None, None]:
+    def _stream(
+        self, name: str, options: GenerateOptions, prepare: Callable[[Wishes], Sequences]
+    ) -> Generator[Piece, None, None]:
         calls, wishes = self._ready(), Wishes(**options)
         number = calls.number()
         if self.is_leader:
-            with calls.lead(number, "begin"):
+            with calls.lead(number, f"{name} begins"):
                 sequences = prepare(wishes)
                 sequences.check(self.runtime)
-            pieces = self._lead_pieces(calls, number, sequences)
+            pieces = self._lead_pieces(calls, number, name, sequences)
         else:
-            calls.follow(number, "begin")
-            pieces = _follow_pieces(calls, number)
+            calls.follow(number, f"{name} begins")
+            pieces = _follow_pieces(calls, number, name)
         self._generations.add(pieces)
         return pieces
 
-    def _lead_pieces(self, calls: Calls, number: int, sequences: Sequences) -> Generator[Piece, None, None]:
-        with calls.lead(number, "end"):
+    def _lead_pieces(self, calls: Calls, number: int, name: str, sequences: Sequences) -> Generator[Piece, None, None]:
+        with calls.lead(number, f"{name} ends"):
             yield from sequences.pieces(self.runtime)
 
     def _complete(
         self, prompt: Prompt | Sequence[Prompt], on_piece: PieceCallback | None, wishes: Wishes
     ) -> tuple[list[Result], bool]:
-        prompts, is_one = split_prompts(prompt)
-        sequences = Sequences.of_prompts(self.text, prompts, wishes)
+        sequences = Sequences.of_prompts(self.text, prompt, wishes)
         sequences.check(self.runtime)
-        with closing(sequences.pieces(self.runtime)) as pieces:
-            for piece in pieces:
-                if on_piece is not None:
-                    on_piece(piece)
-        return sequences.results(), is_one
+        return sequences.complete(self.runtime, on_piece), sequences.is_one
 
     def _logits(self, prompt: Prompt, sink: RowSink | None, interrupted: Callable[[], bool]) -> npt.NDArray[np.float32]:
         ids = self.text.encode(prompt)
@@ -288,8 +288,8 @@ class Engine(OpenModel):
         return np.concatenate(rows)
 
 
-def _follow_pieces(calls: Calls, number: int) -> Generator[Piece, None, None]:
-    calls.follow(number, "end")
+def _follow_pieces(calls: Calls, number: int, name: str) -> Generator[Piece, None, None]:
+    calls.follow(number, f"{name} ends")
     yield from ()
 
 

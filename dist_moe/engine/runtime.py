@@ -11,22 +11,25 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_moe.engine.agreement import agree_on, log_records, own_record
+from dist_moe.engine.beam_search import BeamSearch
+from dist_moe.engine.beams import BeamOptions
 from dist_moe.engine.crew import Crew
 from dist_moe.engine.generation import Drawn, Generation
+from dist_moe.engine.leader import Leader
 from dist_moe.engine.loading import load_model
 from dist_moe.engine.options import EngineOptions
 from dist_moe.engine.prefix_index import PrefixIndex
 from dist_moe.engine.prompt_cache import PromptCache
 from dist_moe.engine.read_ahead import ReadProgress
-from dist_moe.engine.request import Completion, Request, check_prompt, describe_fault, refuse_faults
+from dist_moe.engine.request import Completion, Request, check_prompt, describe_fault
 from dist_moe.engine.schedule import Part, Schedule, count_tokens
 from dist_moe.engine.scrub import start_scrub
 from dist_moe.engine.startup import agreed, choose_layout, open_exchange
 from dist_moe.engine.statistics import Clock, EngineStatistics, summarize
+from dist_moe.engine.text_logits import text_logits
 from dist_moe.engine.worker import RowSink, StepResult, Worker
-from dist_moe.errors import Interrupted
 from dist_moe.kernels import NO_FAULT, Kernels
-from dist_moe.model.step import MAX_LOGIT_ROWS, Slice, Step
+from dist_moe.model.step import MAX_LOGIT_ROWS
 from dist_moe.parallel.cores import may_spin
 from dist_moe.parallel.plan import Plan, make_plan
 from dist_moe.parallel.world import World
@@ -76,12 +79,13 @@ class Runtime:
         self.layout = agreed(world, "start", lambda: choose_layout(store, exchange, options.layout))
         plans = agreed(world, "start", lambda: [self._plan(rank, world.size) for rank in range(world.size)])
         self.model = load_model(exchange, store, plans, self.kernels, options, self._step_tokens, records, on_reading)
-        self._scrubber = start_scrub(world, store, plans[world.rank]) if options.scrub else None
+        self._scrubber = start_scrub(world, self.model.weights, plans[world.rank]) if options.scrub else None
         worker = Worker(self.model, exchange, world.size, self._scrubber)
         self._crew = Crew(worker, exchange, self._step_tokens, self._measure)
         self._prefixes = PrefixIndex(options.resident_positions)
         self.prompt_cache = PromptCache(self._crew, self._prefixes, store.manifest, options.kv)
         self._clock = Clock(self.model.stopwatch)
+        self._leader = Leader(self._crew, self.kernels, self._prefixes, self._clock, options, self.config)
         self._load_s = time.perf_counter() - started_s
 
     @property
@@ -172,7 +176,7 @@ class Runtime:
         """
         for request in requests:
             check_prompt(request.prompt_ids, self._options.context, self.config)
-        valid = self.config.vocabulary if valid_vocabulary is None else min(valid_vocabulary, self.config.vocabulary)
+        valid = self._valid_vocabulary(valid_vocabulary)
         schedule = Schedule(
             requests,
             self._prefixes.new_sequences(len(requests)),
@@ -182,6 +186,18 @@ class Runtime:
             prefixes=self._prefixes,
         )
         return Generation(schedule, lambda: self._steps(schedule, valid))
+
+    def beam_search(
+        self,
+        request: Request,
+        options: BeamOptions,
+        valid_vocabulary: int | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> list[Completion]:
+        """The continuations of the highest score, best first; on rank 0 alone. See BeamSearch; errors as `generate`."""
+        search = BeamSearch(self._leader, request, options, self._valid_vocabulary(valid_vocabulary))
+        self._compare_after_idling()
+        return search.run(interrupted)
 
     def logits(self, ids: Sequence[int], sink: RowSink, interrupted: Callable[[], bool] = lambda: False) -> None:
         """Compute the logits at every position of a text; on rank 0 alone.
@@ -199,18 +215,7 @@ class Runtime:
         """
         check_prompt(ids, self._options.context, self.config)
         self._compare_after_idling()
-        sequence = self._prefixes.new_sequences()
-        try:
-            for first in range(0, len(ids), self._options.prefill_chunk):
-                chunk = Slice(sequence, first, tuple(ids[first : first + self._options.prefill_chunk]))
-                with self._clock.step(len(chunk.ids), 0):
-                    result = self._crew.run(self._logits_step(chunk), sink)
-                if interrupted():
-                    raise Interrupted(f"interrupted after {first + len(chunk.ids)} of {len(ids)} tokens")
-                refuse_faults(result.fault_T, first, self.config.layers)
-            self._crew.compare()
-        finally:
-            self._prefixes.release(sequence)
+        text_logits(self._leader, ids, sink, interrupted)
 
     # ---- start ----
 
@@ -225,6 +230,9 @@ class Runtime:
         )
 
     # ---- steps ----
+
+    def _valid_vocabulary(self, wanted: int | None) -> int:
+        return self.config.vocabulary if wanted is None else min(wanted, self.config.vocabulary)
 
     def _steps(self, schedule: Schedule, valid: int) -> Generator[Drawn, None, None]:
         """Run steps until all requests are finished; yields the tokens of each, (index of the request, token id)."""
@@ -256,18 +264,6 @@ class Runtime:
     def _close(self) -> None:
         if self._scrubber is not None:
             self._scrubber.close()
-
-    def _logits_step(self, chunk: Slice) -> Step:
-        forks, released = self._prefixes.take_orders()
-        return Step(
-            slices=(chunk,),
-            logit_rows=tuple(range(len(chunk.ids))),
-            temperatures=(),
-            full_logits=True,
-            valid_vocabulary=self.config.vocabulary,
-            released=released,
-            forks=forks,
-        )
 
     def _take(self, schedule: Schedule, part: Part, result: StepResult, valid: int, drawn: Drawn) -> None:
         """Book one part of a finished step: its fault, or its next token."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dist_moe.errors import UsageError
+from dist_moe.store.rope_scaling import RopeScaling
 
 DEFAULT_MAX_TOKENS = 256
 # Of an engine that is not told how long its texts become; the K and V of Qwen3-30B-A3B take 0.8 GB of it in f16.
@@ -39,6 +40,8 @@ class Settings:
     quant: str | None = None
     stall_timeout_s: float = 60.0
     start_timeout_s: float = 60.0
+    rope_scaling: str | None = None
+    resident: int | None = None
     threads_by_host: Mapping[str, int] = field(default_factory=dict)
 
     def require_valid(self) -> None:
@@ -54,6 +57,10 @@ class Settings:
         for name, most in (("context", 2**31 - 1), ("threads", MOST_THREADS)):
             if getattr(self, name) is not None:
                 require_whole(name, getattr(self, name), 1, most)
+        if self.resident is not None:
+            require_whole("resident", self.resident, 0, 2**31 - 1)
+        if self.rope_scaling is not None:
+            RopeScaling.parse(self.rope_scaling)
         require_whole("prefill_chunk", self.prefill_chunk, 1, MOST_CHUNK)
         require_number("stall_timeout_s", self.stall_timeout_s, 2, 86400)
         require_number("start_timeout_s", self.start_timeout_s, 1, 86400)

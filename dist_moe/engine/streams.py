@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
 from dist_moe.engine.generation import Drawn, Generation
 from dist_moe.engine.pieces import Piece, Result, Usage
-from dist_moe.engine.questions import Prompt, TextSide, Wishes
+from dist_moe.engine.questions import Prompt, TextSide, Wishes, split_prompts
 from dist_moe.engine.request import Completion, Request, check_prompt
 from dist_moe.engine.runtime import Runtime
 from dist_moe.engine.signals import interrupts_wait
@@ -16,17 +16,23 @@ from dist_moe.engine.writer import Writer
 from dist_moe.text.messages import Message, parse_messages
 from dist_moe.text.tools import parse_tools
 
+PieceCallback = Callable[[Piece], object]
+
 
 class Sequences:
     """What one call continues.
 
     Attributes:
         requests: One per prompt.
+        is_one: Whether a prompt was given, and not a list of them.
     """
 
-    def __init__(self, text: TextSide, requests: list[Request], writers: list[Writer], wishes: Wishes) -> None:
+    def __init__(
+        self, text: TextSide, requests: list[Request], writers: list[Writer], wishes: Wishes, is_one: bool = True
+    ) -> None:
         """Keep what was checked; see `of_prompts` and `of_messages`."""
         self.requests = requests
+        self.is_one = is_one
         self._writers = writers
         self._valid_vocabulary = text.valid_vocabulary
         self._interrupted = wishes.interrupted or (lambda: False)
@@ -35,13 +41,14 @@ class Sequences:
         self._generation: Generation | None = None
 
     @classmethod
-    def of_prompts(cls, text: TextSide, prompts: Sequence[Prompt], wishes: Wishes) -> Sequences:
+    def of_prompts(cls, text: TextSide, prompt: Prompt | Sequence[Prompt], wishes: Wishes) -> Sequences:
         """Sequences that continue prompts.
 
         Raises:
             UsageError: A prompt or a wish does not fit.
             CheckpointError: Text is asked for, and the model has no tokenizer or a damaged one.
         """
+        prompts, is_one = split_prompts(prompt)
         wishes.require_valid(several=len(prompts) > 1)
         requests = [text.request(text.encode(prompt), wishes) for prompt in prompts]
         tokenizer = text.require_tokenizer() if wishes.stop_strings else text.tokenizer
@@ -50,7 +57,7 @@ class Sequences:
             Writer(index, tokenizer.stream() if tokenizer else None, silent, wishes.stop_strings)
             for index in range(len(requests))
         ]
-        return cls(text, requests, writers, wishes)
+        return cls(text, requests, writers, wishes, is_one)
 
     @classmethod
     def of_messages(
@@ -87,8 +94,12 @@ class Sequences:
                     generation.interrupt()
                 yield from self._ends(generation)
 
-    def results(self) -> list[Result]:
-        """What became of the sequences, when all pieces were made."""
+    def complete(self, runtime: Runtime, on_piece: PieceCallback | None) -> list[Result]:
+        """Generate to the ends; `on_piece` is told each piece."""
+        with closing(self.pieces(runtime)) as pieces:
+            for piece in pieces:
+                if on_piece is not None:
+                    on_piece(piece)
         assert self._generation is not None
         return [
             self._result(*each)

@@ -52,6 +52,11 @@ class Stopwatch:
         self._seconds = [0.0] * len(Part)
         self._last_s = 0.0
 
+    @property
+    def runs(self) -> bool:
+        """Whether somebody listens: where a microsecond counts, nothing is marked otherwise."""
+        return self.on_step is not None
+
     def start(self) -> None:
         """Begin a step."""
         if self.on_step is None:

@@ -116,29 +116,37 @@ class Transformer:
     def _layer(self, layer: int, x_TD: Floats, sums_TD: npt.NDArray[np.int64], cache: KvView) -> None:
         """X += exact(allreduce(attention(norm(x)))), then x += exact(allreduce(experts(norm(x))))."""
         kernels, exchange, buffers, weights = self.kernels, self.exchange, self._buffers, self.weights.layers[layer]
-        progress, mark = exchange.world.progress, self.stopwatch.mark
+        progress = exchange.world.progress
+        timed, mark = self.stopwatch.runs, self.stopwatch.mark
         progress.layer = layer
 
         progress.phase = Phase.ATTENTION
         kernels.attention_half(buffers, weights.attention, cache)
-        mark(Part.ATTENTION)
+        if timed:
+            mark(Part.ATTENTION)
         exchange.sum_exact(sums_TD)
-        mark(Part.EXCHANGE)
+        if timed:
+            mark(Part.EXCHANGE)
         kernels.add_sums(buffers, weights.attention, len(x_TD))
-        mark(Part.ATTENTION)
+        if timed:
+            mark(Part.ATTENTION)
         self._observe(layer, "attention", x_TD)
 
         progress.phase = Phase.EXPERTS
         kernels.experts_half(buffers, weights.experts, len(x_TD))
-        mark(Part.EXPERTS)
+        if timed:
+            mark(Part.EXPERTS)
         exchange.sum_exact(sums_TD)
-        mark(Part.EXCHANGE)
+        if timed:
+            mark(Part.EXCHANGE)
         kernels.add_sums(buffers, weights.experts, len(x_TD))
-        mark(Part.EXPERTS)
+        if timed:
+            mark(Part.EXPERTS)
         if weights.experts.routed:
             self._hash_state(self._workspace.weights_TK[: len(x_TD)])
         self._observe(layer, "experts", x_TD)
-        mark(Part.OTHER)  # the hash, and whoever watches
+        if timed:
+            mark(Part.OTHER)  # the hash, and whoever watches
 
     def logits(self, rows: Sequence[int]) -> Floats:
         """This rank's logits of some tokens of the last step.

@@ -89,7 +89,12 @@ def guarded(main: Callable[[], int], environ: Mapping[str, str] | None = None) -
 
 def end_job(error: BaseException) -> NoReturn:
     """End all ranks of a running MPI because of an exception that this one alone is known to have met."""
-    ending = _explain(error, _place(detect_launcher(os.environ)))
+    place = _place(detect_launcher(os.environ))
+    ending = _explain(error, place)
+    if ending.code == _BUG:  # of the script that uses this package
+        lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
+        summary = f"the script raised {type(error).__name__}: {error}".splitlines()[0]
+        ending = _Ending(_BUG, (f"dist-moe: error{place}: {summary}", *lines))
     mpi = running_mpi()
     assert mpi is not None
     _abort(ending, mpi)

@@ -11,7 +11,7 @@ from pathlib import Path
 import dist_moe
 from dist_moe import files
 from dist_moe.checkpoint.hf_config import read_hf_config
-from dist_moe.checkpoint.source import is_gguf, open_source
+from dist_moe.checkpoint.source import Source, is_gguf, open_source
 from dist_moe.demo import demo_model_directory
 from dist_moe.errors import PlaceError, UsageError
 from dist_moe.kernels import WeightFormat
@@ -117,6 +117,13 @@ def find_model(
     )
 
 
+def is_source(path: Path) -> bool:
+    """Whether a path is what a store is packed from, a GGUF file or a Hugging Face directory, and not a store."""
+    if any(files.is_file(path / name) for name in (MANIFEST_NAME, PROGRESS_NAME)):
+        return False
+    return files.is_file(path / "config.json") or is_gguf(path)
+
+
 def cache_directory() -> Path:
     """Where packed models are kept: $DIST_MOE_CACHE, else $XDG_CACHE_HOME/dist-moe, else ~/.cache/dist-moe.
 
@@ -157,8 +164,7 @@ def pack(source: ModelSource, options: StoreOptions, progress: Progress) -> Path
                 note_use(source.path)
             return source.path
         model = open_source(source.path)
-        key = f"{source.path.resolve()}\n{_versions(model.fingerprint())}"
-        directory = _cached(source_name(source.path), options.format.label, key)
+        directory = packed_directory(model, options.format)
         for line in conversion_notes(model, options.format, options.group_size):
             logger.info("%s: %s", source.path, line)
         convert(model, directory, options, progress)
@@ -167,6 +173,12 @@ def pack(source: ModelSource, options: StoreOptions, progress: Progress) -> Path
         other = "set DIST_MOE_CACHE to another directory" if source.in_cache else "choose another --synthetic-dir"
         raise PlaceError(f"{error} or {other}") from error
     return directory
+
+
+def packed_directory(model: Source, fmt: WeightFormat) -> Path:
+    """Where the cache directory has, or will have, the store of a model."""
+    key = f"{model.path.resolve()}\n{_versions(model.fingerprint())}"
+    return _cached(source_name(model.path), fmt.label, key)
 
 
 def _write_texts(source: Path) -> Path:

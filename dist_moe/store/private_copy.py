@@ -6,6 +6,7 @@ import contextlib
 import mmap
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from dist_moe.kernels import ALIGNMENT
 from dist_moe.store.reader import Store
+from dist_moe.store.sealed import Sealed
 from dist_moe.store.units import UnitKind
 
 _ARENA_BYTES = 256 << 20
@@ -30,14 +32,18 @@ class PrivateCopy:
         self._arenas: list[npt.NDArray[np.uint8]] = []
         self._used_bytes = 0  # of the last arena
         self._pending: list[_Pair] = []
+        self._units: dict[tuple[UnitKind, int, int], npt.NDArray[np.uint8]] = {}
+        self._common: dict[str, npt.NDArray[Any]] = {}
 
     def common(self, name: str) -> npt.NDArray[Any]:
         """As Store.common."""
-        return self._copy(self._store.common(name))
+        self._common[name] = copy = self._copy(self._store.common(name))
+        return copy
 
     def unit(self, kind: UnitKind, layer: int, index: int) -> npt.NDArray[np.uint8]:
         """As Store.unit."""
-        return self._copy(self._store.unit(kind, layer, index))
+        self._units[kind, layer, index] = copy = self._copy(self._store.unit(kind, layer, index))
+        return copy
 
     def chunk_addresses(self, layer: int, wanted: Iterable[int]) -> npt.NDArray[np.uint64]:
         """As Store.unit_addresses, but 0 for every chunk that is not wanted; valid as long as this object is."""
@@ -45,6 +51,14 @@ class PrivateCopy:
         for index in wanted:
             addresses[index] = self.unit("chunk", layer, index).ctypes.data
         return addresses
+
+    def sealed(self) -> Iterator[Sealed]:
+        """Everything that was copied, with the checksum that the file has for it."""
+        common = {sealed.tensor: sealed for sealed in self._store.sealed_common()}
+        for name, copy in self._common.items():
+            yield replace(common[name], data=copy.reshape(-1).view(np.uint8), copied=True)
+        for place, unit in self._units.items():
+            yield replace(self._store.sealed_unit(*place), data=unit, copied=True)
 
     def fill(self, threads: int) -> Iterator[tuple[int, int]]:
         """Copy everything that was handed out, yielding the bytes that are done and all of them."""
@@ -63,7 +77,8 @@ class PrivateCopy:
     def _take(self, count: int) -> npt.NDArray[np.uint8]:
         """So many bytes on a boundary of ALIGNMENT."""
         if not self._arenas or self._used_bytes + count > len(self._arenas[-1]):
-            memory = mmap.mmap(-1, max(_ARENA_BYTES, count))
+            # Python's default, MAP_SHARED, would be shared memory, which has no huge pages as a rule.
+            memory = mmap.mmap(-1, max(_ARENA_BYTES, count), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with contextlib.suppress(OSError):  # a kernel without them
                     memory.madvise(mmap.MADV_HUGEPAGE)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from dist_moe.checkpoint.safetensors_file import RECOPY, SafetensorsFile, file_layout
 from dist_moe.errors import CheckpointError, UsageError
 from dist_moe.files import NewFile
+from dist_moe.kernels import BLOCK_POSITIONS, KvFormat, kv_block_bytes
 from dist_moe.model_config import ModelConfig
 from dist_moe.store.checksum import RunningChecksum, bytes_of, checksum_text
 from dist_moe.store.manifest import NUMERICS_VERSION, Manifest
@@ -133,6 +134,13 @@ class PromptFile:
             raise UsageError(
                 f"{self.path}: is damaged: its checksum is {found}, but its contents give {running.text()}; {_RENEW}"
             )
+
+
+def require_same(file: PromptFile, manifest: Manifest, kv_format: KvFormat) -> None:
+    """Refuse a file that was saved for another store or KV format; raises UsageError as `PromptFile.require`."""
+    config = manifest.config
+    row_bytes = kv_block_bytes(kv_format, config.head_dim) // BLOCK_POSITIONS
+    file.require(identity(manifest, kv_format.label), config, row_bytes)
 
 
 class PromptWriter:

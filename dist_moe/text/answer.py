@@ -7,12 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dist_moe.errors import UsageError
-from dist_moe.text.markers import MarkerStream, Span
+from dist_moe.text.markers import THINK_CLOSE, THINK_OPEN, MarkerStream, Span
 from dist_moe.text.messages import Message, ToolCall
-from dist_moe.text.reasoning import THINK_CLOSE, THINK_OPEN
 from dist_moe.text.tokenizer import Tokenizer
-from dist_moe.text.tool_calls import CALL_CLOSE, CALL_OPEN, Dialect, parse_call
+from dist_moe.text.tool_calls import CALL_CLOSE, CALL_OPEN, FUNCTION_OPEN, Dialect, is_closed, parse_call
 from dist_moe.text.tools import Tool
+
+# Qwen3-Coder at times begins a call with its second tag.
+CALL_MARKERS = {
+    Dialect.HERMES: (CALL_OPEN, CALL_CLOSE),
+    Dialect.CODER: (CALL_OPEN, CALL_CLOSE, FUNCTION_OPEN),
+}
 
 
 @dataclass(frozen=True)
@@ -61,14 +66,16 @@ class AnswerStream:
             tools: What it may call; without any, calls are text.
         """
         self._dialect, self._tools = dialect, tuple(tools)
-        calls = (CALL_OPEN, CALL_CLOSE) if dialect is not None and tools else ()
+        calls = CALL_MARKERS[dialect] if dialect is not None and tools else ()
         self._markers = MarkerStream(tokenizer, (THINK_OPEN, THINK_CLOSE, *calls))
         self._part = Part.REASONING if thinking_is_open else Part.START
         self._newlines = ""  # held back: they count only if more text of the same part follows
         self._part_is_empty = True
-        self._body = ""
+        self._opening, self._body = "", ""
         self._thought = thinking_is_open
-        self._total = Delta()
+        self._reasoning: list[str] = []
+        self._content: list[str] = []
+        self._calls: list[ToolCall] = []
 
     @property
     def is_thinking(self) -> bool:
@@ -78,8 +85,8 @@ class AnswerStream:
     @property
     def message(self) -> Message:
         """The answer so far, to be put into the conversation after `finish`."""
-        total = self._total
-        return Message("assistant", total.content, total.reasoning if self._thought else None, total.calls)
+        reasoning = "".join(self._reasoning) if self._thought else None
+        return Message("assistant", "".join(self._content), reasoning, tuple(self._calls))
 
     def push(self, token: int) -> Delta:
         """What this token completes."""
@@ -90,25 +97,28 @@ class AnswerStream:
         found = self._take(self._markers.finish())
         rest = Delta()
         if self._part is Part.CALL:
-            rest = self._as_text("the answer ended before </tool_call>", CALL_OPEN + self._body)
-            self._enter(Part.CONTENT)
-        elif self._part is Part.CONTENT and not self._total.calls and not self._part_is_empty:
+            rest = self._end_call("")
+        elif self._part is Part.CONTENT and not self._calls and not self._part_is_empty:
             rest = Delta(content=self._newlines)
         self._newlines = ""
-        self._total += rest
-        return found + rest
+        return found + self._keep(rest)
 
     def _take(self, spans: Sequence[Span]) -> Delta:
         found = Delta()
         for span in spans:
             found += self._marker(span.text) if span.marker else self._text(span.text)
-        self._total += found
-        return found
+        return self._keep(found)
+
+    def _keep(self, delta: Delta) -> Delta:
+        self._reasoning.append(delta.reasoning)
+        self._content.append(delta.content)
+        self._calls += delta.calls
+        return delta
 
     def _marker(self, marker: str) -> Delta:
         if self._part is Part.CALL:
             if marker == CALL_CLOSE:
-                return self._end_call()
+                return self._end_call(CALL_CLOSE)
             self._body += marker
             return Delta()
         if marker == THINK_OPEN and self._part is Part.START:
@@ -116,8 +126,11 @@ class AnswerStream:
             return self._enter(Part.REASONING)
         if marker == THINK_CLOSE and self._part in (Part.START, Part.REASONING):
             return self._enter(Part.CONTENT)
-        if marker == CALL_OPEN:
-            return self._enter(Part.CALL)
+        if marker in (CALL_OPEN, FUNCTION_OPEN):
+            before = self._newlines if self._part is Part.CONTENT else ""
+            self._enter(Part.CALL)
+            self._opening, self._body = (before + marker, "") if marker == CALL_OPEN else (before, marker)
+            return Delta()
         return self._text(marker)  # out of place, so it is what the model says
 
     def _text(self, text: str) -> Delta:
@@ -134,6 +147,8 @@ class AnswerStream:
             text = text.lstrip("\n")
         if not text:
             return Delta()
+        if self._part_is_empty and self._calls and any(self._content):
+            self._newlines = "\n"  # what is said before and after a call is one content
         self._part_is_empty = False
         text = self._newlines + text
         kept = text.rstrip("\n")
@@ -144,14 +159,15 @@ class AnswerStream:
         self._part, self._newlines, self._body, self._part_is_empty = part, "", "", True
         return Delta()
 
-    def _end_call(self) -> Delta:
-        body = self._body
+    def _end_call(self, closing: str) -> Delta:
+        body, text = self._body, self._opening + self._body + closing
         self._enter(Part.CONTENT)
         assert self._dialect is not None
         try:
-            return Delta(calls=(parse_call(body, self._dialect, self._tools),))
+            call = parse_call(body, self._dialect, self._tools)
+            if not closing and not is_closed(body, self._dialect):
+                raise UsageError("the answer ended before </tool_call>")
         except UsageError as error:
-            return self._as_text(str(error), CALL_OPEN + body + CALL_CLOSE)
-
-    def _as_text(self, reason: str, text: str) -> Delta:
-        return Delta(content=text, notes=(f"a tool call was kept as text: {reason}",))
+            self._part_is_empty = False
+            return Delta(content=text, notes=(f"a tool call was kept as text: {error}",))
+        return Delta(calls=(call,))

@@ -12,8 +12,9 @@ from dist_moe.errors import CheckpointError, UsageError
 from dist_moe.text.answer import AnswerStream
 from dist_moe.text.chat_template import DEFAULT, ChatTemplate, read_chat_templates
 from dist_moe.text.disguise import Disguise
+from dist_moe.text.markers import THINK_OPEN
 from dist_moe.text.messages import Message
-from dist_moe.text.reasoning import THINK_CLOSE, THINK_OPEN, ThinkingBudget, closing_ids
+from dist_moe.text.reasoning import ThinkingBudget, closing_ids
 from dist_moe.text.tokenizer import Tokenizer
 from dist_moe.text.tool_calls import find_dialect
 from dist_moe.text.tools import Tool
@@ -38,6 +39,7 @@ class ChatPrompt:
     ids: tuple[int, ...]
     text: str
     thinking_is_open: bool
+    tools: tuple[Tool, ...] = ()
 
 
 class ChatFormat:
@@ -108,21 +110,17 @@ class ChatFormat:
         return self._render(messages, tools, {**switch, **(variables or {})})
 
     def answer(self, prompt: ChatPrompt, tools: Sequence[Tool] = ()) -> AnswerStream:
-        """What splits the tokens of the answer to `prompt` into thinking, text and calls of the tools."""
-        return AnswerStream(self.tokenizer, thinking_is_open=prompt.thinking_is_open, dialect=self.dialect, tools=tools)
+        """What splits the tokens of the answer to `prompt` into thinking, text and calls of its tools, or of others."""
+        return AnswerStream(
+            self.tokenizer,
+            thinking_is_open=prompt.thinking_is_open,
+            dialect=self.dialect,
+            tools=tuple(tools) or prompt.tools,
+        )
 
     def thinking_budget(self, tokens: int, prompt: ChatPrompt) -> ThinkingBudget:
-        """What ends the thinking of the answer to `prompt` after some tokens.
-
-        Raises:
-            UsageError: The tokenizer has no tokens that open and close thinking.
-        """
-        opening, closing = (self.tokenizer.added_tokens.get(text) for text in (THINK_OPEN, THINK_CLOSE))
-        if opening is None or closing is None:
-            raise UsageError(f"a thinking budget needs {THINK_OPEN} and {THINK_CLOSE}, which this tokenizer lacks")
-        return ThinkingBudget(
-            tokens, opening, closing, closing_ids(self.tokenizer), thinking_is_open=prompt.thinking_is_open
-        )
+        """What ends the thinking of the answer to `prompt` after some tokens."""
+        return ThinkingBudget(tokens, closing_ids(self.tokenizer), self.answer(prompt))
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Tool], variables: Mapping[str, Any]) -> ChatPrompt:
         plain = [message.to_json() for message in messages]
@@ -142,6 +140,7 @@ class ChatFormat:
             tuple(self.tokenizer.encode_pieces(pieces)),
             "".join(piece.text for piece in pieces),
             bool(pieces) and not pieces[-1].literal and pieces[-1].text.rstrip().endswith(THINK_OPEN),
+            tuple(tools),
         )
 
     def _template(self, *, with_tools: bool) -> ChatTemplate:

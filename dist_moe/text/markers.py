@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from dist_moe.text.tokenizer import Tokenizer
 
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+
 
 @dataclass(frozen=True)
 class Span:

@@ -119,10 +119,11 @@ def _parse_message(value: Any, where: str) -> Message:
     calls = value.get("tool_calls") or []
     if not isinstance(calls, list):
         raise UsageError(f"{where}: tool_calls: expected a list, found {calls!r}")
+    reasoning = _text(value, "reasoning_content", where)
     return Message(
         role,
         _content(value.get("content"), where),
-        _text(value, "reasoning_content", where) or _text(value, "reasoning", where),
+        reasoning if reasoning is not None else _text(value, "reasoning", where),
         tuple(parse_tool_call(call, f"{where}: tool call {n}") for n, call in enumerate(calls, 1)),
         _text(value, "tool_call_id", where),
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+from dist_moe.text.answer import AnswerStream
+from dist_moe.text.markers import THINK_CLOSE
 from dist_moe.text.tokenizer import Tokenizer
 
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 # Qwen3's technical report, section 4.3: the model was trained to answer after these words.
 EARLY_STOP = (
     "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
@@ -32,44 +33,30 @@ def soft_switch(text: str) -> bool | None:
 class ThinkingBudget:
     """Tells after each token which ones must come next, so that thinking ends after a number of tokens."""
 
-    def __init__(
-        self, tokens: int, open_id: int, close_id: int, closing: tuple[int, ...], *, thinking_is_open: bool
-    ) -> None:
-        """Begin before the first generated token.
+    def __init__(self, tokens: int, closing: tuple[int, ...], answer: AnswerStream) -> None:
+        """Begin before the first token; `ChatFormat.thinking_budget` does it for a prompt.
 
         Args:
-            tokens: Most tokens of thinking, the opening and closing tokens not counted.
-            open_id: The token that opens thinking.
-            close_id: The token that closes it.
-            closing: The tokens that end it early.
-            thinking_is_open: The prompt ends inside thinking.
+            tokens: Most tokens of thinking, those that open and close it not counted.
+            closing: The tokens that end it early (`closing_ids`).
+            answer: A stream of its own, which knows where the answer is thinking.
         """
-        self._left = tokens
-        self._open_id, self._close_id, self._closing = open_id, close_id, closing
-        self._inside, self._over = thinking_is_open, False
+        self._left, self._closing, self._answer = tokens, closing, answer
 
     def start(self) -> tuple[int, ...]:
         """The tokens that must come first; some only if the budget is 0 and the prompt opened thinking."""
         return self._close_if_spent()
 
     def push(self, token: int) -> tuple[int, ...]:
-        """The tokens that must follow a token that the model chose; not to be called for those.
-
-        Returns:
-            Mostly nothing; once, when the budget is spent, the closing tokens.
-        """
-        if self._over:
-            return ()
-        if token == self._close_id:
-            self._over = True
-        elif self._inside:
-            self._left -= 1
-        else:
-            self._inside = token == self._open_id
+        """The tokens that must follow one that the model chose: mostly none, once the closing ones."""
+        before = self._answer.is_thinking
+        self._answer.push(token)
+        self._left -= before and self._answer.is_thinking
         return self._close_if_spent()
 
     def _close_if_spent(self) -> tuple[int, ...]:
-        if self._over or not self._inside or self._left > 0:
+        if not self._answer.is_thinking or self._left > 0:
             return ()
-        self._over = True
+        for token in self._closing:
+            self._answer.push(token)
         return self._closing

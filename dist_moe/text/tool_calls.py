@@ -13,6 +13,7 @@ from dist_moe.text.messages import ToolCall, parse_tool_call, require_name
 from dist_moe.text.tools import Tool
 
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
+FUNCTION_OPEN, FUNCTION_CLOSE = "<function=", "</function>"
 FUNCTION = re.compile(r"\s*<function=([^>\n]*)>(.*?)(?:</function>\s*)?", re.DOTALL)
 # A value ends before the next tag of its own kind: models forget </parameter>.
 PARAMETER = re.compile(
@@ -29,7 +30,7 @@ class Dialect(enum.Enum):
 
 def find_dialect(template: str) -> Dialect | None:
     """The dialect that a template's source shows; None if it shows none."""
-    if "<function=" in template:
+    if FUNCTION_OPEN in template:
         return Dialect.CODER
     return Dialect.HERMES if CALL_OPEN in template else None
 
@@ -49,6 +50,11 @@ def parse_call(body: str, dialect: Dialect, tools: Sequence[Tool]) -> ToolCall:
     if call.name not in [tool.name for tool in tools]:
         raise UsageError(f"{call.name!r} is none of the tools")
     return call
+
+
+def is_closed(body: str, dialect: Dialect) -> bool:
+    """Whether a block that can be parsed is whole even without its closing tag."""
+    return dialect is Dialect.HERMES or body.rstrip().endswith(FUNCTION_CLOSE)
 
 
 def _parse_hermes(body: str) -> ToolCall:

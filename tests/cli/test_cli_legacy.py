@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,15 @@ def test_the_form_is_a_greedy_run(run: Run, trace: Path) -> None:
     for spelling in ("-s", "--steps", "-n", "--max-tokens"):
         options = ("-m", GOLDEN, "--prompt-ids", PROMPT, spelling, str(STEPS), "--temperature", "0", "--ignore-eos")
         assert run("run", *options, "--quiet").stdout == done.stdout
+
+
+def test_neither_the_makers_advice_nor_an_end_token_changes_it(run: Run, trace: Path, tmp_path: Path) -> None:
+    ids = np.load(f"{trace}.ids.npy")[3:].tolist()
+    shutil.copytree(GOLDEN, tmp_path / "model")
+    advice = {"do_sample": True, "temperature": 50.0, "eos_token_id": ids[1]}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(advice))
+    done = run("run", str(tmp_path / "model"), str(STEPS), "--prompt-ids", PROMPT, "--quiet")
+    assert [int(token) for token in done.stdout.split(",")] == ids
 
 
 def test_without_a_prompt_it_begins_with_a_known_token(run: Run) -> None:

@@ -202,6 +202,27 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_fills_up_ends_the_run_in_one_line(environment, tmp_path: Path) -> None:
+    # The limit on a file's size stands in for a full disk: the rows that are still buffered are refused once more.
+    program = (
+        "import resource, sys\n"
+        "from dist_moe.cli.start import main\n"
+        "from dist_moe.cli import probes\n"
+        "record = probes.RoutingFile.append\n"
+        "def limited(*arguments):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "    record(*arguments)\n"
+        "probes.RoutingFile.append = limited\n"
+        "sys.exit(main())\n"
+    )
+    line = ("run", "-p", "Once", "-n", "600", "--ignore-eos", "--quiet", "--routing", str(tmp_path / "r.npz"))
+    done = launching.run(sys.executable, "-c", program, *line, env=environment)
+    assert done.code == 2, done.output
+    assert "r.npz: cannot be written (File too large): make room" in done.stderr.splitlines()[0]
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def _swap(path: Path, **arrays: np.ndarray) -> None:
     with np.load(path) as npz:
         np.savez(path, **(dict(npz) | arrays))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,37 @@ def test_each_step_is_told_with_its_tokens_and_parts(make_store, make_engine, ti
     engine.model.stopwatch.on_step = None
     engine.generate([Request((1, 2), 4)])
     assert len(told) == 6
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "part"),
+    [
+        ("kernels", "embed", Part.EMBEDDING),
+        ("kernels", "attention_half", Part.ATTENTION),
+        ("kernels", "experts_half", Part.EXPERTS),
+        ("exchange", "sum_exact", Part.EXCHANGE),
+        ("kernels", "rmsnorm", Part.LM_HEAD),
+        ("kernels", "vocabulary_blocks", Part.SAMPLING),
+    ],
+)
+def test_each_part_is_booked_as_itself(
+    owner: str, method: str, part: Part, make_store, make_engine, tiny_directory: Path, monkeypatch
+) -> None:
+    engine = make_engine(make_store(tiny_directory, "q8"))
+    target = getattr(engine.model, owner)
+    original, calls = getattr(target, method), []
+
+    def slow(*arguments, **named):
+        calls.append(method)
+        time.sleep(0.005)
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(target, method, slow)
+    told: list[StepTimes] = []
+    engine.model.stopwatch.on_step = told.append
+    engine.generate([Request((1, 2, 3), 2)])
+    assert len(calls) >= 2
+    assert sum(times.seconds[part] for times in told) >= 0.005 * len(calls)
 
 
 def test_the_parts_of_a_step_leave_no_gap(monkeypatch: pytest.MonkeyPatch) -> None:

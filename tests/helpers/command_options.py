@@ -20,6 +20,7 @@ MODEL = ModelOptions(
     weights="mapped",
     verbose=0,
     log_file=None,
+    rope_scaling=None,
 )
 RUN = RunOptions(
     **vars(MODEL),
@@ -56,4 +57,7 @@ RUN = RunOptions(
     show_tokens=False,
     debug=None,
     routing=None,
+    prompt_cache=None,
+    prompt_cache_ro=False,
+    prompt_cache_all=False,
 )
