@@ -28,17 +28,21 @@ from dist_moe.chat.service import Service
 from dist_moe.chat.session import Chat, Settings
 from dist_moe.cli import config_file
 from dist_moe.cli.chat_options import DEFAULT_CONTEXT, ChatOptions, chat_options
+from dist_moe.cli.context_options import prompt_cache_options
 from dist_moe.cli.job import Setting, run_job
 from dist_moe.cli.models import find_model
 from dist_moe.cli.options import model_options
 from dist_moe.cli.sampling import advised_values
 from dist_moe.cli.sampling import sampling_options as chosen_sampling
 from dist_moe.cli.sampling_options import sampling_options
+from dist_moe.cli.saved_prompt import SavedPrompt, read_saved_prompt
 from dist_moe.cli.text_files import read_text
 from dist_moe.engine.engine import Engine
 from dist_moe.errors import UsageError
+from dist_moe.kernels import KvFormat
 from dist_moe.parallel.hostfile import read_hostfile
 from dist_moe.parallel.launcher import Launcher, detect_launcher
+from dist_moe.store.manifest import Manifest
 from dist_moe.text.generation_config import read_generation_config
 from dist_moe.text.messages import Message
 from dist_moe.text.tools import Tool, read_tools
@@ -54,14 +58,25 @@ class ChatTask:
     answerer: Answerer
     facts: Ready
     hold: Callable[[Engine, Answerer, Ready], None]
+    saved: SavedPrompt | None = None
+
+    def accept(self, manifest: Manifest, kv: KvFormat) -> None:
+        """Refuse a prompt cache of another store."""
+        if self.saved is not None:
+            self.saved.check(manifest, kv)
 
     def lead_engine(self, engine: Engine) -> None:
-        """Hold the conversation."""
+        """Hold the conversation; its end is what the prompt cache keeps."""
+        if self.saved is not None:
+            self.saved.restore(engine.runtime)
         self.hold(engine, self.answerer, self.facts)
+        if self.saved is not None:
+            self.saved.save_latest(engine.runtime)
 
 
 @click.command()
 @chat_options
+@prompt_cache_options
 @model_options
 @sampling_options
 @click.pass_context
@@ -187,7 +202,10 @@ def make_task(options: ChatOptions, setting: Setting, hold: Callable[[Engine, An
         knows_tools=answerer.format.dialect is not None,
         temperature=answerer.sampling.temperature,
     )
-    return ChatTask(answerer.context, answerer, facts, hold)
+    saved = read_saved_prompt(options)
+    if saved is not None:
+        saved.require_room(answerer.context)
+    return ChatTask(answerer.context, answerer, facts, hold, saved)
 
 
 def _read_inputs(options: ChatOptions) -> tuple[Settings, Conversation]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dist_moe.cli.config_file import apply, option
+from dist_moe.cli.context_options import PromptCacheOptions
 from dist_moe.cli.options import ModelOptions
 from dist_moe.cli.sampling_options import SamplingChoices
 from dist_moe.cli.values import PathName, Whole, YesNo
@@ -18,7 +19,7 @@ DEFAULT_CONTEXT = 32768
 
 
 @dataclass(frozen=True)
-class ChatOptions(ModelOptions, SamplingChoices):
+class ChatOptions(ModelOptions, SamplingChoices, PromptCacheOptions):
     """`dist-moe chat`. At most one of `system` and `system_file` is set."""
 
     ranks: int | None
