@@ -68,10 +68,14 @@ def _read_ahead(
     cold = bool(_absent(everything, store))
     part, parts, cold_ranks = mates_of_rank(world, store_identity(store), cold)
     if cold_ranks:
-        with world.together("reading the weights"):
-            own = sorted((*dealt(spans.shared, part, parts), *spans.own))
+        own = sorted((*dealt(spans.shared, part, parts), *spans.own))
+        error = None
+        try:
             _read(world, _absent(own, store), min(threads, _MOST_READERS), on_reading)
+        except StoreError as unreadable:
+            error = unreadable
         world.sleep_until_all()
+        world.agree(error, "reading the weights")
     threading.Thread(target=_enter_pages, args=(store, everything), name="page tables", daemon=True).start()
 
 
@@ -126,6 +130,6 @@ def _enter_pages(store: Store, spans: Iterable[Span]) -> None:
 def _unreadable(piece: Span) -> str:
     place = describe_address(piece.address) or "a file of the store"
     return (
-        f"{place}: the {show_bytes(piece.bytes)} from there on cannot be read: the disk failed, or the file became "
-        f"shorter after it was opened; {ADVICE}"
+        f"{place}, or what follows it, cannot be read: the disk failed, or the file became shorter after it was "
+        f"opened; {ADVICE}"
     )
