@@ -43,7 +43,8 @@ def load_model(
         AgreedError: A host lacks memory or units, or a file is damaged or cannot be read; raised on all ranks alike.
     """
     world, copy = exchange.world, options.copy_weights
-    needs = check_memory(world, store.manifest, plans, Demand(options.kv, options.context, step_tokens, copy), records)
+    demand = Demand(options.kv, max(options.context, options.resident_positions), step_tokens, copy)
+    needs = check_memory(world, store.manifest, plans, demand, records)
     if options.check == "full":
         verify_together(world, store)
     plan = plans[world.rank]

@@ -23,7 +23,7 @@ from dist_moe.kernels.mapped_files import MappedFile, MappedTensor, catch_bus_er
 from dist_moe.kernels.native import Kernels
 from dist_moe.kernels.node import NODE_RANK_BYTES, NodeMemory
 from dist_moe.kernels.paging import is_absent, populate
-from dist_moe.kernels.sampling_kernels import SamplingParameters
+from dist_moe.kernels.sampling_kernels import Penalties, SamplingParameters
 
 __all__ = [
     "ALIGNMENT",
@@ -47,6 +47,7 @@ __all__ = [
     "MatrixList",
     "NodeMemory",
     "Operand",
+    "Penalties",
     "SamplingParameters",
     "WeightFormat",
     "address_of",

@@ -73,7 +73,7 @@ def test_text_from_flag_file_and_stdin_is_the_same(alone: MpiRun, environment: d
 def test_the_whole_text_and_a_summary_are_shown(alone: MpiRun) -> None:
     done = alone("run", "-p", "Once upon a time", "-n", "3")
     assert done.stdout.startswith("Once upon a time")
-    assert [line.split()[0] for line in done.stderr.splitlines()] == ["load", "per"]
+    assert [line.split()[0] for line in done.stderr.splitlines()] == ["load", "per", "finish"]
 
 
 def test_ranks_print_once_and_the_same(mpirun: MpiRun, alone: MpiRun, tmp_path: Path) -> None:
