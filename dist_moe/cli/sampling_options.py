@@ -12,11 +12,11 @@ import click
 
 from dist_moe.cli.config_file import apply, option
 from dist_moe.cli.values import Number, Whole, refuse
+from dist_moe.engine.settings import MOST_LOGPROBS
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 LARGEST_SEED = 2**63 - 1
-MOST_LOGPROBS = 256  # what every rank sends of a row
 MOST_BEAMS = 128
 DRY_BREAKERS = '["\\n", ":", "\\"", "*"]'  # those of the sampler's authors
 _BIAS = re.compile(r"\s*(\d{1,9})\s*=\s*([+-]?(\d+\.?\d*|\.\d+)|-inf(inity)?)\s*", re.ASCII | re.IGNORECASE)

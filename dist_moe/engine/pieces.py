@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dist_moe.engine.request import FinishReason
+from dist_moe.engine.request import FinishReason, TokenLogprob
 from dist_moe.text.messages import ToolCall
 
-__all__ = ["FinishReason", "Piece", "Result", "Usage"]
+__all__ = ["FinishReason", "Piece", "Result", "TokenLogprob", "Usage"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Piece:
         reasoning: In a chat: what the model thinks before its answer.
         tool_calls: In a chat: calls that are complete.
         notes: In a chat: why a call stayed text.
+        logprob: The token's log-probability, and the best ones of its place, if that was asked for.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Piece:
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     notes: tuple[str, ...] = ()
+    logprob: TokenLogprob | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Result:
     Attributes:
         text: Without the tokens that end a text, and without the stop string.
         ids: All generated tokens, those two included.
+        logprobs: One per token, if that was asked for.
     """
 
     text: str
@@ -70,8 +73,14 @@ class Result:
     usage: Usage
     stop: str | None = None
     error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     @classmethod
     def of_dict(cls, values: Mapping[str, Any]) -> Result:
         """The inverse of `dataclasses.asdict`, after a journey as JSON."""
-        return cls(**{**values, "ids": tuple(values["ids"]), "usage": Usage(**values["usage"])})
+        logprobs = [
+            TokenLogprob(each["id"], each["logprob"], tuple((token, logprob) for token, logprob in each["best"]))
+            for each in values["logprobs"]
+        ]
+        usage = Usage(**values["usage"])
+        return cls(**{**values, "ids": tuple(values["ids"]), "usage": usage, "logprobs": tuple(logprobs)})
