@@ -87,7 +87,7 @@ class Job:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        self._said = False
+        self._said = self._mute = False
         self._line: Line | None = None
         self._teller = threading.Thread(target=self._pass_on, name="job's stderr", daemon=True)
         self._teller.start()
@@ -101,6 +101,7 @@ class Job:
             if self._line is not None:
                 self._line.send(Quit())
         if self._line is None or error is not None:
+            self._mute = True  # what a launcher says about ranks that are killed on purpose
             self._kill(signal.SIGTERM)
         if not self._wait(_LEAVES_WITHIN_S if error is None else _KILLED_WITHIN_S):
             self._kill(signal.SIGKILL)
@@ -167,7 +168,7 @@ class Job:
             text = raw.decode(errors="replace")
             self._said |= text.startswith(_ERROR)
             with contextlib.suppress(OSError, ValueError):
-                sys.stderr.write(text)
+                sys.stderr.write("" if self._mute else text)
                 sys.stderr.flush()
 
 

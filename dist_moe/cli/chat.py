@@ -107,10 +107,12 @@ def _hold_front_end(options: ChatOptions) -> int:
     """Start the job and hold the conversation with it; returns the exit code."""
     settings, conversation = _read_inputs(options)
     hosts = None if options.hostfile is None else read_hostfile(Path(options.hostfile))
+    display = Display(show_thinking=options.show_thinking, environ=os.environ)
     with Job(sys.argv[1:], options.ranks, hosts) as job:
         try:
+            if display.is_terminal:
+                display.say("loading ...")
             line, facts = job.connect(options.start_timeout)
-            display = Display(show_thinking=options.show_thinking, environ=os.environ)
             Chat(RemoteBackend(line), _reader(line.fileno()), display, facts, settings, conversation).run()
         except LineClosed:
             raise job.ended() from None

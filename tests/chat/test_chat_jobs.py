@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -50,6 +51,18 @@ def test_lines_of_a_pipe_give_the_same_answers_on_any_ranks(lines: int) -> None:
         answers.append(finished.stdout)
     assert answers[0] == answers[1]
     assert len(answers[0].splitlines()) == 2, answers
+
+
+def test_a_second_turn_computes_what_is_new_alone(tmp_path: Path) -> None:
+    story = "Once upon a time a fox met a hen. " * 60
+    (tmp_path / "lines").write_text(f"{story}\n/stats\nand then?\n/stats\n")
+    with (tmp_path / "lines").open() as file:
+        finished = launching.run(*CHAT, *QUICK, "--ranks", "2", "--thinking", "off", stdin=file.fileno())
+    assert finished.code == 0, finished.output
+    (first, second) = re.findall(r"prompt (\d+) tokens, (\d+) reused, (\d+) computed", finished.stderr)
+    assert int(first[2]) > 600, finished.output
+    assert int(second[2]) < 60, finished.output
+    assert int(second[1]) + int(second[2]) == int(second[0])
 
 
 @pytest.mark.skipif(flavour() == "openmpi", reason="its mpirun never ends stdin")

@@ -124,6 +124,16 @@ def test_a_job_that_dies_is_told_in_one_line(home: Path, ranks: int) -> None:
     assert left == []
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_control_c_while_the_model_loads_leaves(home: Path, ranks: int) -> None:
+    with TerminalChat(ranks, home=home, DIST_MOE_TEST_LOAD_S="600") as chat:
+        chat.wait_for("loading slowly")
+        chat.control_c()
+        chat.wait_for("dist-moe: interrupted")
+        assert "TERMINATION" not in chat.child.before
+        assert chat.end() == (130, [])
+
+
 def test_several_lines_and_control_c_on_a_line_with_text(home: Path, tmp_path: Path) -> None:
     saved = tmp_path / "talk.json"
     with TerminalChat(1, *QUICK, home=home) as chat:
