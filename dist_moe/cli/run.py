@@ -35,8 +35,7 @@ from dist_moe.cli.trace import TraceTask, read_trace
 from dist_moe.cli.values import PathName, unescape
 from dist_moe.engine.engine import Engine
 from dist_moe.engine.pieces import Result
-from dist_moe.engine.questions import known_stop_ids
-from dist_moe.engine.request import Request, SamplingOptions
+from dist_moe.engine.request import SamplingOptions
 from dist_moe.errors import Interrupted, StoreError, UsageError
 from dist_moe.kernels import KvFormat
 from dist_moe.model_config import ModelConfig
@@ -131,16 +130,17 @@ def make_task(options: RunOptions, setting: Setting) -> EngineTask | Task:
         options = replace(options, prompt_ids=start_ids(config.vocabulary))
     prompt = read_prompt(options, tokenizer, config.vocabulary, setting.launcher)
     context = context_size(options, len(prompt.ids), config.max_positions)
+    sampling = SamplingOptions()
+    if not options.greedy:
+        sampling = chosen_sampling(options, advised, tokenizer, config.vocabulary)
     if wants_several(options):
-        return make_several_task(options, setting, prompt, tokenizer, context)
+        return SeveralTask(options, prompt, sampling, context, tokenizer, setting.interrupted)
     if options.logits is not None:
         require_writable(Path(options.logits))
     return RunTask(
         prompt=prompt,
         max_tokens=options.max_tokens,
-        sampling=SamplingOptions()
-        if options.greedy
-        else chosen_sampling(options, advised, tokenizer, config.vocabulary),
+        sampling=sampling,
         stop=stop_strings(options, tokenizer),
         ignore_eos=options.ignore_eos,
         context=context,
@@ -149,29 +149,6 @@ def make_task(options: RunOptions, setting: Setting) -> EngineTask | Task:
         probes=_probes(options, config, tokenizer),
         interrupted=setting.interrupted,
         saved=read_saved_prompt(options),
-    )
-
-
-def make_several_task(
-    options: RunOptions, setting: Setting, prompt: Prompt, tokenizer: Tokenizer | None, context: int
-) -> SeveralTask:
-    """Several texts of one prompt, or one with its log-probabilities; errors as of `make_task`."""
-    config, advised = setting.config, read_generation_config(setting.directory)
-    stop_ids = known_stop_ids(advised.stop_ids, tokenizer, config.vocabulary)
-    return SeveralTask(
-        options=options,
-        request=Request(
-            prompt_ids=prompt.ids,
-            max_tokens=options.max_tokens,
-            sampling=chosen_sampling(options, advised, tokenizer, config.vocabulary),
-            stop_ids=frozenset() if options.ignore_eos else stop_ids,
-            logprobs=options.logprobs,
-        ),
-        prompt=prompt,
-        context=context,
-        valid_vocabulary=_valid_vocabulary(config, tokenizer),
-        tokenizer=tokenizer,
-        interrupted=setting.interrupted,
     )
 
 

@@ -12,15 +12,12 @@ import click
 
 from dist_moe.cli.config_file import apply, option
 from dist_moe.cli.values import Number, Whole, refuse
-from dist_moe.engine.settings import MOST_LOGPROBS
+from dist_moe.engine.settings import LARGEST_SEED, MOST_BEAMS, MOST_BIAS, MOST_LOGPROBS, MOST_SAMPLES
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-LARGEST_SEED = 2**63 - 1
-MOST_BEAMS = 128
 DRY_BREAKERS = '["\\n", ":", "\\"", "*"]'  # those of the sampler's authors
 _BIAS = re.compile(r"\s*(\d{1,9})\s*=\s*([+-]?(\d+\.?\d*|\.\d+)|-inf(inity)?)\s*", re.ASCII | re.IGNORECASE)
-_MOST_BIAS = 1e6
 
 
 @dataclass(frozen=True)
@@ -62,8 +59,8 @@ class TokenBias(click.types.StringParamType):
         """Check."""
         text = super().convert(value, param, ctx)
         found = _BIAS.fullmatch(text)
-        if found is None or ("inf" not in found[2].lower() and abs(float(found[2])) > _MOST_BIAS):
-            refuse(f"ID=BIAS with a bias of -{_MOST_BIAS:g} to {_MOST_BIAS:g} or -inf, like 5=+1.5", value, param, ctx)
+        if found is None or ("inf" not in found[2].lower() and abs(float(found[2])) > MOST_BIAS):
+            refuse(f"ID=BIAS with a bias of -{MOST_BIAS:g} to {MOST_BIAS:g} or -inf, like 5=+1.5", value, param, ctx)
         return f"{int(found[1])}={found[2].lower()}"
 
 
@@ -221,7 +218,7 @@ def _continuations() -> tuple[Callable[[Any], Any], ...]:
     return (
         option(
             "--samples",
-            type=Whole(min=1, max=1024),
+            type=Whole(min=1, max=MOST_SAMPLES),
             default=1,
             help="Draw so many independent continuations together, and print them by their score, best first.",
         ),

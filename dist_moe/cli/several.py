@@ -11,10 +11,10 @@ import click
 
 from dist_moe.cli.options import RunOptions
 from dist_moe.cli.prompt import Prompt
-from dist_moe.cli.summary import printed_timings, summary_lines
-from dist_moe.engine.request import Completion, Request, TokenLogprob
-from dist_moe.engine.runtime import Runtime
-from dist_moe.engine.several import Continuation, Search, continue_several
+from dist_moe.cli.summary import as_json, summary_lines
+from dist_moe.engine.engine import Engine
+from dist_moe.engine.pieces import Result, TokenLogprob
+from dist_moe.engine.request import SamplingOptions
 from dist_moe.engine.statistics import EngineStatistics
 from dist_moe.errors import Interrupted, StoreError, UsageError
 from dist_moe.text.tokenizer import Tokenizer
@@ -65,81 +65,75 @@ class SeveralTask:
     """A checked prompt, and the texts that are to be made of it."""
 
     options: RunOptions
-    request: Request
     prompt: Prompt
+    sampling: SamplingOptions
     context: int
-    valid_vocabulary: int
     tokenizer: Tokenizer | None
     interrupted: Callable[[], bool]
 
-    def lead(self, engine: Runtime) -> None:
+    def lead_engine(self, engine: Engine) -> None:
         """Make them and print them.
 
         Raises:
             StoreError: The model's numbers overflowed in all of them.
             Interrupted: By Ctrl-C; what was made is printed.
         """
-        search = Search(self.options.samples, self.options.beams, self.options.length_penalty)
-        found = continue_several(engine, self.request, search, self.valid_vocabulary, self.interrupted)
-        if self.options.json:
-            click.echo(json.dumps(self._as_json(found, engine.statistics()), ensure_ascii=False))
+        options = self.options
+        results = engine.complete_several(
+            self.prompt.ids,
+            samples=options.samples,
+            beams=options.beams,
+            length_penalty=options.length_penalty,
+            logprobs=options.logprobs or 0,
+            max_tokens=options.max_tokens,
+            sampling=self.sampling,
+            ignore_eos=options.ignore_eos,
+            interrupted=self.interrupted,
+        )
+        if options.json:
+            click.echo(json.dumps(self._as_json(results, engine.statistics()), ensure_ascii=False))
         else:
-            self._print(found, engine.statistics())
-        self._judge([one.completion for one in found])
+            self._print(results, engine.statistics())
+        _judge(results)
 
-    def _judge(self, completions: list[Completion]) -> None:
-        longest = max(len(completion.ids) for completion in completions)
-        if any(completion.finish_reason == "interrupted" for completion in completions):
-            raise Interrupted(f"interrupted after {longest} tokens")
-        if all(completion.finish_reason == "error" for completion in completions):
-            raise StoreError(
-                f"the text ended after {longest} tokens: {completions[0].error}: the weights are damaged (see dist-moe "
-                "inspect --verify) or this text overflows the model"
-            )
-
-    def _print(self, found: list[Continuation], statistics: EngineStatistics) -> None:
+    def _print(self, results: list[Result], statistics: EngineStatistics) -> None:
         shown = "" if self.options.quiet else self.prompt.text
-        for rank, one in enumerate(found, 1):
-            sample = "" if one.sample is None else f" (sample {one.sample})"
-            reason = one.completion.error or one.completion.finish_reason
-            tokens = len(one.completion.ids)
-            click.echo(f"--- {rank} of {len(found)}{sample}: score {one.score:.4f}, {tokens} tokens, {reason}")
-            click.echo(shown + self._text(one.completion.ids))
+        for rank, result in enumerate(results, 1):
+            sample = "" if result.sample is None else f" (sample {result.sample})"
+            reason, tokens = result.error or result.finish_reason, len(result.ids)
+            text = result.text if self.tokenizer else ",".join(map(str, result.ids))
+            click.echo(f"--- {rank} of {len(results)}{sample}: score {result.score:.4f}, {tokens} tokens, {reason}")
+            click.echo(shown + text)
         if not self.options.quiet:
             for line in summary_lines(statistics):
                 click.echo(line, err=True)
 
-    def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids) if self.tokenizer else ",".join(map(str, ids))
-
-    def _as_json(self, found: list[Continuation], statistics: EngineStatistics) -> dict[str, Any]:
+    def _as_json(self, results: list[Result], statistics: EngineStatistics) -> dict[str, Any]:
         """The best one as `run` prints a single one, and all under `choices`."""
-        generated = sum(len(one.completion.ids) for one in found)
-        usage = {
-            "prompt_tokens": len(self.prompt.ids),
-            "reused_tokens": statistics.reused_tokens,
-            "completion_tokens": generated,
-            "total_tokens": len(self.prompt.ids) + generated,
-        }
-        result = {**self._choice(found[0]), "usage": usage, "timings": printed_timings(statistics)}
+        found = self._choice(results[0]) | as_json(results[0], self._text(results[0]), statistics)
         if self.options.samples > 1 or self.options.beams is not None:
-            result["choices"] = [{"rank": rank, **self._choice(one)} for rank, one in enumerate(found, 1)]
-        return result
+            found["choices"] = [{"rank": rank, **self._choice(result)} for rank, result in enumerate(results, 1)]
+            generated = sum(len(result.ids) for result in results)
+            total = found["usage"]["prompt_tokens"] + generated
+            found["usage"] |= {"completion_tokens": generated, "total_tokens": total}
+        return found
 
-    def _choice(self, one: Continuation) -> dict[str, Any]:
-        completion = one.completion
+    def _choice(self, result: Result) -> dict[str, Any]:
         choice: dict[str, Any] = {
-            "text": self._text(completion.ids) if self.tokenizer else None,
-            "ids": completion.ids,
-            "finish_reason": completion.finish_reason,
-            "error": completion.error,
-            "sample": one.sample,
-            "logprob": _rounded(completion.cumulated_logprob),
-            "score": _rounded(one.score),
+            "text": self._text(result),
+            "ids": list(result.ids),
+            "finish_reason": result.finish_reason,
+            "error": result.error,
+            "sample": result.sample,
+            "logprob": _rounded(result.logprob),
+            "score": _rounded(result.score or 0.0),
         }
         if self.options.logprobs is not None:
-            choice["logprobs"] = [self._token(token) for token in completion.logprobs]
+            choice["logprobs"] = [self._token(token) for token in result.logprobs]
         return choice
+
+    def _text(self, result: Result) -> str | None:
+        return result.text if self.tokenizer else None
 
     def _token(self, token: TokenLogprob) -> dict[str, Any]:
         best = [self._named(id_, logprob) for id_, logprob in token.best]
@@ -148,6 +142,17 @@ class SeveralTask:
     def _named(self, token: int, logprob: float) -> dict[str, Any]:
         text = {"text": self.tokenizer.decode([token])} if self.tokenizer else {}
         return {"id": token, **text, "logprob": _rounded(logprob)}
+
+
+def _judge(results: list[Result]) -> None:
+    longest = max(len(result.ids) for result in results)
+    if any(result.finish_reason == "interrupted" for result in results):
+        raise Interrupted(f"interrupted after {longest} tokens")
+    if all(result.finish_reason == "error" for result in results):
+        raise StoreError(
+            f"the text ended after {longest} tokens: {results[0].error}: the weights are damaged (see dist-moe "
+            "inspect --verify) or this text overflows the model"
+        )
 
 
 def _rounded(logprob: float) -> float:

@@ -63,13 +63,8 @@ def as_json(result: Result, text: str | None, statistics: EngineStatistics) -> d
             "completion_tokens": usage.completion_tokens,
             "total_tokens": usage.total_tokens,
         },
-        "timings": printed_timings(statistics),
+        "timings": {name: _six_digits(value) for name, value in timings(statistics).items()},
     }
-
-
-def printed_timings(statistics: EngineStatistics) -> dict[str, float]:
-    """The figures with the digits that mean something."""
-    return {name: _six_digits(value) for name, value in timings(statistics).items()}
 
 
 def _six_digits(value: float) -> float:

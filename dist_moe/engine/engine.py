@@ -17,6 +17,7 @@ from dist_moe.engine.opening import Shows
 from dist_moe.engine.pieces import Piece, Result
 from dist_moe.engine.questions import GenerateOptions, Prompt, Wishes, whole_numbers
 from dist_moe.engine.settings import Settings
+from dist_moe.engine.several_texts import SeveralTexts
 from dist_moe.engine.signals import interrupts_wait
 from dist_moe.engine.statistics import EngineStatistics
 from dist_moe.engine.streams import PieceCallback, Sequences
@@ -36,7 +37,7 @@ Made = TypeVar("Made")
 DEMO = "demo"
 
 
-class Engine(OpenModel):
+class Engine(SeveralTexts):
     """A model on one or many ranks: `with Engine("model-q4") as engine: ...`.
 
     A plain `python` is one rank and needs no MPI. Under mpirun all ranks run the same script and make the same calls in

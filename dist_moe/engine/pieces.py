@@ -64,7 +64,9 @@ class Result:
     Attributes:
         text: Without the tokens that end a text, and without the stop string.
         ids: All generated tokens, those two included.
-        logprobs: One per token, if that was asked for.
+        sample: Of several samples: which; see `Engine.complete_several`, also for the next two.
+        score: What several texts are ranked by.
+        logprobs: Each token's log-probability, and the best tokens of its place.
     """
 
     text: str
@@ -73,14 +75,21 @@ class Result:
     usage: Usage
     stop: str | None = None
     error: str | None = None
+    sample: int | None = None
+    score: float | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def logprob(self) -> float:
+        """The log-probability of all tokens together; 0 if none were noted."""
+        return sum((token.logprob for token in self.logprobs), 0.0)
 
     @classmethod
     def of_dict(cls, values: Mapping[str, Any]) -> Result:
         """The inverse of `dataclasses.asdict`, after a journey as JSON."""
-        logprobs = [
-            TokenLogprob(each["id"], each["logprob"], tuple((token, logprob) for token, logprob in each["best"]))
-            for each in values["logprobs"]
-        ]
+        logprobs = tuple(
+            TokenLogprob(token["id"], token["logprob"], tuple((id_, logprob) for id_, logprob in token["best"]))
+            for token in values["logprobs"]
+        )
         usage = Usage(**values["usage"])
-        return cls(**{**values, "ids": tuple(values["ids"]), "usage": usage, "logprobs": tuple(logprobs)})
+        return cls(**{**values, "ids": tuple(values["ids"]), "usage": usage, "logprobs": logprobs})

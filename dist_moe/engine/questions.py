@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from dist_moe.engine.request import LogitsCallback, Request, SamplingOptions
-from dist_moe.engine.settings import DEFAULT_MAX_TOKENS, MOST_LOGPROBS, require_number, require_whole
+from dist_moe.engine.sampling_limits import check_sampling
+from dist_moe.engine.settings import DEFAULT_MAX_TOKENS, LARGEST_SEED, MOST_LOGPROBS, require_number, require_whole
 from dist_moe.errors import UsageError
 from dist_moe.model_config import ModelConfig
 from dist_moe.text.chat import ChatFormat
@@ -19,7 +20,6 @@ from dist_moe.text.generation_config import read_generation_config
 from dist_moe.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 Prompt = str | Sequence[int]
-LARGEST_SEED = 2**63 - 1
 logger = logging.getLogger(__name__)
 
 
@@ -199,11 +199,13 @@ class TextSide:
         return tuple(ids)
 
     def request(self, ids: tuple[int, ...], wishes: Wishes) -> Request:
-        """What the engine is asked for one prompt."""
+        """What the engine is asked for one prompt; UsageError if it cannot be drawn like this."""
+        sampling = self.sampling(wishes)
+        check_sampling(sampling, self._config.vocabulary)
         return Request(
             prompt_ids=ids,
             max_tokens=wishes.max_tokens,
-            sampling=self.sampling(wishes),
+            sampling=sampling,
             stop_ids=frozenset() if wishes.ignore_eos else self.stop_ids,
             on_logits=wishes.on_logits,
             logprobs=wishes.logprobs,
