@@ -12,11 +12,12 @@
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                                                      \
-    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,gfni,amx-tile,amx-int8"))), \
+    __attribute__((                                                                                                \
+        target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni,amx-tile,amx-int8"))), \
     apply_to = function)
 #else
 #pragma GCC target( \
-    "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,gfni,amx-tile,amx-int8,prefer-vector-width=512")
+    "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,gfni,amx-tile,amx-int8,prefer-vector-width=512")
 #endif
 
 #include "../vector_types.h"

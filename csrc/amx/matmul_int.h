@@ -1,11 +1,15 @@
 /* matmul_int.h: q4 and q8 weights by AMX tiles: per 32 columns one tdpbssd gives the exact int32 dot products of 16
  * rows and up to 16 tokens; AVX-512 scales and adds them, one conversion and one fma each.
  *
- *   tdpbssd   16 x 16 dots of 32 signed bytes, 16 cycles; a tile of zeros, two loads and a store besides
- *   vectors   48 operations, 24 cycles: these are the bound
+ * Bounds for 16 rows, 16 tokens and 32 columns, measured: 64-byte fused products and conversions have one port only
+ * next to tile instructions, a tile's store takes 16 slots of the other one and 15 cycles of decoding.
  *
- * The operand's bytes are the left tile where they lie. The right tile is 8 vectors of weights, whose offset is taken
- * away while they are unpacked into scratch, so the dots need no correction. Few tokens go to vpdpbusd.
+ *   tdpbssd          16 cycles
+ *   port 0           16 fma, 16 products, 6 conversions, 4 of unpacking: 42 cycles
+ *   port 5           16 of the tile's store, 20 additions, 4 of unpacking: 40 cycles
+ *
+ * So every further micro-operation counts: stages walk by pointers, and what is rare is not inlined. The right tile is
+ * 8 vectors of weights, whose offset is taken away while they are unpacked. Few tokens go to vpdpbusd.
  */
 #ifndef DM_AMX_MATMUL_INT_H
 #define DM_AMX_MATMUL_INT_H
@@ -23,133 +27,54 @@
 #define AMX_BLOCK 16
 #define AMX_PASS 64
 
-/* Groups of 32 columns, in the order of the packed matrix: so many are unpacked for all blocks, each so many steps
- * before it is multiplied. (8 to 32 and 1 to 8 tried.) */
+/* Groups of 32 columns, in the order of the packed matrix, that blocks take turns with; a ring keeps two such strips
+ * unpacked. A single block needs its groups no longer than it takes to multiply them. */
 #define STRIP 16
-#define AHEAD 2
+#define RING (2 * STRIP)
+#define AHEAD 4
 
-#define GROUP_TILE_BYTES 512
-#define UNPACKED (-1)
+#include "tiles.h"
+#include "walk.h"
 
 /* How far ahead of the unpacking the matrix is asked for. */
-#define PREFETCH_AHEAD 2048
+#define PREFETCH_AHEAD 4096
 
-/* Tile registers: two of each, so that one is filled while the other is read. */
-#define EVEN_DOTS 0
-#define ODD_DOTS 1
-#define EVEN_X 4
-#define ODD_X 5
-#define EVEN_W 6
-#define ODD_W 7
+/* The stage that unpacks; ahead of it the matrix is asked for, scales and all. */
+typedef struct amx_unpacker {
+    const uint8_t *vectors, *wanted;
+    int8_t *weights;
+    size_t left_in_row, rows_left;
+} amx_unpacker;
 
-typedef struct tile_config {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} tile_config;
-
-/* GCC's intrinsic reads 8 bytes of the configuration as far as the optimizer knows, and its tile loads none at all. */
-DM_INLINE void configure_tiles(const tile_config *config) { __asm__ volatile("ldtilecfg %0" : : "m"(*config)); }
-DM_INLINE void compiler_barrier(void) { __asm__ volatile("" : : : "memory"); }
-
-/* Tiles for `tokens` tokens; nothing is read or written beyond them. */
-DM_INLINE void configure_for(size_t tokens) {
-    tile_config config = {.palette = 1};
-    for (size_t i = 0; i < 8; i++) {
-        config.row_bytes[i] = i == EVEN_X || i == ODD_X ? DM_GROUP : 64;
-        config.rows[i] = (uint8_t)(i == EVEN_W || i == ODD_W ? DM_GROUP / 4 : tokens);
-    }
-    configure_tiles(&config);
+/* The next place of a ring. Its size is a bit that is not set in the addresses of its first round. */
+DM_INLINE int8_t *next_in_ring(const int8_t *at, size_t ring_bytes) {
+    return (int8_t *)(((uintptr_t)at + GROUP_TILE_BYTES) & ~(uintptr_t)ring_bytes);
 }
 
-/* What all strips of a pass share. */
-typedef struct amx_job {
-    int8_t *weights; /* [STRIP][GROUP_TILE_BYTES], a ring */
-    size_t groups, groups_per_scale, group_bytes, scale_bytes, tile_bytes, q_stride, tokens, rows, out_stride;
-} amx_job;
-
-/* One block of tokens. */
-typedef struct amx_block {
-    float *out_TR;
-    const int8_t *q;
-    const float *scale_GT; /* [groups][AMX_BLOCK] */
-} amx_block;
-
-/* A group of a matrix. */
-typedef struct amx_place {
-    const uint8_t *tile;
-    size_t g, row;
-} amx_place;
-
-/* Bit matrices of vgf2p8affineqb: the low (high) nibble's bits 0-2, and bit 3 in 3-7; a constant flips those: n - 8. */
-#define LOW_NIBBLE 0x0102040808080808
-#define HIGH_NIBBLE 0x1020408080808080
-#define NIBBLE_SIGN 0xf8
-
-DM_INLINE void unpack_group_q4(int8_t *weights, const uint8_t *vectors) {
-    const __m512i low = _mm512_set1_epi64(LOW_NIBBLE), high = _mm512_set1_epi64((int64_t)HIGH_NIBBLE);
-    for (size_t j = 0; j < 4; j++) {
-        __m512i both = _mm512_load_si512(vectors + 64 * j);
-        _mm512_store_si512(weights + 64 * j, _mm512_gf2p8affine_epi64_epi8(both, low, NIBBLE_SIGN));
-        _mm512_store_si512(weights + 256 + 64 * j, _mm512_gf2p8affine_epi64_epi8(both, high, NIBBLE_SIGN));
-    }
-}
-
-DM_INLINE void unpack_group_q8(int8_t *weights, const uint8_t *vectors) {
-    const __m512i sign = _mm512_set1_epi8((char)0x80);
-    for (size_t j = 0; j < 8; j++) {
-        _mm512_store_si512(weights + 64 * j, _mm512_xor_si512(_mm512_load_si512(vectors + 64 * j), sign));
-    }
+DM_INLINE void unpack_group(amx_unpacker *at, const amx_job *job, int format) {
+    const size_t group_bytes = format == DM_Q4 ? 256 : 512;
+    prefetch(at->wanted, group_bytes + 64);
+    at->wanted += job->bytes_per_group;
+    if (format == DM_Q4) unpack_group_q4(at->weights, at->vectors);
+    if (format == DM_Q8) unpack_group_q8(at->weights, at->vectors);
+    at->vectors += group_bytes;
+    at->weights = next_in_ring(at->weights, job->ring_bytes);
+    if (--at->left_in_row > 0 || --at->rows_left == 0) return;
+    at->vectors += job->scale_bytes;
+    at->left_in_row = job->groups;
 }
 
 /* 1.5 * 2^23: an integer below 2^22 added to these bits is that number added to this float. */
 #define MAGIC_BITS 0x4b400000
 #define MAGIC 0x1.8p23f
 
-DM_INLINE void next_group(amx_place *place, const amx_job *job) {
-    if (++place->g < job->groups) return;
-    *place = (amx_place){place->tile + job->tile_bytes, 0, place->row + 16};
-}
-
-/* The dot products of one group begin; those of the group before it are stored. */
-DM_INLINE void multiply(int32_t *before_TR, const int8_t *q, const int8_t *weights, size_t q_stride, size_t step) {
-    if (step % 2 == 0) {
-        _tile_loadd(EVEN_X, q, q_stride);
-        _tile_loadd(EVEN_W, weights, 64);
-        _tile_zero(EVEN_DOTS);
-        _tile_dpbssd(EVEN_DOTS, EVEN_X, EVEN_W);
-        _tile_stored(ODD_DOTS, before_TR, 64);
-    } else {
-        _tile_loadd(ODD_X, q, q_stride);
-        _tile_loadd(ODD_W, weights, 64);
-        _tile_zero(ODD_DOTS);
-        _tile_dpbssd(ODD_DOTS, ODD_X, ODD_W);
-        _tile_stored(EVEN_DOTS, before_TR, 64);
-    }
-}
-
-DM_INLINE void store_last(int32_t *dots_TR, size_t step) {
-    if (step % 2 == 0) {
-        _tile_stored(EVEN_DOTS, dots_TR, 64);
-    } else {
-        _tile_stored(ODD_DOTS, dots_TR, 64);
-    }
-}
-
-DM_INLINE void unpack_group(int8_t *weights, const amx_place *place, const amx_job *job, int format) {
-    const size_t offset = job->scale_bytes + place->g * job->group_bytes, ahead = offset + PREFETCH_AHEAD;
-    prefetch(place->tile + ahead + (ahead < job->tile_bytes ? 0 : job->scale_bytes), format == DM_Q4 ? 256 : 512);
-    if (format == DM_Q4) unpack_group_q4(weights, place->tile + offset);
-    if (format == DM_Q8) unpack_group_q8(weights, place->tile + offset);
-}
-
 /* sum[t] += scale * scale_x[t] * dots[t]. Next to tile instructions only one port has fused multiply-adds and
- * conversions, and the other one has additions: three quarters of the conversions are made of these. */
+ * conversions, and the other one has additions: five eighths of the conversions are made of these. */
 DM_INLINE void add_dots(f32v *sum, const int32_t *dots_TR, const float *scale_T, f32v scale, size_t width) {
 #pragma GCC unroll 16
     for (size_t i = 0; i < width; i++) {
         i32v raw = (i32v)_mm512_load_si512(dots_TR + 16 * i);
-        f32v dot = i % 4 == 3 ? __builtin_convertvector(raw, f32v) : (f32v)((u32v)raw + MAGIC_BITS) - MAGIC;
+        f32v dot = i % 8 < 3 ? __builtin_convertvector(raw, f32v) : (f32v)((u32v)raw + MAGIC_BITS) - MAGIC;
         sum[i] = fma_lanes(scale * all_f32(scale_T[i]), dot, sum[i]);
     }
 }
@@ -165,62 +90,155 @@ DM_INLINE void finish_rows(f32v *sum, float *out_TR, const amx_job *job, size_t 
     }
 }
 
-/* `count` groups for one block, unpacked first if format is one. A group is unpacked AHEAD steps before it is
- * multiplied, stored one step and added two steps after that. */
-DM_INLINE void run_strip(float *sum_TR, const amx_job *job, const amx_block *block, amx_place place, size_t count,
-                         size_t width, int format) {
-    int32_t dots[2][AMX_BLOCK * 16] __attribute__((aligned(64)));
-    amx_place packed = place, added = place;
-    size_t g = place.g, unpacked = 0;
-    f32v sum[AMX_BLOCK];
-#pragma GCC unroll 16
-    for (size_t i = 0; i < width; i++) sum[i] = load_f32(sum_TR + 16 * i);
-    for (size_t step = 0; step < count + 2; step++) {
-        for (; format != UNPACKED && unpacked < count && unpacked <= step + AHEAD; unpacked++) {
-            unpack_group(job->weights + unpacked % STRIP * GROUP_TILE_BYTES, &packed, job, format);
-            next_group(&packed, job);
-        }
-        compiler_barrier();
-        if (step < count) {
-            multiply(dots[(step + 1) % 2], block->q + g * DM_GROUP, job->weights + step % STRIP * GROUP_TILE_BYTES,
-                     job->q_stride, step);
-            g = g + 1 < job->groups ? g + 1 : 0;
-        } else if (step == count) {
-            store_last(dots[(step + 1) % 2], count - 1);
-        }
-        if (step < 2) continue;
-        const uint16_t *scale_R = (const uint16_t *)added.tile + added.g / job->groups_per_scale * 16;
-        prefetch((const uint8_t *)scale_R + job->tile_bytes, 1);
-        add_dots(sum, dots[step % 2], block->scale_GT + added.g * AMX_BLOCK, widen_f16(scale_R), width);
-        if (added.g + 1 == job->groups) finish_rows(sum, block->out_TR, job, added.row, width);
-        next_group(&added, job);
+/* The stage that multiplies tiles. */
+typedef struct amx_multiplier {
+    const int8_t *q, *weights;
+    size_t run;
+    amx_walk walk;
+} amx_multiplier;
+
+DM_INLINE void begin_multiply(amx_multiplier *at, const amx_job *job) {
+    const amx_walk *walk = &at->walk;
+    at->run = walk->run;
+    at->q = job->block[walk->b].q_GT + walk->g * (AMX_BLOCK * DM_GROUP);
+    at->weights = job->ring + ((walk->tile * job->groups + walk->g) * GROUP_TILE_BYTES & (job->ring_bytes - 1));
+}
+
+DM_INLINE void multiply_group(amx_multiplier *at, const amx_job *job, int32_t *before_TR, size_t odd) {
+    multiply(before_TR, at->q, at->weights, odd);
+    at->q += AMX_BLOCK * DM_GROUP;
+    at->weights = next_in_ring(at->weights, job->ring_bytes);
+    if (--at->run > 0) return;
+    next_run(&at->walk, job, at->walk.run);
+    begin_multiply(at, job);
+}
+
+/* The stage that adds dot products. */
+typedef struct amx_adder {
+    const float *scale_T;
+    const uint16_t *scale_R;
+    size_t run;
+    amx_walk walk;
+} amx_adder;
+
+/* A run of the walk in parts that have one scale, if that is not one group only. */
+DM_INLINE void begin_add(amx_adder *at, const amx_job *job) {
+    const amx_walk *walk = &at->walk;
+    const size_t of_scale = job->groups_per_scale - walk->g % job->groups_per_scale;
+    at->run = job->groups_per_scale == 1 || walk->run < of_scale ? walk->run : of_scale;
+    at->scale_T = job->block[walk->b].scale_GT + walk->g * AMX_BLOCK;
+    at->scale_R = (const uint16_t *)(job->packed + walk->tile * job->tile_bytes) + walk->g / job->groups_per_scale * 16;
+}
+
+/* Takes on the next scale, stores finished rows, changes blocks. */
+DM_INLINE void end_add_run(f32v *sum, amx_adder *at, const amx_job *job, size_t width) {
+    const size_t b = at->walk.b, added = (size_t)(at->scale_T - job->block[b].scale_GT) / AMX_BLOCK - at->walk.g;
+    if (added < at->walk.run) {
+        at->walk.g += added;
+        at->walk.run -= added;
+        begin_add(at, job);
+        return;
     }
+    if (at->walk.g + added == job->groups) finish_rows(sum, job->block[b].out_TR, job, at->walk.tile * 16, width);
+    next_run(&at->walk, job, added);
+    begin_add(at, job);
+    if (at->walk.b == b) return;
+    float *to_TR = job->block[b].sum_TR;
+    const float *from_TR = job->block[at->walk.b].sum_TR;
 #pragma GCC unroll 16
-    for (size_t i = 0; i < width; i++) store_f32(sum_TR + 16 * i, sum[i]);
+    for (size_t i = 0; i < width; i++) {
+        store_f32(to_TR + 16 * i, sum[i]);
+        sum[i] = load_f32(from_TR + 16 * i);
+    }
+}
+
+DM_INLINE void add_group(f32v *sum, amx_adder *at, const amx_job *job, const int32_t *dots_TR, size_t width) {
+    add_dots(sum, plain_address(dots_TR), at->scale_T, widen_f16(at->scale_R), width);
+    at->scale_T += AMX_BLOCK;
+    at->scale_R += job->scale_step;
+    if (--at->run == 0) end_add_run(sum, at, job, width);
+}
+
+/* What happens side by side: a group is unpacked `ahead` groups before it is multiplied, its dot products are stored
+ * one step and added two steps after that. */
+typedef struct amx_stages {
+    amx_unpacker unpacker;
+    amx_multiplier multiplier;
+    amx_adder adder;
+} amx_stages;
+
+typedef int32_t amx_dots[AMX_BLOCK * 16];
+
+DM_INLINE void full_step(f32v *sum, amx_dots *dots, amx_stages *stages, const amx_job *job, size_t odd, size_t width,
+                         int format) {
+    if (stages->unpacker.left_in_row > 0 && stages->multiplier.walk.b == job->last_block) {
+        unpack_group(&stages->unpacker, job, format);
+    }
+    compiler_barrier();
+    multiply_group(&stages->multiplier, job, dots[1 - odd], odd);
+    compiler_barrier();
+    add_group(sum, &stages->adder, job, dots[odd], width);
+}
+
+/* The whole matrix against all blocks. */
+DM_INLINE void amx_rows(const amx_job *job, size_t width, int format) {
+    amx_dots dots[2] __attribute__((aligned(64)));
+    amx_stages stages = {.unpacker = {.vectors = job->packed + job->scale_bytes,
+                                      .wanted = job->packed + PREFETCH_AHEAD,
+                                      .weights = job->ring,
+                                      .left_in_row = job->groups,
+                                      .rows_left = dm_divide_up(job->rows, 16)}};
+    f32v sum[AMX_BLOCK];
+    begin_strip(&stages.multiplier.walk, job);
+    stages.adder.walk = stages.multiplier.walk;
+    begin_multiply(&stages.multiplier, job);
+    begin_add(&stages.adder, job);
+#pragma GCC unroll 16
+    for (size_t i = 0; i < width; i++) sum[i] = (f32v){0};
+    for (size_t i = 0; i < job->ahead && stages.unpacker.left_in_row > 0; i++) {
+        unpack_group(&stages.unpacker, job, format);
+    }
+    compiler_barrier();
+    multiply_group(&stages.multiplier, job, NULL, 0);
+    size_t left = job->steps - 1;
+    if (left > 0) {
+        multiply_group(&stages.multiplier, job, dots[0], 1);
+        left--;
+        for (; left >= 2; left -= 2) {
+            full_step(sum, dots, &stages, job, 0, width, format);
+            full_step(sum, dots, &stages, job, 1, width, format);
+        }
+        if (left > 0) full_step(sum, dots, &stages, job, 0, width, format);
+    }
+    const size_t odd = job->steps % 2;
+    store_last(dots[1 - odd], odd);
+    compiler_barrier();
+    if (job->steps > 1) add_group(sum, &stages.adder, job, dots[odd], width);
+    add_group(sum, &stages.adder, job, dots[1 - odd], width);
 }
 
 /* The vector part has four sizes; what it computes beyond the tokens is not used. */
-DM_INLINE void run_any(float *sum_TR, const amx_job *job, const amx_block *block, amx_place place, size_t count,
-                       int format) {
+DM_INLINE void run_any(const amx_job *job, int format) {
     if (job->tokens > 12) {
-        run_strip(sum_TR, job, block, place, count, 16, format);
+        amx_rows(job, 16, format);
     } else if (job->tokens > 8) {
-        run_strip(sum_TR, job, block, place, count, 12, format);
+        amx_rows(job, 12, format);
     } else {
-        run_strip(sum_TR, job, block, place, count, 8, format);
+        amx_rows(job, 8, format);
     }
 }
 
-static void run_q4(float *sum_TR, const amx_job *job, const amx_block *block, amx_place place, size_t count) {
-    run_any(sum_TR, job, block, place, count, DM_Q4);
-}
+static void run_q4(const amx_job *job) { run_any(job, DM_Q4); }
+static void run_q8(const amx_job *job) { run_any(job, DM_Q8); }
 
-static void run_q8(float *sum_TR, const amx_job *job, const amx_block *block, amx_place place, size_t count) {
-    run_any(sum_TR, job, block, place, count, DM_Q8);
-}
-
-static void run_unpacked(float *sum_TR, const amx_job *job, const amx_block *block, amx_place place, size_t count) {
-    run_any(sum_TR, job, block, place, count, UNPACKED);
+/* `tokens` tokens from t on, in the order of use. */
+DM_INLINE void copy_operand(int8_t *q_GT, const dm_rows *x, size_t t, size_t tokens, size_t groups) {
+    for (size_t i = 0; i < tokens; i++) {
+        const int8_t *q = x->q + (t + i) * x->q_stride;
+        for (size_t g = 0; g < groups; g++) {
+            __builtin_memcpy(q_GT + (g * AMX_BLOCK + i) * DM_GROUP, q + g * DM_GROUP, DM_GROUP);
+        }
+    }
 }
 
 /* The scales of `tokens` tokens from t on, transposed. */
@@ -235,49 +253,50 @@ DM_INLINE void gather_scales(float *scale_GT, const dm_rows *x, size_t t, size_t
     }
 }
 
-/* All rows: one block goes through the matrix at once, several take turns in strips of groups. */
-DM_INLINE void amx_rows(float (*sum_TR)[AMX_BLOCK * 16], const amx_job *job, const amx_block *block,
-                        const uint8_t *packed, size_t blocks, int format) {
-    const size_t total = dm_divide_up(job->rows, 16) * job->groups, strip = blocks == 1 ? total : STRIP;
-    for (size_t first = 0; first < total; first += strip) {
-        const size_t count = total - first < strip ? total - first : strip, tile = first / job->groups;
-        const amx_place place = {packed + tile * job->tile_bytes, first % job->groups, tile * 16};
-        if (format == DM_Q4) {
-            run_q4(sum_TR[0], job, block, place, count);
-        } else {
-            run_q8(sum_TR[0], job, block, place, count);
-        }
-        for (size_t b = 1; b < blocks; b++) run_unpacked(sum_TR[b], job, block + b, place, count);
-    }
-}
-
 /* At most AMX_PASS tokens in blocks of one size; the last may begin inside the one before it. */
 static void amx_pass(float *out_TR, const uint8_t *packed, const dm_rows *x, size_t T, size_t rows, size_t out_stride,
                      size_t group, int format, void *scratch) {
     const size_t groups = dm_divide_up(x->columns, DM_GROUP);
     const size_t blocks = dm_divide_up(T, AMX_BLOCK), tokens = dm_divide_up(T, blocks);
     float sum_TR[AMX_PASS / AMX_BLOCK][AMX_BLOCK * 16] __attribute__((aligned(64)));
-    int8_t weights[STRIP * GROUP_TILE_BYTES] __attribute__((aligned(64)));
-    const amx_job job = {.weights = weights,
+    int8_t space[3 * RING * GROUP_TILE_BYTES];
+    int8_t *ring = (int8_t *)dm_round_up((uintptr_t)space, 2 * RING * GROUP_TILE_BYTES);
+    amx_block block[AMX_PASS / AMX_BLOCK];
+    const size_t total = dm_divide_up(rows, 16) * groups;
+    const amx_job job = {.block = block,
+                         .packed = packed,
+                         .ring = ring,
+                         .blocks = blocks,
+                         .last_block = blocks - 1,
+                         .tokens = tokens,
                          .groups = groups,
+                         .total = total,
+                         .steps = total * blocks,
+                         .strip = blocks == 1 ? total : STRIP,
+                         .ring_bytes = (blocks == 1 ? 2 * AHEAD : RING) * GROUP_TILE_BYTES,
+                         .ahead = blocks == 1 ? AHEAD : STRIP,
                          .groups_per_scale = group == 0 ? groups : group / DM_GROUP,
-                         .group_bytes = format == DM_Q4 ? 256 : 512,
+                         .scale_step = group == DM_GROUP ? 16 : 0,
+                         .bytes_per_group = dm_tile_bytes(format, x->columns, group) / groups,
                          .scale_bytes = dm_scale_bytes(x->columns, group),
                          .tile_bytes = dm_tile_bytes(format, x->columns, group),
-                         .q_stride = x->q_stride,
-                         .tokens = tokens,
                          .rows = rows,
                          .out_stride = out_stride};
-    amx_block block[AMX_PASS / AMX_BLOCK];
     for (size_t b = 0; b < blocks; b++) {
         const size_t first = (b + 1) * tokens <= T ? b * tokens : T - tokens;
         float *scale_GT = (float *)scratch + b * groups * AMX_BLOCK;
+        int8_t *q_GT = (int8_t *)scratch + (blocks * sizeof(float) + b * DM_GROUP) * groups * AMX_BLOCK;
         gather_scales(scale_GT, x, first, tokens, groups);
-        block[b] = (amx_block){out_TR + first * out_stride, x->q + first * x->q_stride, scale_GT};
+        copy_operand(q_GT, x, first, tokens, groups);
+        block[b] = (amx_block){out_TR + first * out_stride, q_GT, scale_GT, sum_TR[b]};
         __builtin_memset(sum_TR[b], 0, sizeof sum_TR[b]);
     }
     configure_for(tokens);
-    amx_rows(sum_TR, &job, block, packed, blocks, format);
+    if (format == DM_Q4) {
+        run_q4(&job);
+    } else {
+        run_q8(&job);
+    }
     _tile_release();
 }
 

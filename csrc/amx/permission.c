@@ -17,7 +17,7 @@ static int cpu_has_tiles(void) {
     unsigned eax, ebx, ecx, edx;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return 0;
     const unsigned needed = 1u << 24 | 1u << 25; /* AMX-TILE, AMX-INT8 */
-    return (edx & needed) == needed && (ecx & 1u << 8) != 0 /* GFNI */;
+    return (edx & needed) == needed && (ecx & 1u << 8) != 0 /* GFNI */ && (ecx & 1u << 1) != 0 /* VBMI */;
 }
 
 static int system_saves_tiles(void) {

@@ -63,7 +63,7 @@ class EngineTask(Protocol):
 class StoreChecker(Protocol):
     """A task that was given something that fits certain stores only."""
 
-    def check_store(self, manifest: Manifest, kv: KvFormat) -> None:
+    def accept(self, manifest: Manifest, kv: KvFormat) -> None:
         """Refuse a store that it does not fit; called on rank 0 before the weights are read."""
 
 
@@ -133,8 +133,8 @@ def settings_of(options: ModelOptions, threads_by_host: dict[str, int]) -> Setti
 
 def _run(job: Job, engine: Engine, make_task: Callable[[], Task | EngineTask], interrupts: Interrupts) -> None:
     task = job.on_leader(make_task)
-    check_store = task.check_store if isinstance(task, StoreChecker) else None
-    engine.load(int(job.of_leader(str(task.context if task else "1"))), check_store)
+    accept = task.accept if isinstance(task, StoreChecker) else None
+    engine.load(int(job.of_leader(str(task.context if task else "1"))), accept)
     with interrupts.orderly():
         try:
             engine.lead(lambda _: _lead(engine, task))

@@ -15,7 +15,7 @@ from dist_moe.cli.npy_rows import require_writable
 from dist_moe.cli.routing_file import RoutingFile
 from dist_moe.cli.times_table import TimesTable, step_line
 from dist_moe.engine.routing_facts import routing_facts
-from dist_moe.engine.routing_record import RoutingBatch, RoutingRecorder, RoutingSink
+from dist_moe.engine.routing_record import RoutingBatch, RoutingSink, recorded_routing
 from dist_moe.engine.runtime import Runtime
 from dist_moe.errors import UsageError
 from dist_moe.model.stopwatch import StepTimes
@@ -45,14 +45,13 @@ class Probes:
             if self.routing is not None:
                 facts = routing_facts(engine.model, self.model_name)
                 sinks.append(stack.enter_context(RoutingFile(self.routing, facts)).append)
-            if sinks:
-                engine.model.observer = RoutingRecorder(engine.model, sinks).observe
+            stack.enter_context(recorded_routing(engine.model, *sinks))
             if self.shows_times:
                 engine.model.stopwatch.on_step = self._take_times
             try:
                 yield
             finally:
-                engine.model.observer = engine.model.stopwatch.on_step = None
+                engine.model.stopwatch.on_step = None
 
     def report(self) -> None:
         """Print what is known only at the end."""

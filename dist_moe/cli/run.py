@@ -63,7 +63,7 @@ class RunTask:
     interrupted: Callable[[], bool]
     saved: SavedPrompt | None = None
 
-    def check_store(self, manifest: Manifest, kv: KvFormat) -> None:
+    def accept(self, manifest: Manifest, kv: KvFormat) -> None:
         """Refuse a prompt cache of another store."""
         if self.saved is not None:
             self.saved.check(manifest, kv)
@@ -82,7 +82,7 @@ class RunTask:
         self.output.end(self.prompt, result, engine.statistics())
         self.probes.report()
         if self.saved is not None:
-            self.saved.save(engine.runtime, self.prompt.ids, result)
+            self.saved.save(engine.runtime, self.prompt.ids, result.ids)
         if result.finish_reason == "interrupted":
             raise Interrupted(f"interrupted after {len(result.ids)} tokens")
         if result.finish_reason == "error":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import numpy as np
 
 from dist_moe import files
 from dist_moe.cli.context_options import ContextOptions
-from dist_moe.engine.pieces import Result
 from dist_moe.engine.runtime import Runtime
 from dist_moe.errors import UsageError
 from dist_moe.kernels import KvFormat
@@ -44,13 +44,13 @@ class SavedPrompt:
             restored = engine.prompt_cache.restore(self.file, prompt_ids)
             logger.info("%s: %d of %d saved tokens begin this prompt", self.path, restored, len(self.file.ids))
 
-    def save(self, engine: Runtime, prompt_ids: tuple[int, ...], result: Result) -> None:
+    def save(self, engine: Runtime, prompt_ids: tuple[int, ...], generated_ids: Sequence[int]) -> None:
         """Save the prompt, and the answer if that is wanted, unless the file holds them already.
 
         Raises:
             UsageError: The file cannot be written; an old one is still there.
         """
-        ids = (*prompt_ids, *result.ids[:-1]) if self.with_answer else prompt_ids
+        ids = (*prompt_ids, *generated_ids[:-1]) if self.with_answer else prompt_ids
         if self.read_only or (self.file is not None and np.array_equal(self.file.ids[: len(ids)], ids)):
             return
         saved = engine.prompt_cache.save(self.path, ids)

@@ -19,7 +19,7 @@ from dist_moe import files
 from dist_moe.cli.probes import Probes
 from dist_moe.cli.text_files import read_text
 from dist_moe.cli.token_ids import read_ids, require_ids
-from dist_moe.engine.runtime import Runtime
+from dist_moe.engine.engine import Engine
 from dist_moe.errors import TraceMismatch, UsageError
 
 IDS, LOGITS, PROBABILITIES = ".ids.npy", ".logits.npy", ".probs.npy"
@@ -81,7 +81,7 @@ class TraceTask:
     probes: Probes
     interrupted: Callable[[], bool]
 
-    def lead(self, engine: Runtime) -> None:
+    def lead_engine(self, engine: Engine) -> None:
         """Compare, print a line per step and a verdict.
 
         Raises:
@@ -99,7 +99,7 @@ class TraceTask:
             next_row += len(rows_NV)
 
         ids = [*self.trace.prompt_ids, *self.trace.expected_ids[: self.steps - 1]]
-        with self.probes.attached(engine):
+        with self.probes.attached(engine.runtime):
             engine.logits(ids, take, self.interrupted)
         self._judge(found)
 

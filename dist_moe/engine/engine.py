@@ -43,10 +43,6 @@ class Engine(SeveralTexts):
     A plain `python` is one rank and needs no MPI. Under mpirun all ranks run the same script and make the same calls in
     the same order; rank 0 gets the pieces, the loops of the others end without one. What a loop's body calls is rank
     0's own, as is what `lead` is given. Errors are raised on all ranks alike.
-
-    Attributes:
-        config: The model's sizes.
-        is_leader: Whether this is rank 0.
     """
 
     def __init__(
@@ -66,6 +62,7 @@ class Engine(SeveralTexts):
         bind: str = "auto",
         quant: str | None = None,
         rope_scaling: str | None = None,
+        resident: int | None = None,
         stall_timeout_s: float = 60.0,
         start_timeout_s: float = 60.0,
     ) -> None:
@@ -87,6 +84,7 @@ class Engine(SeveralTexts):
             bind: auto widens a launcher's binding that is too narrow, keep does not.
             quant: Format of the weights when a model is packed: f32, bf16, q8 or q4; None: what suits it.
             rope_scaling: Stretch the context by YaRN, as "yarn:4" or "yarn:4:32768"; changes all numbers.
+            resident: Positions of K and V that stay for prompts that begin alike; None: one context's.
             stall_timeout_s: End the job when no rank moves for so long inside a call.
             start_timeout_s: End the job when MPI has not started on all ranks after so long.
 
@@ -106,7 +104,7 @@ class Engine(SeveralTexts):
 
     @classmethod
     def join(cls, job: Job, settings: Settings, find: Callable[[], ModelSource], shows: Shows) -> Engine:
-        """An engine on ranks that are a job already: the command line's door. Collective; see `OpenModel`."""
+        """An engine on ranks that are a job already, for the command line; collective; see `OpenModel`."""
         engine = cls.__new__(cls)
         OpenModel.__init__(engine, job, settings, find, shows)
         return engine

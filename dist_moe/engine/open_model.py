@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from dist_moe.engine.calls import Calls
 from dist_moe.engine.job import Job
-from dist_moe.engine.opening import Opening, Shows, StoreCheck, choose_context
+from dist_moe.engine.opening import Acceptor, Opening, Shows, choose_context
 from dist_moe.engine.questions import TextSide
 from dist_moe.engine.runtime import Runtime
 from dist_moe.engine.settings import DEFAULT_CONTEXT, Settings
@@ -54,12 +54,12 @@ class OpenModel:
         self.config: ModelConfig = self._opening.config
         self.is_leader: bool = job.world.is_leader
 
-    def load(self, context: int | None = None, check_store: StoreCheck | None = None) -> None:
+    def load(self, context: int | None = None, accept: Acceptor | None = None) -> None:
         """Read the weights, unless that is done; collective.
 
         Args:
             context: Instead of the one that the engine was made with.
-            check_store: May refuse the store, on rank 0, before its weights are read.
+            accept: On rank 0: told the store before its weights are read, to refuse it.
 
         Raises:
             AgreedError: Some rank cannot take part: memory, a damaged file.
@@ -72,7 +72,7 @@ class OpenModel:
         with own_errors():
             with self._job.world.together("starting"):
                 positions = choose_context(context or self._opening.settings.context, self.config, DEFAULT_CONTEXT)
-            self._runtime = self._opening.open(positions, check_store)
+            self._runtime = self._opening.open(positions, accept)
         self._calls = Calls(self._runtime, self._job.world.size)
 
     def close(self, *, finish: bool = True) -> None:

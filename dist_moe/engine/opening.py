@@ -25,7 +25,7 @@ from dist_moe.store.models import ModelSource
 from dist_moe.store.reader import Store
 from dist_moe.store.rope_scaling import RopeScaling, scale_config
 
-StoreCheck = Callable[[Manifest, KvFormat], None]
+Acceptor = Callable[[Manifest, KvFormat], None]
 logger = logging.getLogger(__name__)
 # What a host may decide for its own ranks; in all else rank 0's settings hold everywhere.
 _OWN_SETTINGS = ("threads", "isa")
@@ -68,23 +68,27 @@ class Opening:
             self.settings = _settings_of_leader(job, settings)
             with world.together("reading the model"):
                 self._source = find()
-                wanted = self.settings.rope_scaling
-                self._scaling = RopeScaling.parse(wanted) if wanted else None
+                self._scaling = RopeScaling.parse(self.settings.rope_scaling) if self.settings.rope_scaling else None
                 self.config: ModelConfig = scale_config(self._source.read_config(), self._scaling)
                 require_heads(self.config, world.size)
             self._cores = self._share_cores()
+        if self._scaling is not None and world.is_leader:
+            words = (
+                "--rope-scaling %s: up to %d positions; all prompts, short ones too, give other numbers than without"
+            )
+            logger.warning(words, self.settings.rope_scaling, self.config.max_positions)
         directory = job.on_leader(self._source.text_directory)
         self.text: TextSide | None = None
         with world.together("reading the model's text files"):
             if directory is not None:
                 self.text = TextSide(directory, self.config)
 
-    def open(self, context: int, check_store: StoreCheck | None) -> Runtime:
+    def open(self, context: int, accept: Acceptor | None = None) -> Runtime:
         """Load the weights; collective.
 
         Args:
             context: Positions of a sequence at most.
-            check_store: May refuse the store, on rank 0, before its weights are read.
+            accept: On rank 0: told the store before its weights are read, to refuse it.
 
         Raises:
             AgreedError: Some rank cannot take part.
@@ -96,13 +100,13 @@ class Opening:
         with world.progress.loading(), world.together("opening the store"):
             store = Store.open(directory, rope_scaling=self._scaling)
         kv = KvFormat.parse(settings.kv)
-        self._job.on_leader(lambda: check_store(store.manifest, kv) if check_store else None)
-        self._warn_of_scaling()
+        self._job.on_leader(lambda: accept(store.manifest, kv) if accept is not None else None)
         options = EngineOptions(
             context=context,
             threads=self._cores.threads,
             experts=settings.experts,
             kv=kv,
+            resident=settings.resident,
             prefill_chunk=settings.prefill_chunk,
             isa=settings.isa,
             check=settings.check,
@@ -116,20 +120,11 @@ class Opening:
         with world.progress.loading():
             return Runtime(store, world, options, opening_since_s, shows(world.size) if shows else None)
 
-    def _warn_of_scaling(self) -> None:
-        if self._scaling is not None and self._job.world.is_leader:
-            logger.warning(
-                "--rope-scaling %s: up to %d positions; all prompts, short ones too, give other numbers than without it",
-                self.settings.rope_scaling,
-                self.config.max_positions,
-            )
-
     def _share_cores(self) -> CoreShare:
         """This rank's cores and threads: as rank 0 says for this host, else as asked, else its share."""
         settings, world = self.settings, self._job.world
         threads = threads_of_host(settings.threads_by_host, world.hostname) or settings.threads
-        bind = "keep" if settings.bind == "keep" else "auto"
-        return share_cores(world, self._job.launcher, "keep" if bind == "keep" else "auto", threads)
+        return share_cores(world, self._job.launcher, "keep" if settings.bind == "keep" else "auto", threads)
 
 
 def require_heads(config: ModelConfig, ranks: int) -> None:

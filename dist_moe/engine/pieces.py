@@ -28,6 +28,7 @@ class Piece:
         reasoning: In a chat: what the model thinks before its answer.
         tool_calls: In a chat: calls that are complete.
         notes: In a chat: why a call stayed text.
+        logprob: The token's log-probability, and the best ones of its place, if that was asked for.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Piece:
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     notes: tuple[str, ...] = ()
+    logprob: TokenLogprob | None = None
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,9 @@ class Result:
     Attributes:
         text: Without the tokens that end a text, and without the stop string.
         ids: All generated tokens, those two included.
-        sample: Of several samples: which; see `Engine.complete_several`, also for the next two.
+        logprobs: One per token, if that was asked for.
+        sample: Of several samples: which; see `Engine.complete_several`.
         score: What several texts are ranked by.
-        logprobs: Each token's log-probability, and the best tokens of its place.
     """
 
     text: str
@@ -73,9 +75,9 @@ class Result:
     usage: Usage
     stop: str | None = None
     error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
     sample: int | None = None
     score: float | None = None
-    logprobs: tuple[TokenLogprob, ...] = ()
 
     @property
     def logprob(self) -> float:

@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 
 from dist_moe.engine.request import LogitsCallback, Request, SamplingOptions
 from dist_moe.engine.sampling_limits import check_sampling
-from dist_moe.engine.settings import DEFAULT_MAX_TOKENS, LARGEST_SEED, require_number, require_whole
+from dist_moe.engine.settings import DEFAULT_MAX_TOKENS, LARGEST_SEED, MOST_LOGPROBS, require_number, require_whole
 from dist_moe.errors import UsageError
 from dist_moe.model_config import ModelConfig
 from dist_moe.text.chat import ChatFormat
@@ -36,6 +36,8 @@ class GenerateOptions(TypedDict, total=False):
         sampling: All of how to draw, instead of the model's advice; the arguments above change it.
         stop: A string before which the text ends, or several; never part of the text.
         ignore_eos: Go on past the tokens that end a text.
+        logprobs: Note with each token its log-probability, and so many of the best ones; the model's own, at
+            temperature 1, before penalties and filters.
         on_logits: Told each generated token's logits, f32 [V], valid only during the call; for one prompt.
         interrupted: Asked after each step whether to end now, with the finish reason `interrupted`.
     """
@@ -49,6 +51,7 @@ class GenerateOptions(TypedDict, total=False):
     sampling: SamplingOptions | None
     stop: str | Sequence[str]
     ignore_eos: bool
+    logprobs: int | None
     on_logits: LogitsCallback | None
     interrupted: Callable[[], bool] | None
 
@@ -66,6 +69,7 @@ class Wishes:
     sampling: SamplingOptions | None = None
     stop: str | Sequence[str] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
     on_logits: LogitsCallback | None = None
     interrupted: Callable[[], bool] | None = None
 
@@ -92,6 +96,8 @@ class Wishes:
         for name, limit in (("top_k", 2**31 - 1), ("seed", LARGEST_SEED)):
             if getattr(self, name) is not None:
                 require_whole(name, getattr(self, name), 0, limit)
+        if self.logprobs is not None:
+            require_whole("logprobs", self.logprobs, 0, MOST_LOGPROBS)
         for string in self.stop_strings:
             if not isinstance(string, str) or not string:
                 raise UsageError(f"stop: expected a text of at least one character, or several, found {string!r}")
@@ -202,6 +208,7 @@ class TextSide:
             sampling=sampling,
             stop_ids=frozenset() if wishes.ignore_eos else self.stop_ids,
             on_logits=wishes.on_logits,
+            logprobs=wishes.logprobs,
         )
 
 

@@ -5,7 +5,8 @@ Shape suffixes: T tokens of a step, L layers, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +89,16 @@ class RoutingRecorder:
         self._steps += 1
         for sink in self._sinks:
             sink(batch)
+
+
+@contextmanager
+def recorded_routing(model: Transformer, *sinks: RoutingSink) -> Iterator[None]:
+    """Tell sinks the routing of every step inside the block; on rank 0 alone, where `engine.runtime.model` is one."""
+    model.observer = RoutingRecorder(model, sinks).observe if sinks else None
+    try:
+        yield
+    finally:
+        model.observer = None
 
 
 def expert_dtype(model: Transformer) -> type[np.signedinteger[Any]]:

@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dist_moe.errors import UsageError
+from dist_moe.store.rope_scaling import RopeScaling
 
 LARGEST_SEED = 2**63 - 1
 MOST_BIAS = 1e6
 MOST_SAMPLES = 1024
 MOST_BEAMS = 128
-MOST_LOGPROBS = 256  # what every rank sends of a row, see `candidates.CANDIDATES`
 DEFAULT_MAX_TOKENS = 256
 # Of an engine that is not told how long its texts become; the K and V of Qwen3-30B-A3B take 0.8 GB of it in f16.
 DEFAULT_CONTEXT = 8192
 MOST_THREADS = 1024
+MOST_LOGPROBS = 256  # what every rank sends of a row
 MOST_CHUNK = 65536
 _CHOICES = {
     "quant": ("f32", "bf16", "q8", "q4"),
@@ -44,8 +45,9 @@ class Settings:
     quant: str | None = None
     stall_timeout_s: float = 60.0
     start_timeout_s: float = 60.0
-    threads_by_host: Mapping[str, int] = field(default_factory=dict)
     rope_scaling: str | None = None
+    resident: int | None = None
+    threads_by_host: Mapping[str, int] = field(default_factory=dict)
 
     def require_valid(self) -> None:
         """Refuse values that nothing can be done with.
@@ -60,6 +62,10 @@ class Settings:
         for name, most in (("context", 2**31 - 1), ("threads", MOST_THREADS)):
             if getattr(self, name) is not None:
                 require_whole(name, getattr(self, name), 1, most)
+        if self.resident is not None:
+            require_whole("resident", self.resident, 0, 2**31 - 1)
+        if self.rope_scaling is not None:
+            RopeScaling.parse(self.rope_scaling)
         require_whole("prefill_chunk", self.prefill_chunk, 1, MOST_CHUNK)
         require_number("stall_timeout_s", self.stall_timeout_s, 2, 86400)
         require_number("start_timeout_s", self.start_timeout_s, 1, 86400)

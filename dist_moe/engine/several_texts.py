@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from dist_moe.engine.open_model import OpenModel
@@ -27,7 +27,6 @@ class SeveralTexts(OpenModel):
         samples: int = 1,
         beams: int | None = None,
         length_penalty: float = 0.0,
-        logprobs: int = 0,
         **options: Unpack[GenerateOptions],
     ) -> list[Result]:
         """Continue one prompt several times, all together in shared steps; collective.
@@ -36,9 +35,8 @@ class SeveralTexts(OpenModel):
             prompt: Text or token ids.
             samples: Draw so many; the first is what `complete` draws.
             beams: Instead, search with so many beams for the texts of the highest score; nothing is drawn, and of the
-                options only max_tokens, ignore_eos and interrupted are looked at.
+                options only max_tokens, ignore_eos, logprobs and interrupted are looked at.
             length_penalty: A text's score is its log-probability divided by its length to the power of this.
-            logprobs: So many of the best tokens of each place are noted, too.
             **options: See `GenerateOptions`; stop strings and on_logits are about a single text.
 
         Returns:
@@ -51,18 +49,18 @@ class SeveralTexts(OpenModel):
         search = Search(samples, beams, length_penalty)
         return self._together(
             "complete_several",
-            lambda: self._several(prompt, search, logprobs, Wishes(**options)),
+            lambda: self._several(prompt, search, Wishes(**options)),
             lambda made: [asdict(result) for result in made],
             lambda heard: [Result.of_dict(values) for values in heard],
         )
 
-    def _several(self, prompt: Prompt, search: Search, logprobs: int, wishes: Wishes) -> list[Result]:
-        search.require_valid(logprobs)
+    def _several(self, prompt: Prompt, search: Search, wishes: Wishes) -> list[Result]:
+        search.require_valid()
         wishes.require_valid()
         for name in ("stop", "on_logits"):
             if getattr(wishes, name):
                 raise UsageError(f"{name}: it is about a single text: use generate or complete")
-        request = replace(self.text.request(self.text.encode(prompt), wishes), logprobs=logprobs)
+        request = self.text.request(self.text.encode(prompt), wishes)
         check_prompt(request.prompt_ids, self.runtime.context, self.runtime.config)
         with interrupts_wait():
             found = continue_several(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 from dist_moe.engine.generation import Drawn, Generation
@@ -118,6 +119,8 @@ class Sequences:
     def _push(self, generation: Generation, index: int, token: int) -> Piece:
         writer = self._writers[index]
         piece = writer.push(token)
+        if self.requests[index].logprobs is not None:
+            piece = replace(piece, logprob=generation.completions[index].logprobs[-1])
         if writer.stop is not None:
             generation.end(index, "stop_string")
         if generation.completions[index].finish_reason is not None:
@@ -138,7 +141,9 @@ class Sequences:
         assert last is not None
         assert last.finish_reason is not None
         usage = Usage(len(request.prompt_ids), len(completion.ids), completion.reused_tokens)
-        return Result(text, tuple(completion.ids), last.finish_reason, usage, last.stop, last.error)
+        return Result(
+            text, tuple(completion.ids), last.finish_reason, usage, last.stop, last.error, tuple(completion.logprobs)
+        )
 
 
 def _next(steps: Generator[Drawn, None, None]) -> Drawn | None:

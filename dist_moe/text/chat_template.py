@@ -92,12 +92,10 @@ class _Source:
 
 
 def _file_sources(directory: Path) -> dict[str, _Source]:
-    stored = directory / STORED_TEMPLATES
-    found = {name: _Source(text, f"{stored}: {name}") for name, text in read_json_object(stored).items()}
-    found |= {path.stem: _read(path) for path in sorted((directory / EXTRA_TEMPLATES).glob("*.jinja"))}
-    if file_system.is_file(directory / TEMPLATE_FILE):
-        found[DEFAULT] = _read(directory / TEMPLATE_FILE)
-    return found
+    file, stored = directory / TEMPLATE_FILE, directory / STORED_TEMPLATES
+    found = {DEFAULT: _read(file)} if file_system.is_file(file) else {}
+    found |= {name: _Source(str(text), f"{stored}: {name}") for name, text in read_json_object(stored).items()}
+    return found | {path.stem: _read(path) for path in sorted((directory / EXTRA_TEMPLATES).glob("*.jinja"))}
 
 
 def _read(path: Path) -> _Source:

@@ -23,11 +23,14 @@ ROLE_FIELDS = {
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One call that an assistant asks for."""
+    """One call that an assistant asks for; UsageError if its name is none."""
 
     name: str
     arguments: Mapping[str, Any]
     id: str | None = None
+
+    def __post_init__(self) -> None:
+        require_name(self.name, "a tool call")
 
     def to_json(self) -> dict[str, Any]:
         """The call as OpenAI and the templates have it, its arguments as an object."""
@@ -37,13 +40,16 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; `reasoning` is what the assistant thought before its content."""
+    """One turn; `reasoning` is what the assistant thought before its content. UsageError for an unknown role."""
 
     role: str
     content: str = ""
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
+
+    def __post_init__(self) -> None:
+        require_role(self.role, "a message")
 
     def to_json(self) -> dict[str, Any]:
         """The message as the templates read it and as it can be saved; fields without a value are left out."""
@@ -99,6 +105,17 @@ def require_name(name: Any, where: str) -> str:
     return name
 
 
+def require_role(role: Any, where: str) -> str:
+    """A message's role.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if not isinstance(role, str) or role not in ROLES:
+        raise UsageError(f"{where}: role: expected one of {', '.join(ROLES)}, found {role!r}")
+    return role
+
+
 def _arguments(value: Any, where: str) -> Mapping[str, Any]:
     try:
         found = json.loads(value) if isinstance(value, str) else {} if value is None else value
@@ -110,9 +127,7 @@ def _arguments(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def _parse_message(value: Any, where: str) -> Message:
-    role = value.get("role") if isinstance(value, dict) else None
-    if role not in ROLES:
-        raise UsageError(f"{where}: role: expected one of {', '.join(ROLES)}, found {role!r}")
+    role = require_role(value.get("role") if isinstance(value, dict) else None, where)
     unknown = sorted(name for name in value.keys() - ROLE_FIELDS[role] - {"role"} if value[name] is not None)
     if unknown:
         raise UsageError(f"{where}: {unknown[0]}: a {role} message has no such field")

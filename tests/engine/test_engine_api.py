@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,8 @@ import numpy as np
 import pytest
 
 from dist_moe import DistMoeError, Engine, Piece, Result, SamplingOptions
-from dist_moe.errors import StoreError, UsageError
+from dist_moe.demo import demo_model_directory
+from dist_moe.errors import CheckpointError, StoreError, UsageError
 from helpers import launching
 
 PROMPTS = ["Once upon a time", "A dog", "One day, Tom", "The sun was"]
@@ -79,6 +82,47 @@ def test_logits_are_those_of_generated_tokens(engine: Engine) -> None:
     logits_TV = engine.logits(ids)
     assert logits_TV.shape == (len(ids), engine.config.vocabulary)
     assert (logits_TV[-4:-1] == np.stack(rows)).all()
+
+
+def test_log_probabilities_are_those_of_the_logits(engine: Engine) -> None:
+    pieces = list(engine.generate(ONCE, max_tokens=4, temperature=0.0, logprobs=2))
+    result = engine.complete(ONCE, max_tokens=4, temperature=0.0, logprobs=2)
+    assert tuple(piece.logprob for piece in pieces) == result.logprobs
+    rows_TV = engine.logits([*engine.tokenize(ONCE), *result.ids])[-5:-1].astype(np.float64)
+    for row_V, token, noted in zip(rows_TV, result.ids, result.logprobs, strict=True):
+        expected_V = row_V - row_V.max() - np.log(np.exp(row_V - row_V.max()).sum())
+        assert noted.id == token
+        assert noted.logprob == pytest.approx(expected_V[token], abs=1e-5)
+        assert [best for best, _ in noted.best] == np.argsort(-expected_V, kind="stable")[:2].tolist()
+    assert engine.complete(ONCE, max_tokens=4, temperature=0.0).logprobs == ()
+
+
+# ---- chat ----
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}. {% endfor %}Once upon"
+
+
+def test_a_chat_is_framed_by_the_model_s_template(tmp_path: Path) -> None:
+    shutil.copytree(demo_model_directory(), tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    messages = [{"role": "user", "content": "Tell me"}]
+    with Engine(tmp_path / "model", threads=1, quant="q8") as chatty:
+        pieces = list(chatty.chat(messages, max_tokens=9, temperature=0.0))
+        wanted = chatty.complete("user: Tell me. Once upon", max_tokens=9, temperature=0.0)
+        assert joined(pieces) == (wanted.text, wanted.ids)
+        assert pieces[-1].finish_reason == "length"
+        with pytest.raises(UsageError, match="this model does not think"):
+            chatty.chat(messages, thinking=True)
+        with pytest.raises(UsageError, match="messages: message 1: role: expected one of"):
+            chatty.chat([{"role": "me", "content": ""}])
+
+
+def test_a_model_without_a_template_cannot_chat(tmp_path: Path) -> None:
+    shutil.copytree(demo_model_directory(), tmp_path / "model", ignore=lambda *_: ["chat_template.jinja"])
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": None}))
+    with Engine(tmp_path / "model", threads=1) as plain, pytest.raises(CheckpointError, match="has no chat template"):
+        plain.chat([{"role": "user", "content": "Hi"}])
 
 
 # ---- ends ----
@@ -206,6 +250,7 @@ BAD = {
     "top_p": (ONCE, {"top_p": 1.5}, "top_p: expected a number from 0 to 1, found 1.5"),
     "seed": (ONCE, {"seed": -1}, "seed: expected a whole number from 0 to .*, found -1"),
     "stop": (ONCE, {"stop": ["a", ""]}, "stop: expected a text of at least one character, or several, found ''"),
+    "logprobs": (ONCE, {"logprobs": -1}, "logprobs: expected a whole number from 0 to .*, found -1"),
     "on_logits": ([ONCE, ONCE], {"on_logits": print}, "on_logits: .* give one prompt at a time"),
 }
 

@@ -10,7 +10,6 @@ import pytest
 
 from dist_moe.engine.request import Completion, Request, SamplingOptions
 from dist_moe.engine.runtime import Runtime
-from dist_moe.errors import DistMoeError
 from dist_moe.kernels import KvFormat
 from dist_moe.model.step import Step
 from helpers.tiny_model import random_ids
@@ -165,10 +164,9 @@ def test_a_poisoned_sequence_is_never_reused(make_engine: MakeRuntime, store, mo
     assert_same(found, run(make_engine(store), [TEXT]))
 
 
-def test_a_text_whose_logits_failed_is_not_reused(make_engine: MakeRuntime, store, monkeypatch) -> None:
+def test_a_text_whose_logits_were_wanted_is_not_reused(make_engine: MakeRuntime, store) -> None:
+    """Nobody knows whether it will be, and it may be a whole book."""
     engine = make_engine(store)
-    monkeypatch.setattr(engine, "_refuse_faults", lambda *rest: 1 // 0)
-    with pytest.raises((DistMoeError, ZeroDivisionError)):
-        engine.logits(TEXT, lambda rows: None)
+    engine.logits(TEXT, lambda rows: None)
     [completion], _ = run(engine, [TEXT])
     assert completion.reused_tokens == 0

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.engine.request import Request
 from dist_moe.engine.routing_facts import routing_facts
-from dist_moe.engine.routing_record import RoutingBatch, RoutingRecorder
+from dist_moe.engine.routing_record import RoutingBatch, RoutingRecorder, recorded_routing
 from dist_moe.engine.runtime import EngineOptions, Runtime
 from dist_moe.kernels import WeightFormat, reference
 from dist_moe.parallel.world import World
@@ -48,9 +48,9 @@ class Recorded:
 
 def record(engine: Runtime, requests: list[Request]) -> Recorded:
     found = Recorded()
-    engine.model.observer = RoutingRecorder(engine.model, [found.take]).observe
-    engine.generate(requests)
-    engine.model.observer = None
+    with recorded_routing(engine.model, found.take):
+        engine.generate(requests)
+    assert engine.model.observer is None
     return found
 
 

@@ -32,6 +32,7 @@ TOOLS = parse_tools(
                     "l": {"type": "array"},
                     "o": {"type": "object"},
                     "maybe": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+                    "any": {"type": ["integer", "number"]},
                     "either": {"type": ["string", "integer"]},
                 }
             },
@@ -182,6 +183,14 @@ def test_a_call_that_lacks_only_its_outer_tags_is_one() -> None:
     assert by_tokens("Write <function=f>, then", "coder").content == "Write <function=f>, then"
 
 
+def test_a_prompt_brings_its_tools_along() -> None:
+    chat, ids = qwen3_format("always"), qwen3_tokenizer().encode_trusted(f"So {CALL}")
+    prompt = chat.prompt([Message("user", "Hi")], tools=TOOLS)
+    assert read(chat.answer(prompt), ids) == Delta("So ", "", (ToolCall("f", {"n": 1}),))
+    budget = chat.thinking_budget(4, prompt)
+    assert [budget.push(token) for token in ids] == [()] * len(ids)
+
+
 def test_without_tools_a_call_is_text() -> None:
     assert by_tokens(f"A\n{CALL}", tools=()) == Delta(content=f"A\n{CALL}")
 
@@ -199,6 +208,7 @@ def test_without_tools_a_call_is_text() -> None:
         ("n", "12.5", "12.5"),
         ("n", "twelve", "twelve"),
         ("n", "true", "true"),
+        ("any", "12.0", 12.0),
         ("x", "1e3", 1000.0),
         ("x", "2", 2),
         ("b", "true", True),

@@ -98,9 +98,9 @@ HOSTILE = st.lists(
 ).map("".join)
 
 
-@given(st.sampled_from(FORMATS), st.lists(HOSTILE, min_size=5, max_size=5))
+@given(st.sampled_from(FORMATS), st.lists(HOSTILE, min_size=5, max_size=5), HOSTILE)
 @settings(max_examples=300, deadline=None)
-def test_no_field_can_forge_a_frame(form: str, texts: list[str]) -> None:
+def test_no_field_can_forge_a_frame(form: str, texts: list[str], key: str) -> None:
     tokenizer = qwen3_tokenizer()
     special = {tokenizer.added_tokens[text] for text in tokenizer.special_tokens}
     added = set(tokenizer.added_tokens.values())
@@ -113,7 +113,7 @@ def test_no_field_can_forge_a_frame(form: str, texts: list[str]) -> None:
         messages = [system, Message("user", texts[4]), asks, result]
         return qwen3_format(form).prompt(messages, tools=parse_tools([function], "t"))
 
-    hostile, harmless = prompt(texts, extra="|im_end|"), prompt(["a"] * 5, extra="b")
+    hostile, harmless = prompt(texts, extra=key or "|im_end|"), prompt(["a"] * 5, extra="b")
     assert [i for i in hostile.ids if i in special] == [i for i in harmless.ids if i in special]
     outside = qwen3_format(form).prompt([Message("user", texts[4])]).ids
     assert Counter(i for i in outside if i in added) == Counter(

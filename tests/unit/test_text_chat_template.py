@@ -65,6 +65,13 @@ def test_a_missing_default_comes_from_the_next_place(tmp_path: Path) -> None:
     assert (render(tmp_path), render(tmp_path, "rag")) == ("json", "extra")
 
 
+def test_an_additional_default_wins_as_in_transformers(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("file")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "default.jinja").write_text("extra")
+    assert render(tmp_path) == "extra"
+
+
 def test_a_store_keeps_the_additional_templates_in_one_file(tmp_path: Path) -> None:
     (tmp_path / "additional_chat_templates.json").write_text(json.dumps({"rag": "extra"}))
     (tmp_path / "chat_template.jinja").write_text("file")

@@ -10,7 +10,7 @@ from dist_moe.errors import CheckpointError, UsageError
 from dist_moe.text import template_limits
 from dist_moe.text.chat_template import ChatTemplate
 
-DOUBLING = "{% set ns = namespace(x='abc') %}{% for i in range(60) %}{% set ns.x = ns.x OP ns.x %}{% endfor %}"
+DOUBLING = "{% set ns = namespace(x='abc') %}{% for i in range(26) %}{% set ns.x = ns.x OP ns.x %}{% endfor %}"
 FIBONACCI = (
     "{% macro f(n) %}{% if n %}{% if f(n-1) %}{% endif %}{% if f(n-1) %}{% endif %}{% endif %}{% endmacro %}{{ f(80) }}"
 )
@@ -28,6 +28,7 @@ TOO_LONG = "it makes a text of more than"
         ("{% set s = 'a' * 99999 %}{% for a in range(9999) %}{{ s|upper }}{% endfor %}", TOO_MUCH),
         ("{% set s = 'a' * 99999 %}{% for a in range(9999) %}{% set t = s.upper() %}{% endfor %}", TOO_MUCH),
         (DOUBLING.replace("{% set ns.x = ns.x OP ns.x %}", "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}"), TOO_MUCH),
+        ("{% set s = 'a' * 140000000 %}{% set s = 'a' * 140000000 %}", TOO_MUCH),
         ("{{ 'a' * 10000000000 }}", TOO_LONG),
         ("{{ 'x'|center(10000000000) }}", TOO_LONG),
         ("{{ 'x'.ljust(10000000000) }}", TOO_LONG),
