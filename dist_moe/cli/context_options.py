@@ -17,11 +17,17 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
-class ContextOptions:
-    """Where K and V of the prompt are kept from one run to the next."""
+class PromptCacheOptions:
+    """Where K and V are kept from one run to the next."""
 
     prompt_cache: str | None
     prompt_cache_ro: bool
+
+
+@dataclass(frozen=True)
+class ContextOptions(PromptCacheOptions):
+    """And whether those of the answer are."""
+
     prompt_cache_all: bool
 
 
@@ -50,7 +56,13 @@ def rope_scaling_option() -> Callable[[Decorated], Decorated]:
 
 
 def context_options(command: Decorated) -> Decorated:
-    """`--prompt-cache` and what goes with it."""
+    """`--prompt-cache` and what goes with it where one prompt is continued."""
+    whole = flag("--prompt-cache-all", "Save the generated text in the --prompt-cache, too, not the prompt alone.")
+    return prompt_cache_options(whole(command))
+
+
+def prompt_cache_options(command: Decorated) -> Decorated:
+    """`--prompt-cache` and `--prompt-cache-ro`."""
     decorators = (
         option(
             "--prompt-cache",
@@ -61,7 +73,6 @@ def context_options(command: Decorated) -> Decorated:
             "on any number of ranks, computes only what is new. Refused if the model, --kv or the numbers differ.",
         ),
         flag("--prompt-cache-ro", "Read the --prompt-cache, and leave it as it is."),
-        flag("--prompt-cache-all", "Save the generated text in the --prompt-cache, too, not the prompt alone."),
     )
     for decorate in reversed(decorators):
         command = decorate(command)

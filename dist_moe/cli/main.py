@@ -21,6 +21,7 @@ from dist_moe.parallel.launcher import detect_launcher
 # Each command is a function of the same name in a module of the same name.
 COMMANDS = {
     "run": "Continue a text.",
+    "chat": "Talk with a model, alone or on ranks that it starts itself.",
     "logits": "Write the logits at every position of a list of tokens.",
     "shard": "Make a store, in shards for one or more nodes, from a Hugging Face directory.",
     "routing": "Show how tokens spread over experts and ranks, from what run --routing wrote.",

@@ -14,7 +14,7 @@ from dist_moe.cli.values import Number, OneOf, PathName, SomeText, Whole
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-COMMANDS_WITH_CONFIG = ("run", "logits", "bench")
+COMMANDS_WITH_CONFIG = ("run", "chat", "logits", "bench")
 DEFAULT_MAX_TOKENS = 256
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dist_moe.engine.beams import BeamOptions, Beams
 from dist_moe.engine.candidates import CANDIDATES, Candidates
 from dist_moe.engine.leader import Leader
+from dist_moe.engine.prefix_index import blocks_of
 from dist_moe.engine.request import Completion, FinishReason, Request, TokenLogprob, check_prompt, describe_fault
 from dist_moe.engine.sampling import log_probabilities
 from dist_moe.errors import UsageError
@@ -91,6 +92,7 @@ class BeamSearch:
         if first:
             leader.prefixes.fork(self._sequences[0], resident, first)
             leader.clock.reused_tokens += first
+        leader.prefixes.make_room(blocks_of(len(prompt)))
         while first < len(prompt):
             ids = tuple(prompt[first : first + leader.options.prefill_chunk])
             first += len(ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dist_moe.engine.agreement import StartRecord
-from dist_moe.engine.memory import Demand, check_memory, fits
+from dist_moe.engine.memory import Demand, check_memory, layers_with_room
 from dist_moe.engine.options import EngineOptions
 from dist_moe.engine.read_ahead import ReadProgress, bring_in_weights
 from dist_moe.engine.startup import agreed
@@ -49,5 +49,6 @@ def load_model(
         verify_together(world, store)
     plan = plans[world.rank]
     model = agreed(world, "load", lambda: Transformer(store, plan, exchange, kernels, options.kv, step_tokens, copy))
-    bring_in_weights(world, model, room=fits(world, needs[world.node], records), on_reading=on_reading)
+    layers = layers_with_room(world, needs[world.node], records, store.config.layers)
+    bring_in_weights(world, model, routed_layers=layers, on_reading=on_reading)
     return model

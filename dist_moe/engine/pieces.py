@@ -64,9 +64,9 @@ class Result:
     Attributes:
         text: Without the tokens that end a text, and without the stop string.
         ids: All generated tokens, those two included.
-        logprobs: One per token, if that was asked for.
-        sample: Of several samples: which; see `Engine.complete_several`.
+        sample: Of several samples: which; see `Engine.complete_several`, also for the next two.
         score: What several texts are ranked by.
+        logprobs: Each token's log-probability, and the best tokens of its place.
     """
 
     text: str
@@ -75,9 +75,9 @@ class Result:
     usage: Usage
     stop: str | None = None
     error: str | None = None
-    logprobs: tuple[TokenLogprob, ...] = ()
     sample: int | None = None
     score: float | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     @property
     def logprob(self) -> float:

@@ -70,6 +70,11 @@ class PrefixIndex:
             self._residents.move_to_end(name)
         return name, positions
 
+    def latest(self) -> tuple[int, ...]:
+        """What the resident sequence that was used last holds; empty if there is none."""
+        newest = next(reversed(self._residents.values()), None)
+        return () if newest is None else tuple(newest.tolist())
+
     def keep(self, sequence: int, ids: Sequence[int]) -> None:
         """A sequence has ended and holds K and V of these tokens; what is the beginning of another one is released."""
         ids_T = np.array(ids, dtype=np.int32)

@@ -59,6 +59,10 @@ class PromptCache:
             self._prefixes.keep(sequence, file.ids[:positions].tolist())
         return positions
 
+    def latest(self) -> tuple[int, ...]:
+        """The resident text that was used last; empty if there is none."""
+        return self._prefixes.latest()
+
     def save(self, path: Path, ids: Sequence[int]) -> int:
         """Save what is resident of a text.
 

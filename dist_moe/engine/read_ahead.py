@@ -34,13 +34,13 @@ _LOOK_EVERY_BYTES = 1 << 20
 _MOST_READERS = 2
 
 
-def bring_in_weights(world: World, model: Transformer, *, room: bool, on_reading: ReadProgress | None) -> None:
+def bring_in_weights(world: World, model: Transformer, *, routed_layers: int, on_reading: ReadProgress | None) -> None:
     """Read or copy this rank's weights before the first step waits for them; collective.
 
     Args:
         world: All ranks.
         model: This rank's part of the model.
-        room: Whether its host's memory holds all weights.
+        routed_layers: Of so many layers, from the first on, the host's memory holds the routed experts.
         on_reading: Told from this thread, now and then, how far it is.
 
     Raises:
@@ -48,7 +48,7 @@ def bring_in_weights(world: World, model: Transformer, *, room: bool, on_reading
     """
     weights, threads = model.weights, model.kernels.threads
     if weights.copy is None:
-        _read_ahead(world, weights.store, model.share.plan, room, threads, on_reading)
+        _read_ahead(world, weights.store, model.share.plan, routed_layers, threads, on_reading)
         return
     for done_bytes, total_bytes in weights.copy.fill(threads):
         _moved(world, done_bytes, total_bytes, on_reading)
@@ -56,22 +56,26 @@ def bring_in_weights(world: World, model: Transformer, *, room: bool, on_reading
 
 
 def _read_ahead(
-    world: World, store: Store, plan: Plan, routed: bool, threads: int, on_reading: ReadProgress | None
+    world: World, store: Store, plan: Plan, routed_layers: int, threads: int, on_reading: ReadProgress | None
 ) -> None:
     """Read what is not in memory; what the ranks of a host share is read by one of them.
 
     Costs a few milliseconds where all is in memory. Then, and afterwards, a thread enters the pages into this process's
-    page table while the rank goes on. Chunks of `routed` experts are left out where they would push each other out.
+    page table while the rank goes on. Experts of layers for which there is no room would only push others out.
     """
-    spans = own_spans(store, plan, routed=routed)
+    spans = own_spans(store, plan, routed_layers)
     everything = (*spans.shared, *spans.own)
     cold = bool(_absent(everything, store))
     part, parts, cold_ranks = mates_of_rank(world, store_identity(store), cold)
     if cold_ranks:
-        with world.together("reading the weights"):
-            own = sorted((*dealt(spans.shared, part, parts), *spans.own))
+        own = sorted((*dealt(spans.shared, part, parts), *spans.own))
+        error = None
+        try:
             _read(world, _absent(own, store), min(threads, _MOST_READERS), on_reading)
+        except StoreError as unreadable:
+            error = unreadable
         world.sleep_until_all()
+        world.agree(error, "reading the weights")
     threading.Thread(target=_enter_pages, args=(store, everything), name="page tables", daemon=True).start()
 
 
@@ -126,6 +130,6 @@ def _enter_pages(store: Store, spans: Iterable[Span]) -> None:
 def _unreadable(piece: Span) -> str:
     place = describe_address(piece.address) or "a file of the store"
     return (
-        f"{place}: the {show_bytes(piece.bytes)} from there on cannot be read: the disk failed, or the file became "
-        f"shorter after it was opened; {ADVICE}"
+        f"{place}, or what follows it, cannot be read: the disk failed, or the file became shorter after it was "
+        f"opened; {ADVICE}"
     )

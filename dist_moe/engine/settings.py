@@ -12,11 +12,11 @@ LARGEST_SEED = 2**63 - 1
 MOST_BIAS = 1e6
 MOST_SAMPLES = 1024
 MOST_BEAMS = 128
+MOST_LOGPROBS = 256  # what every rank sends of a row, see `candidates.CANDIDATES`
 DEFAULT_MAX_TOKENS = 256
 # Of an engine that is not told how long its texts become; the K and V of Qwen3-30B-A3B take 0.8 GB of it in f16.
 DEFAULT_CONTEXT = 8192
 MOST_THREADS = 1024
-MOST_LOGPROBS = 256  # what every rank sends of a row
 MOST_CHUNK = 65536
 _CHOICES = {
     "quant": ("f32", "bf16", "q8", "q4"),

@@ -9,7 +9,7 @@ from dist_moe.engine.beams import BeamOptions
 from dist_moe.engine.request import Completion, Request
 from dist_moe.engine.runtime import Runtime
 from dist_moe.engine.scores import ranking, score
-from dist_moe.engine.settings import MOST_BEAMS, MOST_SAMPLES, require_number, require_whole
+from dist_moe.engine.settings import MOST_BEAMS, MOST_LOGPROBS, MOST_SAMPLES, require_number, require_whole
 from dist_moe.errors import UsageError
 
 
@@ -30,8 +30,8 @@ class Search:
     beams: int | None = None
     length_penalty: float = 0.0
 
-    def require_valid(self) -> None:
-        """Refuse values that nothing can be done with.
+    def require_valid(self, logprobs: int) -> None:
+        """Refuse values that nothing can be done with, and more logprobs than candidates.
 
         Raises:
             UsageError: One of them.
@@ -42,6 +42,7 @@ class Search:
             if self.samples != 1:
                 raise UsageError("samples and beams exclude each other: a beam search draws nothing")
         require_number("length_penalty", self.length_penalty, 0, 10)
+        require_whole("logprobs", logprobs, 0, MOST_LOGPROBS)
 
 
 def continue_several(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from dist_moe.engine.open_model import OpenModel
@@ -35,12 +35,12 @@ class SeveralTexts(OpenModel):
             prompt: Text or token ids.
             samples: Draw so many; the first is what `complete` draws.
             beams: Instead, search with so many beams for the texts of the highest score; nothing is drawn, and of the
-                options only max_tokens, ignore_eos, logprobs and interrupted are looked at.
+                options only max_tokens, ignore_eos and interrupted are looked at.
             length_penalty: A text's score is its log-probability divided by its length to the power of this.
             **options: See `GenerateOptions`; stop strings and on_logits are about a single text.
 
         Returns:
-            Results with logprobs, best score first; on all ranks alike.
+            Results, always with logprobs, best score first; on all ranks alike.
 
         Raises:
             UsageError: The prompt or an option does not fit.
@@ -55,12 +55,13 @@ class SeveralTexts(OpenModel):
         )
 
     def _several(self, prompt: Prompt, search: Search, wishes: Wishes) -> list[Result]:
-        search.require_valid()
+        logprobs = wishes.logprobs or 0
+        search.require_valid(logprobs)
         wishes.require_valid()
         for name in ("stop", "on_logits"):
             if getattr(wishes, name):
                 raise UsageError(f"{name}: it is about a single text: use generate or complete")
-        request = self.text.request(self.text.encode(prompt), wishes)
+        request = replace(self.text.request(self.text.encode(prompt), wishes), logprobs=logprobs)
         check_prompt(request.prompt_ids, self.runtime.context, self.runtime.config)
         with interrupts_wait():
             found = continue_several(

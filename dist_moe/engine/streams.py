@@ -142,7 +142,13 @@ class Sequences:
         assert last.finish_reason is not None
         usage = Usage(len(request.prompt_ids), len(completion.ids), completion.reused_tokens)
         return Result(
-            text, tuple(completion.ids), last.finish_reason, usage, last.stop, last.error, tuple(completion.logprobs)
+            text=text,
+            ids=tuple(completion.ids),
+            finish_reason=last.finish_reason,
+            usage=usage,
+            stop=last.stop,
+            error=last.error,
+            logprobs=tuple(completion.logprobs),
         )
 
 

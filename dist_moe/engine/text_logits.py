@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from dist_moe.engine.leader import Leader
+from dist_moe.engine.prefix_index import blocks_of
 from dist_moe.engine.request import refuse_faults
 from dist_moe.engine.worker import RowSink
 from dist_moe.errors import Interrupted
@@ -14,6 +15,7 @@ from dist_moe.model.step import Slice, Step
 def text_logits(leader: Leader, ids: Sequence[int], sink: RowSink, interrupted: Callable[[], bool]) -> None:
     """Give the sink all rows in order, chunk by chunk; see `Runtime.logits`."""
     sequence, chunk_tokens = leader.prefixes.new_sequences(), leader.options.prefill_chunk
+    leader.prefixes.make_room(blocks_of(len(ids)))
     try:
         for first in range(0, len(ids), chunk_tokens):
             chunk = Slice(sequence, first, tuple(ids[first : first + chunk_tokens]))

@@ -31,13 +31,14 @@ class OwnSpans:
     shared: tuple[Span, ...]
 
 
-def own_spans(store: Store, plan: Plan, *, routed: bool) -> OwnSpans:
+def own_spans(store: Store, plan: Plan, routed_layers: int) -> OwnSpans:
     """This rank's part of the mapped files.
 
     Args:
         store: The open store, with all that the plan needs.
         plan: The rank's share.
-        routed: Whether chunks of routed experts belong to it; without them it is what every token reads.
+        routed_layers: Of so many layers, from the first on, the chunks of routed experts belong to it; with 0 it is
+            what every token reads.
     """
     config = store.config
     own: list[Span] = []
@@ -45,7 +46,7 @@ def own_spans(store: Store, plan: Plan, *, routed: bool) -> OwnSpans:
     for layer in range(config.layers):
         own += _spans(store, "head", layer, plan.heads)
         own += _spans(store, "kv_head", layer, plan.kv_heads)
-        if not (routed or config.is_dense(layer)):
+        if layer >= routed_layers and not config.is_dense(layer):
             continue
         experts, chunks = config.layer_experts(layer), chunks_per_expert(config, store.manifest.group_size, layer)
         owned = plan.owned_chunks(experts, chunks)

@@ -20,6 +20,7 @@ from dist_moe.cli.output import Output
 from dist_moe.cli.prompt import Prompt, read_prompt
 from dist_moe.cli.sampling import sampling_options
 from dist_moe.cli.token_ids import parse_ids, read_ids, require_ids
+from dist_moe.cli.values import unescape
 from dist_moe.demo import demo_model_directory
 from dist_moe.engine.pieces import Result, Usage
 from dist_moe.engine.request import Completion, SamplingOptions
@@ -297,3 +298,10 @@ def test_text_is_flushed_token_by_token(tokenizer: Tokenizer, monkeypatch: pytes
         output.piece(writer.push(token))
     assert "".join(pieces) == "one €"
     assert all("�" not in piece and piece for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("written", "text"), [(r"\n\tx", "\n\tx"), (r"\\n", r"\n"), (r"a\bc", r"a\bc"), ("a\nb", "a\nb")]
+)
+def test_escapes_stand_for_what_shells_make_hard_to_write(written: str, text: str) -> None:
+    assert unescape(written) == text

@@ -138,7 +138,8 @@ def test_a_stop_string_across_tokens_is_not_shown(engine: Engine) -> None:
     assert ids == whole.ids[: len(ids)]
     assert stop in engine.detokenize(ids)
     assert stop not in engine.detokenize(ids[:-1])
-    assert engine.complete(ONCE, max_tokens=20, temperature=0.0, stop=stop).stop == stop
+    last = engine.complete(ONCE, max_tokens=len(ids), temperature=0.0, stop=stop)
+    assert (last.finish_reason, last.stop, last.text) == ("stop_string", stop, joined(pieces)[0])
 
 
 def test_a_stop_string_ends_only_its_own_sequence(engine: Engine) -> None:
@@ -213,14 +214,14 @@ def test_calls_inside_a_loop(engine: Engine) -> None:
 
 def test_ctrl_c_comes_between_steps(engine: Engine) -> None:
     wanted = engine.complete(ONCE, max_tokens=20).ids
-    inside = engine.runtime.crew.run
+    inside = engine.runtime.model.run_layers
 
-    def run(*arguments: Any) -> Any:
+    def run_layers(*arguments: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return inside(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.runtime.crew, "run", run)
+        patch.setattr(engine.runtime.model, "run_layers", run_layers)
         with pytest.raises(KeyboardInterrupt):
             list(engine.generate(ONCE, max_tokens=5))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

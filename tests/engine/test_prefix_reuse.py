@@ -122,6 +122,13 @@ def test_memory_stays_within_the_budget(make_engine: MakeRuntime, store, residen
     assert (engine.statistics().reused_tokens > 0) == (resident != 0)
 
 
+def test_a_text_whose_logits_are_wanted_makes_room_first(make_engine: MakeRuntime, store) -> None:
+    engine = make_engine(store, context=256)
+    run(engine, [TEXT])
+    engine.logits(OTHER, lambda rows: None)
+    assert engine.model.cache.allocated_bytes <= 256 // 64 * block_bytes(engine)
+
+
 def block_bytes(engine: Runtime) -> int:
     return engine.config.layers * engine.model.cache.layer_bytes
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dist_moe.engine import read_ahead
-from dist_moe.engine.memory import Demand, fits, host_need
+from dist_moe.engine.memory import Demand, host_need, layers_with_room
 from dist_moe.engine.request import Request
 from dist_moe.kernels import KvFormat
 from dist_moe.model.own_spans import OwnSpans, Span, dealt, joined, own_spans, pieces
@@ -22,13 +22,14 @@ from dist_moe.store.units import chunks_per_expert, unit_bytes
 from helpers.start_record import RECORD
 from helpers.tiny_model import TinyModel
 
+LAYERS = 3
 MAIN, PAGE_TABLES = "main", "page tables"
 
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense layer between routed ones."""
-    return TinyModel(layers=3, dense_layers=(1,), heads=8).write(tmp_path_factory.mktemp("ahead"))
+    return TinyModel(layers=LAYERS, dense_layers=(1,), heads=8).write(tmp_path_factory.mktemp("ahead"))
 
 
 @pytest.fixture(params=[1, 3])
@@ -48,14 +49,14 @@ def plan_of(store: Store, rank: int, ranks: int, layout: str) -> Plan:
     )
 
 
-def unit_bytes_of(store: Store, plan: Plan, *, routed: bool) -> set[int]:
+def unit_bytes_of(store: Store, plan: Plan, routed_layers: int) -> set[int]:
     """The address of every 64th byte of the units that a rank computes with."""
     config, manifest, found = store.config, store.manifest, set()
     for layer in range(config.layers):
         experts, chunks = config.layer_experts(layer), chunks_per_expert(config, manifest.group_size, layer)
         owned = plan.owned_chunks(experts, chunks)
         wanted = {"head": plan.heads, "kv_head": plan.kv_heads}
-        if routed or config.is_dense(layer):
+        if layer < routed_layers or config.is_dense(layer):
             wanted["chunk"] = range(experts * chunks) if owned is None else owned
         if layer == 0:
             wanted["vocabulary"] = plan.vocabulary_blocks
@@ -71,16 +72,18 @@ def bytes_of(spans: object) -> list[int]:
     return [byte for span in spans for byte in range(span.address, span.address + span.bytes, 64)]  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("routed", [True, False])
+@pytest.mark.parametrize("routed_layers", [0, 1, LAYERS])
 @pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
 @pytest.mark.parametrize("ranks", [1, 3, 8])
-def test_a_rank_reads_its_own_units_and_the_common_file(store: Store, ranks: int, layout: str, routed: bool) -> None:
+def test_a_rank_reads_its_own_units_and_the_common_file(
+    store: Store, ranks: int, layout: str, routed_layers: int
+) -> None:
     first, count = store.common_span()
     for rank in range(ranks):
         plan = plan_of(store, rank, ranks, layout)
-        spans = own_spans(store, plan, routed=routed)
+        spans = own_spans(store, plan, routed_layers)
         found = bytes_of(spans.own) + bytes_of(spans.shared)
-        units = unit_bytes_of(store, plan, routed=routed)
+        units = unit_bytes_of(store, plan, routed_layers)
         assert units <= set(found)
         gaps = set(found) - units - set(range(first, first + count, 64))
         assert len(gaps) < 64 * len(spans.own + spans.shared)  # alignment between tensors
@@ -136,9 +139,9 @@ def test_the_ranks_of_a_host_read_each_byte_once(
     for rank in range(ranks):
         recorder = Recorder(monkeypatch, rank, ranks, cold=True)
         plan = plan_of(store, rank, ranks, layout)
-        read_ahead._read_ahead(World(), store, plan, True, 1, None)
+        read_ahead._read_ahead(World(), store, plan, LAYERS, 1, None)
         assert recorder.done.wait(30)
-        spans = own_spans(store, plan, routed=True)
+        spans = own_spans(store, plan, LAYERS)
         assert bytes_of(recorder.read[PAGE_TABLES]) == bytes_of(pieces((*spans.shared, *spans.own), 1 << 14))
         assert recorder.read[MAIN] == sorted(recorder.read[MAIN])
         everything += bytes_of(sorted({*recorder.read[MAIN]}))
@@ -161,7 +164,7 @@ def test_nothing_is_read_that_is_in_memory(store: Store, make_engine, monkeypatc
 def test_without_room_routed_experts_are_left_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch, 0, 1, cold=True)
     plan = plan_of(store, 0, 1, "shared")
-    read_ahead._read_ahead(World(), store, plan, False, 1, None)
+    read_ahead._read_ahead(World(), store, plan, 0, 1, None)
     assert recorder.done.wait(30)
     chunks = set(store.unit_addresses("chunk", 0).tolist())
     for thread in (MAIN, PAGE_TABLES):
@@ -171,7 +174,9 @@ def test_without_room_routed_experts_are_left_out(store: Store, monkeypatch: pyt
 
 def test_a_file_that_cannot_be_read_is_named(store: Store, make_engine, monkeypatch: pytest.MonkeyPatch) -> None:
     Recorder(monkeypatch, 0, 1, cold=True, error=errno.EFAULT)
-    with pytest.raises(AgreedError, match="cannot be read: the disk failed, or the file became shorter") as caught:
+    with pytest.raises(
+        AgreedError, match="or what follows it, cannot be read: the disk failed, or the file became shorter"
+    ) as caught:
         make_engine(store)
     assert str(caught.value).startswith(str(store.directory))
     assert caught.value.exit_code == 2
@@ -182,7 +187,9 @@ def test_progress_ends_with_all_bytes(store: Store, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(read_ahead, "PIECE_BYTES", 1 << 14)
     told: list[tuple[int, int]] = []
     world = World()
-    read_ahead._read_ahead(world, store, plan_of(store, 0, 1, "whole"), True, 2, lambda *figures: told.append(figures))
+    read_ahead._read_ahead(
+        world, store, plan_of(store, 0, 1, "whole"), LAYERS, 2, lambda *figures: told.append(figures)
+    )
     done = [figures[0] for figures in told]
     assert done == sorted(done)
     assert told[-1][0] == told[-1][1] == sum(span.bytes for span in all_spans(store))
@@ -190,7 +197,7 @@ def test_progress_ends_with_all_bytes(store: Store, monkeypatch: pytest.MonkeyPa
 
 
 def all_spans(store: Store) -> tuple[Span, ...]:
-    spans: OwnSpans = own_spans(store, plan_of(store, 0, 1, "whole"), routed=True)
+    spans: OwnSpans = own_spans(store, plan_of(store, 0, 1, "whole"), LAYERS)
     return spans.own + spans.shared
 
 
@@ -208,14 +215,18 @@ def test_copied_weights_tell_their_progress(store: Store, make_engine, monkeypat
     engine.generate([Request((1, 2, 3), 2)])
 
 
-def test_a_hosts_smallest_rank_decides_whether_there_is_room(store: Store) -> None:
+def test_a_hosts_smallest_rank_decides_how_much_has_room(store: Store) -> None:
     need = host_need(store.manifest, [plan_of(store, 0, 1, "whole")], [1], Demand(KvFormat.F16, 130, 64))
     world = World()
     world.size, world.hosts, world.node_of_rank, world.rank = 3, ("a", "a", "b"), (0, 0, 1), 1
 
-    def room(*available_bytes: int) -> bool:
-        return fits(world, need, [replace(RECORD, available_bytes=count) for count in available_bytes])
+    def layers(*available_bytes: int) -> int:
+        records = [replace(RECORD, available_bytes=count) for count in available_bytes]
+        return layers_with_room(world, need, records, 100)
 
-    assert room(need.full_bytes, need.full_bytes, 5)
-    assert not room(need.full_bytes - 1, need.full_bytes, need.full_bytes)
-    assert room(0, 0, 5)  # the host does not tell
+    assert layers(need.full_bytes, need.full_bytes, 5) == 100
+    assert layers(0, 0, 5) == 100  # the host does not tell
+    middle_bytes = (need.full_bytes + need.least_bytes) // 2
+    assert layers(need.full_bytes, need.full_bytes - 1, 1 << 40) == 79
+    assert layers(middle_bytes, need.full_bytes, 0) == 40
+    assert layers(need.least_bytes, need.full_bytes, 0) == 0
