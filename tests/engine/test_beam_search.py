@@ -166,3 +166,10 @@ def test_scores() -> None:
     assert score(-6.0, 4, 1.0) == pytest.approx(-1.5)
     assert score(-6.0, 4, 0.5) == pytest.approx(-3.0)
     assert score(0.0, 0, 1.0) == 0.0
+
+
+def test_only_texts_among_the_best_are_finished() -> None:
+    search = Beams(BeamOptions(1), 2, frozenset({0}))
+    search.advance([[TokenLogprob(5, -1.0), TokenLogprob(0, -1.5)]], "length")
+    search.advance([[TokenLogprob(6, -1.0), TokenLogprob(0, -1.2)]], "length")
+    assert [text.ids for text in search.completions()] == [[5, 6]]

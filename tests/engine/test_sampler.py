@@ -232,3 +232,17 @@ def test_samples_draw_independent_numbers(kernels: Kernels) -> None:
         other = rows.draw(replace(request, sample=1), [], logits_V, 2).ids
         counts[int(best == other)] += 1
     assert counts.min() > 60  # two tokens of about equal probability: 100 expected, 7 is a standard deviation
+
+
+def test_a_token_that_sinks_to_the_last_candidate_is_not_certain(kernels: Kernels) -> None:
+    """Token 9 sinks to 2.0, where 5 and 6, which are no candidates, stand before it."""
+    rows, logits_V = Rows(kernels, 7), np.zeros(V, np.float32)
+    logits_V[9], logits_V[2:7] = 3, 2
+    drawn = set()
+    for position in range(1, 60):
+        options = SamplingOptions(temperature=1.0, top_k=4, logit_bias=((9, -1.0),))
+        request = Request((1,) * position, 9, options)
+        [token] = rows.draw(request, [], logits_V, 4).ids
+        assert [token] == rows.draw(request, [], logits_V, 0).ids
+        drawn.add(token)
+    assert drawn == {2, 3, 4, 5}
