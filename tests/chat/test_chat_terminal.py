@@ -43,7 +43,7 @@ def test_commands_and_the_end_of_input(home: Path, tmp_path: Path, ranks: int) -
         assert "there is no message to take back" in chat.ask("/undo")
         assert answer_in(chat.ask(STORY)) == first
         assert "loaded 1 turn from" in chat.ask(f"/load {saved}")
-        assert "unknown command /sav (did you mean /save?)" in chat.ask("/sav")
+        assert "unknown command /stast (did you mean /stats?)" in chat.ask("/stast")
         assert "answer 12 tokens" in chat.ask("/stats")
         chat.child.sendeof()
         assert chat.end() == (0, [])
