@@ -39,8 +39,7 @@ enum dm_fault_kind {
 /* One packed matrix: tiles of 16 rows; its rows become columns out_column... of an output row. */
 typedef struct dm_matrix {
     const void *packed;
-    size_t rows;
-    size_t out_column;
+    size_t rows, out_column;
 } dm_matrix;
 
 /* What a matrix is multiplied with: T vectors of `columns` values, row-major without gaps. f32 and bf16 weights read
@@ -57,16 +56,14 @@ typedef struct dm_operand {
  * entries [first, first + count) of the step's token and weight lists. */
 typedef struct dm_chunk {
     const void *packed;
-    size_t first;
-    size_t count;
+    size_t first, count;
 } dm_chunk;
 
 /* Where the K and V of a step's tokens stand. blocks[table_T[t] + b] is position block b of token t's sequence;
  * this layer's part begins layer_offset bytes into it: per KV head dm_kv_block_bytes(), K before V. */
 typedef struct dm_kv_view {
     uint8_t *const *blocks;
-    const int64_t *table_T;
-    const int64_t *position_T;
+    const int64_t *table_T, *position_T;
     size_t layer_offset;
     int format;
 } dm_kv_view;
@@ -78,11 +75,8 @@ typedef struct dm_sizes {
     size_t chunk_read_cost; /* reading a chunk's weights costs as much as multiplying them with this many tokens */
     size_t group;
     size_t output_group; /* of o_proj's columns */
-    int format;
-    int router_format;
-    int norm_topk_prob;
-    float eps;
-    float score_scale;
+    int format, router_format, norm_topk_prob;
+    float eps, score_scale;
     const int32_t *kv_of_h;
 } dm_sizes;
 
@@ -127,13 +121,9 @@ typedef struct dm_experts_layer {
 
 /* How to draw one token. top_k = 0: no limit; temperature = 0: the best token. */
 typedef struct dm_sampling {
-    float temperature;
-    float top_p;
-    float min_p;
+    float temperature, top_p, min_p, typical_p;
     int64_t top_k;
-    uint64_t seed;
-    uint64_t sample_index;
-    uint64_t position;
+    uint64_t seed, sample_index, position;
 } dm_sampling;
 
 typedef struct dm_context dm_context;
@@ -260,10 +250,19 @@ void dm_top_logits(dm_context *context, int32_t *ids_TN, float *logits_TN, const
                    size_t valid, int32_t first_id, size_t count);
 /* Merge candidate lists (each sorted) of several ranks, N in all, into the best `count`; T = 1. */
 void dm_merge_candidates(dm_context *context, int32_t *ids_N, float *logits_N, size_t N);
-/* Draw from the `count` best candidates. B block sums give Z; complete = 1 if no other token exists. Returns the
- * token's place in the list, or -1 if the candidates cannot decide. *probability gets its share of Z. */
+/* Draw from the `count` best candidates. B block sums give Z (B = 0: not known); complete = 1 if no other token exists.
+ * Returns a place in the list, or -1 if the candidates cannot decide. *probability gets its share of Z, or 0. */
 int64_t dm_sample(dm_context *context, float *probability, const dm_sampling *how, const int32_t *ids_N,
                   const float *logits_N, const float *max_B, const float *sum_B, size_t count, size_t B, int complete);
+/* Change N logits, in this order: add bias_N; where seen_N is not 0, divide a positive one by `repetition`, multiply
+ * another by it; where count_N is not 0, take away presence + frequency * count_N; take away dry_N. */
+void dm_penalize(float *logits_N, const float *bias_N, const int32_t *seen_N, const int32_t *count_N,
+                 const float *dry_N, float repetition, float presence, float frequency, size_t N);
+/* log p of N logits; B block sums at temperature 1 give the mass of all. */
+void dm_log_probabilities(dm_context *context, double *out_N, const float *logits_N, const float *max_B,
+                          const float *sum_B, size_t N, size_t B);
+/* base^exponent for a finite base > 0: below 2^-1022 it is 0, above 2^1023 infinity. */
+double dm_power(double base, double exponent);
 /* Uniform in [0, 1) with 53 bits: Philox4x32-10 keyed by seed, counter (sample_index, position). */
 double dm_uniform(uint64_t seed, uint64_t sample_index, uint64_t position);
 
@@ -323,6 +322,16 @@ int dm_describe_address(char *out, size_t out_bytes, const void *address);
  * unit, writes PMI-1's abort command to the file abort_fd (-1: none), and ends the process; so does a kernel that gets
  * no memory. Any other SIGBUS goes where it went before. Returns 0 with errno set on failure. */
 int dm_catch_bus_errors(const char *before, int delay_ms, int exit_code, int abort_fd);
+
+/* ---- mapped files ahead of their first use ---- */
+
+/* 1 if some page of a run of mapped bytes is not in memory, of which one in every `stride` bytes is looked at: each
+ * look takes 0.4 us. 0 if the system does not tell; to a user who neither owns the file nor may write it, Linux calls
+ * every page present. */
+int dm_is_absent(const void *first, size_t bytes, size_t stride);
+/* Read the pages of a run of bytes and enter them into this process's page table. Returns 0, or an error number: EFAULT
+ * where the file cannot be read (before Linux 5.14 that is a SIGBUS). */
+int dm_populate(const void *first, size_t bytes);
 
 /* ---- measuring the machine (dist-moe bench); all threads work, and the clock runs from start to end ---- */
 

@@ -12,46 +12,54 @@ typedef struct matrix_job {
     int format;
 } matrix_job;
 
-/* Part of a matrix: tiles [from, to). */
+/* Adjacent tiles, of one matrix or of several that follow each other in memory and in the output. */
 typedef struct tile_run {
-    const dm_matrix *matrix;
-    size_t from, to;
+    const uint8_t *packed;
+    size_t rows, out_column;
 } tile_run;
 
-/* The next run of tiles [first, last), numbered through all matrices; 0 at the end. `i` and `start` are the next matrix
- * and the number of its first tile. */
-static int next_run(tile_run *run, size_t *i, size_t *start, const matrix_job *job, size_t first, size_t last) {
-    while (*i < job->matrix_count && *start < last) {
-        const dm_matrix *matrix = &job->matrices[(*i)++];
-        size_t begin = *start, tiles = dm_divide_up(matrix->rows, 16);
-        *start += tiles;
-        size_t from = first > begin ? first - begin : 0;
-        size_t to = last - begin < tiles ? last - begin : tiles;
-        *run = (tile_run){matrix, from, to};
+/* Where a thread is in the list: the next matrix, and the number of its first tile. */
+typedef struct tile_place {
+    size_t matrix, tile;
+} tile_place;
+
+/* The part of the next matrix that lies in tiles [first, last), numbered through all matrices; 0 at the end. */
+static int next_part(tile_run *part, tile_place *place, const matrix_job *job, size_t first, size_t last,
+                     size_t tile_bytes) {
+    while (place->matrix < job->matrix_count && place->tile < last) {
+        const dm_matrix *matrix = &job->matrices[place->matrix++];
+        const size_t begin = place->tile, tiles = dm_divide_up(matrix->rows, 16);
+        place->tile += tiles;
+        const size_t from = first > begin ? first - begin : 0, to = last - begin < tiles ? last - begin : tiles;
+        const size_t end_row = to * 16 < matrix->rows ? to * 16 : matrix->rows;
+        *part = (tile_run){(const uint8_t *)matrix->packed + from * tile_bytes, end_row - from * 16,
+                           matrix->out_column + from * 16};
         if (from < to) return 1;
     }
     return 0;
 }
 
+static int continues(const tile_run *run, const tile_run *part, size_t tile_bytes) {
+    return run->rows % 16 == 0 && part->out_column == run->out_column + run->rows &&
+           part->packed == run->packed + run->rows / 16 * tile_bytes;
+}
+
 static void matmul_tiles(void *argument, size_t first, size_t last, dm_worker *worker) {
     const matrix_job *job = argument;
     void *scratch = dm_scratch(worker, DM_SCRATCH_MATMUL, DM_MATMUL_SCRATCH(job->x->columns));
-    size_t tile_bytes = dm_tile_bytes(job->format, job->x->columns, job->group);
+    const size_t tile_bytes = dm_tile_bytes(job->format, job->x->columns, job->group);
     dm_rows rows = dm_operand_rows(job->x, 0, job->x->columns);
-    size_t i = 0, start = 0;
-    tile_run run, next;
-    int more = next_run(&next, &i, &start, job, first, last);
+    tile_place place = {0};
+    tile_run run, part;
+    int more = next_part(&part, &place, job, first, last, tile_bytes);
     while (more) {
-        run = next;
-        more = next_run(&next, &i, &start, job, first, last);
-        if (more) {
-            dm_prefetch_stream((const uint8_t *)next.matrix->packed + next.from * tile_bytes,
-                               (next.to - next.from) * tile_bytes);
+        run = part;
+        while ((more = next_part(&part, &place, job, first, last, tile_bytes)) && continues(&run, &part, tile_bytes)) {
+            run.rows += part.rows;
         }
-        size_t end_row = run.to * 16 < run.matrix->rows ? run.to * 16 : run.matrix->rows;
-        job->kernels->matmul[job->format](job->out_TR + run.matrix->out_column + run.from * 16,
-                                          (const uint8_t *)run.matrix->packed + run.from * tile_bytes, &rows, job->T,
-                                          end_row - run.from * 16, job->out_stride, job->group, scratch);
+        if (more) dm_prefetch_stream(part.packed, dm_divide_up(part.rows, 16) * tile_bytes);
+        job->kernels->matmul[job->format](job->out_TR + run.out_column, run.packed, &rows, job->T, run.rows,
+                                          job->out_stride, job->group, scratch);
     }
 }
 

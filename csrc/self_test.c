@@ -113,10 +113,15 @@ static void test_choices(test_state *state) {
     hash_bytes(state, max_B, sizeof max_B);
     hash_bytes(state, sum_B, sizeof sum_B);
     dm_top_logits(context, state->ids, state->values, state->y_TD, 1, V, V - 7, 0, V);
-    dm_sampling how = {.temperature = 0.7f, .top_p = 0.9f, .min_p = 0.1f, .seed = 1};
+    dm_sampling how = {.temperature = 0.7f, .top_p = 0.9f, .min_p = 0.1f, .typical_p = 0.8f, .seed = 1};
     int64_t place = dm_sample(context, &probability, &how, state->ids, state->values, max_B + 3, sum_B + 3, V, 3, 1);
     hash_bytes(state, &place, sizeof place);
     hash_bytes(state, &probability, sizeof probability);
+    double surprises[T + 1] = {[T] = dm_power(7.0, 0.6)};
+    dm_log_probabilities(context, surprises, state->values, max_B, sum_B, T, 3);
+    hash_bytes(state, surprises, sizeof surprises);
+    dm_penalize(state->values, state->y_TD, state->ids, state->ids, state->y_TD + V, 1.3f, 0.4f, 0.2f, V);
+    hash_bytes(state, state->values, V * sizeof(float));
 }
 
 uint64_t dm_self_test(dm_context *context) {

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 
 class DistMoeError(Exception):
-    """A planned error: one clear sentence with what, where, expected, actual and what to do."""
+    """A planned error: one clear sentence with what, where, expected, actual and what to do.
+
+    Attributes:
+        exit_code: Of a command that it ends.
+        agreed: All ranks raise it alike, so none waits for another.
+    """
 
     exit_code = 2
+    agreed = False
 
 
 class UsageError(DistMoeError):
@@ -23,6 +29,10 @@ class StoreError(DistMoeError):
 
 class PlaceError(StoreError):
     """A directory in which a store cannot be written; ends with advice that the command completes by naming another."""
+
+
+class TraceMismatch(DistMoeError):
+    """The model does not say what a trace says (exit code 2)."""
 
 
 class EnvironmentMismatch(DistMoeError):

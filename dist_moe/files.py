@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Literal
 
 from dist_moe.errors import UsageError
@@ -62,3 +66,62 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}): check its permissions") from error
+
+
+class NewFile:
+    """A file that appears under its name when it is whole; until then, and after an error, what stood there stays.
+
+    Used as a context manager: leaving it without `commit` removes what was written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Create a temporary file beside `path`.
+
+        Raises:
+            UsageError: Nothing can be written there, or a directory or device stands there.
+        """
+        standing = kind_of(path)
+        if standing not in (None, "file"):
+            raise UsageError(f"{path} is a {standing if standing == 'directory' else 'device or pipe'}: name a file")
+        self._path = path
+        with self._write_errors():
+            self._path = path.resolve()  # a link stays one
+            self._temporary = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}.tmp")
+            self._file = self._temporary.open("xb")
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes; raises UsageError if they cannot be written."""
+        with self._write_errors():
+            self._file.write(data)
+
+    def commit(self, header: bytes = b"") -> None:
+        """Overwrite the first bytes by `header`, sync, and give the file its name; raises UsageError if that fails."""
+        with self._write_errors():
+            self._file.seek(0)
+            self._file.write(header)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._temporary.replace(self._path)
+
+    def __enter__(self) -> NewFile:
+        """Return the file itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove what was not committed."""
+        with contextlib.suppress(OSError):  # a full disk refuses what is still buffered
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise UsageError(
+                f"{self._path}: cannot be written ({reason}): make room or choose another place"
+            ) from error

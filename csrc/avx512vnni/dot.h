@@ -4,6 +4,9 @@
 
 /* A step takes so many tokens and two registers of rows. */
 #define DM_STRIP 2
+#ifndef DM_STRIP_ONE
+#define DM_STRIP_ONE 4
+#endif
 #define DOT_TOKENS_Q4 4
 #define DOT_TOKENS_Q8 4
 

@@ -71,6 +71,24 @@ static void draw(test_run *run, const dm_sampling *how, const int32_t *ids, cons
     output_f32(run, "probability", &probability, 1);
 }
 
+static void run_probabilities(test_run *run, const int32_t *ids, const float *best, const float *max, const float *sum,
+                              size_t N, size_t B) {
+    double *out = buffer(run, N * sizeof(double)), power = dm_power(1.0 + (double)N, 0.7);
+    float *bias = numbers(run, 1, N, NUMBERS_USUAL), *dry = numbers(run, 1, N, NUMBERS_USUAL);
+    float *changed = buffer(run, N * sizeof(float));
+    int32_t *count = buffer(run, N * sizeof(int32_t));
+    dm_log_probabilities(run->context, out, best, max, sum, N, B);
+    output_f64(run, "log probabilities", out, N);
+    output_f64(run, "power", &power, 1);
+    for (size_t i = 0; i < N; i++) {
+        changed[i] = best[i];
+        count[i] = (int32_t)(next_random(run) % 3);
+    }
+    input(run, count, N * sizeof(int32_t));
+    dm_penalize(changed, bias, ids, count, dry, 1.2f, 0.5f, 0.25f, N);
+    output_f32(run, "penalized", changed, N);
+}
+
 void run_sampling(test_run *run) {
     const test_case *one = run->one;
     size_t T = one->T, V = one->rows * one->columns, N = V / 2 + 3, B = dm_divide_up(V, DM_VOCABULARY_BLOCK);
@@ -91,12 +109,15 @@ void run_sampling(test_run *run) {
             dm_sampling how = {.temperature = temperature[t],
                                .top_p = i & 1 ? 0.8f : 1.0f,
                                .min_p = i & 2 ? 0.05f : 0.0f,
+                               .typical_p = (i + t) & 1 ? 0.7f : 1.0f,
                                .top_k = i & 4 ? 5 : 0,
                                .seed = t,
                                .sample_index = i};
             draw(run, &how, ids + t * N, best + t * N, max + t * B, sum + t * B, N, B, N >= valid);
+            draw(run, &how, ids + t * N, best + t * N, max + t * B, sum + t * B, N, 0, N >= valid);
         }
     }
+    run_probabilities(run, ids, best, max, sum, N, B);
     dm_merge_candidates(run->context, ids, best, T * N);
     output_i32(run, "merged ids", ids, T * N);
     output_f32(run, "merged logits", best, T * N);

@@ -86,3 +86,11 @@ void output_f32(test_run *run, const char *what, const float *data, size_t n) {
     trace_output(run->trace, what, bits, n, 4);
     free_buffers_from(run, run->buffer_count - 1);
 }
+
+void output_f64(test_run *run, const char *what, const double *data, size_t n) {
+    uint64_t *bits = buffer(run, n * sizeof *bits);
+    memcpy(bits, data, n * sizeof *bits);
+    for (size_t i = 0; i < n; i++) bits[i] = (bits[i] & INT64_MAX) > 0x7ff0000000000000 ? 0x7ff8000000000000 : bits[i];
+    trace_output(run->trace, what, bits, n, 8);
+    free_buffers_from(run, run->buffer_count - 1);
+}

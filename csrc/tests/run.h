@@ -46,5 +46,6 @@ void output_bytes(test_run *run, const char *what, const void *data, size_t n);
 void output_i32(test_run *run, const char *what, const int32_t *data, size_t n);
 void output_i64(test_run *run, const char *what, const int64_t *data, size_t n);
 void output_f32(test_run *run, const char *what, const float *data, size_t n);
+void output_f64(test_run *run, const char *what, const double *data, size_t n);
 
 #endif

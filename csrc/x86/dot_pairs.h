@@ -15,10 +15,10 @@ DM_INLINE i16v add_product(i16v sum, i32v weights, i32v x) {
 
 DM_INLINE void dot_nibbles(i32v *dot, const group_weights *weights, const int8_t *q, const int32_t *start, size_t n,
                            size_t registers) {
-    i16v sum[8 * DM_STRIP];
+    i16v sum[DOT_REGISTERS];
     for (size_t i = 0; i < n * registers; i++) sum[i] = (i16v){0};
     for (size_t j = 0; j < 8; j++) {
-        i32v weight[DM_STRIP];
+        i32v weight[DM_STRIP_ONE];
         for (size_t r = 0; r < registers; r++) weight[r] = four_weights(&weights[r], j, DM_Q4);
         for (size_t i = 0; i < n; i++) {
             i32v x = four_activations(q + DM_GROUP * i + 4 * j);
@@ -31,10 +31,10 @@ DM_INLINE void dot_nibbles(i32v *dot, const group_weights *weights, const int8_t
 
 DM_INLINE void dot_bytes_by_nibbles(i32v *dot, const group_weights *weights, const int8_t *q, const int32_t *start,
                                     size_t n, size_t registers) {
-    i16v low_sum[8 * DM_STRIP], high_sum[8 * DM_STRIP];
+    i16v low_sum[DOT_REGISTERS], high_sum[DOT_REGISTERS];
     for (size_t i = 0; i < n * registers; i++) low_sum[i] = high_sum[i] = (i16v){0};
     for (size_t j = 0; j < 8; j++) {
-        i32v low[DM_STRIP], high[DM_STRIP];
+        i32v low[DM_STRIP_ONE], high[DM_STRIP_ONE];
         for (size_t r = 0; r < registers; r++) {
             i32v weight = four_weights(&weights[r], j, DM_Q8);
             low[r] = weight & 0x0f0f0f0f;

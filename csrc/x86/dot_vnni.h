@@ -11,7 +11,7 @@ DM_INLINE void dot_tokens(i32v *dot, const group_weights *weights, const int8_t 
                           size_t registers, int format) {
     for (size_t i = 0; i < n * registers; i++) dot[i] = all_i32(start[i / registers]);
     for (size_t j = 0; j < 8; j++) {
-        i32v weight[DM_STRIP];
+        i32v weight[DM_STRIP_ONE];
         for (size_t r = 0; r < registers; r++) weight[r] = four_weights(&weights[r], j, format);
         for (size_t i = 0; i < n; i++) {
             i32v x = four_activations(q + DM_GROUP * i + 4 * j);

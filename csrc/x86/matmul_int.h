@@ -1,8 +1,11 @@
 /* matmul_int.h: q4 and q8 weights by byte dot products: per 32 columns one exact int32 dot product per row, one
  * conversion and one fma (rule 6).
  *
- * The level says how bytes are multiplied: group_weights, load_weights, dot_tokens. Work goes by strips of DM_STRIP
- * registers of rows, which share every load of activations: two tiles of 16 lanes, or the halves of one tile.
+ * The level says how bytes are multiplied: group_weights, load_weights, dot_tokens. Work goes by strips of registers of
+ * rows, which share every load of activations: DM_STRIP of them for several tokens, DM_STRIP_ONE for a single one.
+ *
+ * A strip's tiles lie far apart, each in a run of tiles of its own. One token takes no longer than its weights take to
+ * arrive, and memory delivers a few long runs side by side faster than one (`dist-moe bench` tries that, too).
  *
  * The operand of up to DM_TOKEN_BLOCK tokens is first copied in the order of use:
  *
@@ -15,21 +18,19 @@
 #define DM_X86_MATMUL_INT_H
 
 #define OPERAND_BYTES (DM_GROUP + 8) /* of one token, per 32 columns */
-#define STRIP_TILES (DM_STRIP / DM_PARTS)
 
-/* Each tile's vectors are asked for so far ahead, on into the next tiles (256 to 2048 tried with benchmarks/matmul.py).
- */
-#define PREFETCH_BYTES 768
+/* So far ahead of its vectors each run of tiles is asked for (256 to 4096 tried: benchmarks/matmul.py). */
+#define PREFETCH_BYTES 1024
 
 typedef struct int_job {
     const uint8_t *operand;
     size_t groups, groups_per_scale, scale_bytes, tile_bytes;
+    size_t apart; /* bytes between the tiles of a strip */
 } int_job;
 
-/* The vectors that are asked for next, and how many groups are left in their tile. */
+/* What is asked for next, and up to where. */
 typedef struct prefetcher {
-    const uint8_t *vectors;
-    size_t left;
+    const uint8_t *at, *due;
 } prefetcher;
 
 /* Tokens [first, first + n) in the order of use. */
@@ -52,19 +53,23 @@ DM_INLINE void prefetch(const uint8_t *at, size_t bytes) {
     for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 3);
 }
 
-/* One group of each of the strip's tiles. */
-DM_INLINE void prefetch_group(prefetcher *ahead, const int_job *job, size_t tiles, size_t group_bytes) {
-    for (size_t i = 0; i < tiles; i++) prefetch(ahead->vectors + i * job->tile_bytes, group_bytes);
-    ahead->vectors += group_bytes;
-    if (--ahead->left == 0) {
-        ahead->vectors += tiles * job->tile_bytes - job->groups * group_bytes;
-        ahead->left = job->groups;
+/* So many bytes more of each of the strip's tiles. */
+DM_INLINE void prefetch_more(prefetcher *ahead, const int_job *job, size_t tiles, size_t bytes) {
+    ahead->due += bytes;
+    for (; ahead->at < ahead->due; ahead->at += 64) {
+        for (size_t i = 0; i < tiles; i++) __builtin_prefetch(ahead->at + i * job->apart, 0, 3);
     }
 }
 
+DM_INLINE prefetcher start_prefetch(const uint8_t *packed, const int_job *job, size_t tiles) {
+    prefetcher ahead = {packed, packed};
+    prefetch_more(&ahead, job, tiles, job->scale_bytes + PREFETCH_BYTES);
+    return ahead;
+}
+
 /* Where register r of a strip has its rows, in bytes of vectors or of scales. */
-DM_INLINE size_t strip_offset(size_t r, size_t tile_bytes, size_t register_bytes) {
-    return r / DM_PARTS * tile_bytes + r % DM_PARTS * register_bytes;
+DM_INLINE size_t strip_offset(size_t r, size_t apart, size_t register_bytes) {
+    return r / DM_PARTS * apart + r % DM_PARTS * register_bytes;
 }
 
 /* sum[i][r] += scale[r] * scale_x[i] * (32 columns of register r times token t + i), for n of the operand's tokens. */
@@ -72,7 +77,7 @@ DM_INLINE void group_tokens(f32v *sum, const group_weights *weights, const f32v 
                             size_t t, size_t tokens, size_t n, size_t registers, int format) {
     const int32_t *start = (const int32_t *)operand + t;
     const float *scale_x = (const float *)operand + tokens + t;
-    i32v dot[8 * DM_STRIP];
+    i32v dot[DOT_REGISTERS];
     dot_tokens(dot, weights, (const int8_t *)operand + 8 * tokens + DM_GROUP * t, start, n, registers, format);
     for (size_t i = 0; i < n; i++) {
         for (size_t r = 0; r < registers; r++) {
@@ -87,18 +92,18 @@ DM_INLINE void group_tokens(f32v *sum, const group_weights *weights, const f32v 
 DM_INLINE void int_strip(f32v *sum, const uint8_t *tile, prefetcher *ahead, const int_job *job, size_t tokens,
                          size_t step, size_t registers, int format) {
     const size_t group_bytes = format == DM_Q4 ? 256 : 512, tiles = registers / DM_PARTS;
+    const size_t scale_step = job->scale_bytes / job->groups;
     const uint8_t *vectors = tile + job->scale_bytes, *scales = tile, *operand = job->operand;
     prefetcher next = *ahead;
     size_t left = job->groups_per_scale;
     for (size_t i = 0; i < tokens * registers; i++) sum[i] = (f32v){0};
     for (size_t g = 0; g < job->groups; g++) {
-        group_weights weights[DM_STRIP];
-        f32v scale[DM_STRIP];
-        prefetch_group(&next, job, tiles, group_bytes);
-        for (size_t i = 0; i < tiles; i++) prefetch(scales + (tiles + i) * job->tile_bytes, 1);
+        group_weights weights[DM_STRIP_ONE];
+        f32v scale[DM_STRIP_ONE];
+        prefetch_more(&next, job, tiles, group_bytes + scale_step);
         for (size_t r = 0; r < registers; r++) {
-            load_weights(&weights[r], vectors + strip_offset(r, job->tile_bytes, 4 * DM_LANES), format);
-            scale[r] = widen_f16((const uint16_t *)(scales + strip_offset(r, job->tile_bytes, 2 * DM_LANES)));
+            load_weights(&weights[r], vectors + strip_offset(r, job->apart, 4 * DM_LANES), format);
+            scale[r] = widen_f16((const uint16_t *)(scales + strip_offset(r, job->apart, 2 * DM_LANES)));
         }
         size_t t = 0;
         for (; t + step <= tokens; t += step)
@@ -123,37 +128,33 @@ DM_INLINE void int_strip(f32v *sum, const uint8_t *tile, prefetcher *ahead, cons
     *ahead = next;
 }
 
-DM_INLINE void store_strip(float *out_TR, const f32v *sum, size_t tokens, size_t rows, size_t out_stride,
-                           size_t registers) {
+/* Tile i of the strip has rows [row + i * rows_apart, ...). */
+DM_INLINE void store_strip(float *out_TR, const f32v *sum, size_t tokens, size_t row, size_t rows_apart, size_t rows,
+                           size_t out_stride, size_t registers) {
     for (size_t t = 0; t < tokens; t++) {
-        for (size_t r = 0; r < registers && r * DM_LANES < rows; r++) {
-            size_t row = r * DM_LANES;
-            store_f32_part(out_TR + t * out_stride + row, sum[t * registers + r], rows - row);
+        for (size_t r = 0; r < registers; r++) {
+            size_t at = row + r / DM_PARTS * rows_apart + r % DM_PARTS * DM_LANES;
+            if (at < rows) store_f32_part(out_TR + t * out_stride + at, sum[t * registers + r], rows - at);
         }
     }
 }
 
-/* Asks for the scales of the first tiles and the first PREFETCH_BYTES of their vectors. */
-DM_INLINE prefetcher start_prefetch(const uint8_t *packed, const int_job *job, size_t tiles, size_t group_bytes) {
-    prefetcher ahead = {packed + job->scale_bytes, job->groups};
-    for (size_t i = 0; i < tiles; i++) prefetch(packed + i * job->tile_bytes, job->scale_bytes);
-    for (size_t i = 0; i < PREFETCH_BYTES; i += group_bytes) prefetch_group(&ahead, job, tiles, group_bytes);
-    return ahead;
-}
-
-/* All rows, a strip at a time. */
-DM_INLINE void int_rows(float *out_TR, const uint8_t *packed, const int_job *job, size_t tokens, size_t step,
-                        size_t rows, size_t out_stride, int format) {
+/* All rows, a strip at a time: its tiles come from so many runs of adjacent tiles, which memory delivers faster than
+ * one run. */
+DM_INLINE void int_rows(float *out_TR, const uint8_t *packed, int_job *job, size_t tokens, size_t step, size_t rows,
+                        size_t out_stride, size_t registers, int format) {
     f32v sum[DM_TOKEN_BLOCK * DM_STRIP];
-    prefetcher ahead = start_prefetch(packed, job, STRIP_TILES, format == DM_Q4 ? 256 : 512);
-    size_t row = 0;
-    for (; row + 16 * (STRIP_TILES - 1) < rows; row += 16 * STRIP_TILES) {
-        int_strip(sum, packed + row / 16 * job->tile_bytes, &ahead, job, tokens, step, DM_STRIP, format);
-        store_strip(out_TR + row, sum, tokens, rows - row, out_stride, DM_STRIP);
+    const size_t tiles = dm_divide_up(rows, 16), runs = registers / DM_PARTS, run = tiles / runs;
+    job->apart = run * job->tile_bytes;
+    prefetcher ahead = start_prefetch(packed, job, runs);
+    for (size_t i = 0; i < run; i++) {
+        int_strip(sum, packed + i * job->tile_bytes, &ahead, job, tokens, step, registers, format);
+        store_strip(out_TR, sum, tokens, 16 * i, 16 * run, rows, out_stride, registers);
     }
-    if (row < rows) {
-        int_strip(sum, packed + row / 16 * job->tile_bytes, &ahead, job, tokens, step, DM_PARTS, format);
-        store_strip(out_TR + row, sum, tokens, rows - row, out_stride, DM_PARTS);
+    if (run * runs < tiles) ahead = start_prefetch(packed + run * runs * job->tile_bytes, job, 1);
+    for (size_t i = run * runs; i < tiles; i++) {
+        int_strip(sum, packed + i * job->tile_bytes, &ahead, job, tokens, step, DM_PARTS, format);
+        store_strip(out_TR, sum, tokens, 16 * i, 0, rows, out_stride, DM_PARTS);
     }
 }
 
@@ -171,10 +172,10 @@ DM_INLINE void matmul_int(float *out_TR, const uint8_t *packed, const dm_rows *x
         pack_operand(scratch, x, first, tokens, groups, format == DM_Q4 ? 8 : 128);
         const size_t step = format == DM_Q4 ? DOT_TOKENS_Q4 : DOT_TOKENS_Q8;
         switch (tokens) {
-            case 1: int_rows(out, packed, &job, 1, 1, rows, out_stride, format); break;
-            case 2: int_rows(out, packed, &job, 2, 2, rows, out_stride, format); break;
-            case 3: int_rows(out, packed, &job, 3, 3, rows, out_stride, format); break;
-            default: int_rows(out, packed, &job, tokens, step, rows, out_stride, format);
+            case 1: int_rows(out, packed, &job, 1, 1, rows, out_stride, DM_STRIP_ONE, format); break;
+            case 2: int_rows(out, packed, &job, 2, 2, rows, out_stride, DM_STRIP, format); break;
+            case 3: int_rows(out, packed, &job, 3, 3, rows, out_stride, DM_STRIP, format); break;
+            default: int_rows(out, packed, &job, tokens, step, rows, out_stride, DM_STRIP, format);
         }
     }
 }

@@ -2,6 +2,9 @@
 #ifndef DM_X86_WEIGHTS_H
 #define DM_X86_WEIGHTS_H
 
+/* Dot products at a time: a step of at most 8 tokens, or a single one (the level's dot.h says how many registers). */
+#define DOT_REGISTERS (8 * DM_STRIP > DM_STRIP_ONE ? 8 * DM_STRIP : DM_STRIP_ONE)
+
 DM_INLINE i32v load_vector(const uint8_t *vector) {
     i32v bytes;
     __builtin_memcpy(&bytes, vector, sizeof bytes);

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_moe.checkpoint.gguf_config import gguf_config, require_whole
-from dist_moe.checkpoint.gguf_file import BLOCK, BLOCK_BYTES, RECOPY, GgufFile, values_of
+from dist_moe.checkpoint.gguf_config import gguf_config
+from dist_moe.checkpoint.gguf_file import BLOCK, BLOCK_BYTES, RECOPY, values_of
 from dist_moe.checkpoint.gguf_names import EMBEDDING, LM_HEAD, gguf_locations
+from dist_moe.checkpoint.gguf_parts import GgufParts
 from dist_moe.checkpoint.gguf_text import text_files
 from dist_moe.checkpoint.reader import SAMPLE_BYTES, SAMPLES
 from dist_moe.checkpoint.source import F32, Array, Blocks
@@ -24,7 +25,7 @@ ALL = slice(None)
 
 
 class GgufCheckpoint:
-    """An opened GGUF file: every tensor is known to be there, of the right shape and of a type that can be read.
+    """An opened GGUF model: every tensor is known to be there, of the right shape and of a type that can be read.
 
     Logical names are those of `Checkpoint`.
 
@@ -33,10 +34,9 @@ class GgufCheckpoint:
     """
 
     def __init__(self, path: Path) -> None:
-        """Map and check the file; weights are not read."""
+        """Map and check the file, and those that follow it where it is the first of several; weights are not read."""
         self.path = path
-        self._file = GgufFile(path)
-        require_whole(str(path), self._file.metadata)
+        self._file = GgufParts(path)
         tensors = self._file.tensors
         vocabulary = tensors[EMBEDDING].shape[0] if EMBEDDING in tensors else 1
         self.config = gguf_config(str(path), self._file.metadata, vocabulary, LM_HEAD not in tensors)
@@ -96,11 +96,12 @@ class GgufCheckpoint:
         return text_files(str(self.path), self._file.metadata)
 
     def fingerprint(self) -> str:
-        """A SHA-256 (hex) of the header, the file's size and 16 pages of its tensors; see `Checkpoint.fingerprint`."""
-        file = self._file
-        digest = hashlib.sha256(f"gguf {file.file_bytes} ".encode() + file.bytes_at(0, file.header_bytes))
-        for sample in range(SAMPLES):
-            digest.update(file.bytes_at((file.file_bytes - SAMPLE_BYTES) * sample // (SAMPLES - 1), SAMPLE_BYTES))
+        """A SHA-256 (hex) of each file's header, size and 16 pages of its tensors; see `Checkpoint.fingerprint`."""
+        digest = hashlib.sha256()
+        for file in self._file.files:
+            digest.update(f"gguf {file.file_bytes} ".encode() + file.bytes_at(0, file.header_bytes))
+            for sample in range(SAMPLES):
+                digest.update(file.bytes_at((file.file_bytes - SAMPLE_BYTES) * sample // (SAMPLES - 1), SAMPLE_BYTES))
         return digest.hexdigest()
 
     def _type(self, name: str) -> str:

@@ -9,7 +9,6 @@ import numpy as np
 from dist_moe.checkpoint.fields import Fields
 from dist_moe.checkpoint.hf_config import ARCHITECTURES
 from dist_moe.checkpoint.rope import RopeSettings, Yarn, rope_frequencies
-from dist_moe.errors import CheckpointError
 from dist_moe.model_config import ModelConfig
 
 ARCHITECTURE = "general.architecture"
@@ -119,13 +118,3 @@ def rope_settings(fields: Fields, head_dim: int) -> RopeSettings:
         beta_slow=fields.optional_number("rope.scaling.yarn_beta_slow") or 1.0,
     )
     return RopeSettings(head_dim, theta, yarn)
-
-
-def require_whole(where: str, metadata: Mapping[str, object]) -> None:
-    """Raise CheckpointError if the file is one of several that a model was split into."""
-    count = metadata.get("split.count", 1)
-    if isinstance(count, int) and count > 1:
-        raise CheckpointError(
-            f"{where}: is one of {count} files of a split model; join them first: "
-            "llama-gguf-split --merge FIRST_FILE.gguf WHOLE.gguf"
-        )

@@ -5,11 +5,14 @@ D model dim, H query heads, G kv heads, P head dim, E experts, F expert hidden u
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterator
+from pathlib import Path
 
 from dist_moe.checkpoint.names import Location
 from dist_moe.model_config import ModelConfig
 
+PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")  # one of the files of a split model
 EMBEDDING, LM_HEAD = "token_embd.weight", "output.weight"
 
 
@@ -57,3 +60,9 @@ def mlp(config: ModelConfig, layer: int, source: str) -> Iterator[tuple[str, Loc
     for expert in range(experts):
         for name, shape in shapes.items():
             yield f"experts.{expert}.{name}", Location(f"{source}ffn_{name}_exps.weight", (experts, *shape), expert)
+
+
+def model_name(path: Path) -> str:
+    """What a model is called after its file: the file's name without its ending and without its place among several."""
+    part = PART.fullmatch(path.name)
+    return part[1] if part else path.stem

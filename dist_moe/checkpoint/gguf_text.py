@@ -45,7 +45,8 @@ def text_files(where: str, metadata: Mapping[str, Any]) -> dict[str, bytes]:
         "generation_config.json": generation_config(where, metadata, tokens, kinds),
     }
     found = {name: (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode() for name, value in made.items()}
-    if isinstance(template := metadata.get(TEMPLATE), str):
+    # Beside a file, templates in tokenizer_config.json do not count.
+    if isinstance(template := metadata.get(TEMPLATE), str) and "chat_template" not in made["tokenizer_config.json"]:
         found["chat_template.jinja"] = template.encode()
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -26,6 +27,8 @@ TEXT_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates.json",
     "generation_config.json",
     "config.json",
     "special_tokens_map.json",
@@ -125,11 +128,14 @@ class Checkpoint:
     def text_files(self) -> dict[str, bytes]:
         """The files that exist among those of tokenizer, chat template and generation, and config.json.
 
+        A store has no folders: `additional_chat_templates/*.jinja` become one JSON object, as `text` reads it.
+
         Raises:
+            CheckpointError: A chat template is not UTF-8.
             UsageError: One of them cannot be read.
         """
         names = [name for name in TEXT_FILES if files.is_file(self.path / name)]
-        return {name: files.read_bytes(self.path / name) for name in names}
+        return {**_extra_templates(self.path), **{name: files.read_bytes(self.path / name) for name in names}}
 
     def fingerprint(self) -> str:
         """A SHA-256 (hex) of config.json, every file's name, size and header, and 16 pages of its tensors.
@@ -210,3 +216,15 @@ def widen(values: npt.NDArray[np.generic]) -> F32:
         np.left_shift(values, np.uint32(16), out=bits, dtype=np.uint32)
         return bits.view(np.float32)
     return np.array(values, np.float32, order="C")
+
+
+def _extra_templates(directory: Path) -> dict[str, bytes]:
+    sources = {}
+    for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
+        try:
+            sources[path.stem] = files.read_bytes(path).decode()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path}: cannot be read as text: {error}") from error
+    if not sources:
+        return {}
+    return {"additional_chat_templates.json": (json.dumps(sources, ensure_ascii=False, indent=1) + "\n").encode()}

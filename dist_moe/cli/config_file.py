@@ -26,7 +26,7 @@ else:
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-_NOT_IN_FILES = {"config", "print_config", "help"}
+_NOT_IN_FILES = {"config", "print_config", "help", "legacy"}
 
 
 def option(*names: str, **attributes: Any) -> Callable[[Decorated], Decorated]:
@@ -43,6 +43,13 @@ def flag(name: str, help_text: str) -> Callable[[Decorated], Decorated]:
     return option(spellings, type=YesNo(), default=False, show_default=False, help=help_text)
 
 
+def apply(command: Decorated, decorators: Iterable[Callable[[Any], Any]]) -> Decorated:
+    """The command with some options, in their order."""
+    for decorate in reversed(tuple(decorators)):
+        command = decorate(command)
+    return command
+
+
 def config_options(*commands: str) -> Callable[[Decorated], Decorated]:
     """`--config` and `--print-config`.
 
@@ -52,8 +59,10 @@ def config_options(*commands: str) -> Callable[[Decorated], Decorated]:
 
     def load(context: click.Context, _: click.Parameter, path: str | None) -> str | None:
         if path is not None:
-            known = {str(parameter.name) for parameter in _parameters(context, commands)} - _NOT_IN_FILES
-            entries = read_config(Path(path), known)
+            parameters = _parameters(context, commands)
+            known = {str(parameter.name) for parameter in parameters} - _NOT_IN_FILES
+            lists = {str(parameter.name) for parameter in parameters if getattr(parameter, "multiple", False)}
+            entries = read_config(Path(path), known, lists)
             context.default_map = {_option_name(key): text for key, text in entries.items()}
             context.meta[CONFIG_KEYS] = {_option_name(key): key for key in entries}
         return path
@@ -92,7 +101,7 @@ def warn_of_environment(context: click.Context) -> None:
         click.echo(f"dist-moe: warning: {warning}", err=True)
 
 
-def read_config(path: Path, known: Iterable[str]) -> dict[str, str]:
+def read_config(path: Path, known: Iterable[str], lists: Iterable[str] = ()) -> dict[str, str | list[str]]:
     """A TOML file's options as the strings that the flags would have, under the names that stand in the file.
 
     A table [architecture], which bench --synthetic reads, is passed over.
@@ -100,6 +109,7 @@ def read_config(path: Path, known: Iterable[str]) -> dict[str, str]:
     Args:
         path: The file.
         known: Option names that may stand in it, with underscores.
+        lists: Those that may be given several times: a list of texts, or one.
 
     Raises:
         UsageError: The file cannot be read, is not TOML, or holds an unknown name, a name twice or a table.
@@ -122,7 +132,12 @@ def read_config(path: Path, known: Iterable[str]) -> dict[str, str]:
         if _option_name(key) in seen:
             raise UsageError(f"--config: {path}: {key} is there twice, spelled with - and with _: keep one of them")
         seen.add(_option_name(key))
-    return {key: _as_flag(path, key, value) for key, value in entries.items()}
+    return {
+        key: [_as_flag(path, key, item) for item in (value if isinstance(value, list) else [value])]
+        if _option_name(key) in lists
+        else _as_flag(path, key, value)
+        for key, value in entries.items()
+    }
 
 
 def print_config(context: click.Context, derived: dict[str, tuple[Any, str]]) -> None:
@@ -139,7 +154,7 @@ def print_config(context: click.Context, derived: dict[str, tuple[Any, str]]) ->
         value, origin = context.params[name], origin_of(context, parameter)
         if value is None and name in derived:
             value, origin = derived[name]
-        if value is None:
+        if value is None or value == ():
             words = getattr(parameter, "show_default", None)
             click.echo(f"# {name}: {words if isinstance(words, str) else 'not set'}")
         else:

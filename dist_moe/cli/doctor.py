@@ -14,10 +14,17 @@ from dist_moe.parallel.launcher import detect_launcher
 
 if TYPE_CHECKING:
     from dist_moe.engine.doctor import Report
+    from dist_moe.engine.host_facts import StoreFacts
 
 
 @click.command("doctor")
-@click.option("-m", "--model", metavar="STORE", type=click.Path(path_type=Path), help="A store that is to run here.")
+@click.option(
+    "-m",
+    "--model",
+    metavar="PATH",
+    type=click.Path(path_type=Path),
+    help="A store that is to run here, or the GGUF file or Hugging Face directory that a run would pack first.",
+)
 @click.option(
     "--hostfile",
     metavar="FILE",
@@ -37,13 +44,40 @@ def doctor(context: click.Context, model: Path | None, hostfile: Path | None, cl
     from dist_moe.parallel.hostfile import read_hostfile
 
     hosts = None if hostfile is None else read_hostfile(hostfile)
-    report = examine(detect_launcher(os.environ), cache_directory(), model, hosts, clean)
+    found = None if model is None else _look_at(model)
+    report = examine(detect_launcher(os.environ), cache_directory(), found, hosts, clean)
     if as_json:
         click.echo(json.dumps(report.as_json(), indent=1))
     else:
         for line in _as_text(report):
             click.echo(line)
     context.exit(report.exit_code)
+
+
+def _look_at(path: Path) -> StoreFacts:
+    """A store, or the one that was packed of a model, as it is; else how large the model's store will be."""
+    from dist_moe.checkpoint.source import open_source
+    from dist_moe.cli.models import is_source, packed_directory
+    from dist_moe.engine.host_facts import StoreFacts, look_at_store
+    from dist_moe.errors import DistMoeError
+    from dist_moe.store.carry import default_format
+    from dist_moe.store.layout import weight_files, weight_layout
+    from dist_moe.store.manifest import MANIFEST_NAME
+    from dist_moe.store.plan import StoreOptions, plan_store
+
+    try:
+        if not is_source(path):
+            return look_at_store(path)
+        model = open_source(path)
+        fmt = default_format(model)
+        packed = packed_directory(model, fmt)
+        if (packed / MANIFEST_NAME).is_file():
+            return look_at_store(packed)
+        manifest = plan_store(model, StoreOptions(format=fmt))
+    except DistMoeError as error:
+        return StoreFacts(str(path), error=str(error))
+    packed_bytes = sum(weight_layout(manifest, name).file_bytes for name in weight_files(manifest))
+    return StoreFacts(str(path), packed_bytes=packed_bytes)
 
 
 def _as_text(report: Report) -> Iterator[str]:
@@ -83,5 +117,8 @@ def _host_lines(report: Report, host: str) -> Iterator[str]:
     yield f"  memory    {show_bytes(facts.memory_bytes)} can be taken ({facts.memory_limit})"
     yield f"  /dev/shm  {show_bytes(facts.shared_free_bytes)} of {show_bytes(facts.shared_bytes)} free"
     yield f"  disk      {show_bytes(facts.cache_free_bytes)} free for {facts.cache}"
-    if facts.store is not None:
-        yield f"  store     {facts.store.directory}: {show_bytes(facts.store.present_bytes)} here"
+    store = facts.store
+    if store is not None and store.packed_bytes:
+        yield f"  model     {store.directory}: to be packed into a store of {show_bytes(store.packed_bytes)}"
+    elif store is not None:
+        yield f"  store     {store.directory}: {show_bytes(store.present_bytes)} here"

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 
 PREFIX = "DIST_MOE_"
 SWITCHES = ("DIST_MOE_SHARED_MEMORY", "DIST_MOE_YIELD")
-# Not options: where packed models are kept, the kernels' instruction set, and the build's warnings.
-OTHERS = ("DIST_MOE_CACHE", "DIST_MOE_ISA", "DIST_MOE_WERROR")
+# Not options: where packed models are kept, where a chat's ranks find it, the kernels' instruction set, the build's
+# warnings.
+OTHERS = ("DIST_MOE_CACHE", "DIST_MOE_CHAT_LINE", "DIST_MOE_ISA", "DIST_MOE_WERROR")
 _OF_TESTS = "DIST_MOE_TEST_"
 
 

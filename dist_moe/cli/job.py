@@ -1,48 +1,43 @@
-"""A job on all ranks, from the options to the end: open the model, let rank 0 lead and the others follow."""
+"""A command's job on all ranks, from the options to the end: rank 0 leads an engine, the others follow."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from dist_moe.cli.interrupts import Interrupts
 from dist_moe.cli.logs import start_logging
-from dist_moe.cli.models import ModelSource, find_model, local_store
+from dist_moe.cli.models import ModelSource, find_model
 from dist_moe.cli.options import ModelOptions
-from dist_moe.cli.threads_file import read_threads_file, threads_of_host
-from dist_moe.engine.agreement import agree_on_versions
-from dist_moe.engine.runtime import EngineOptions, Runtime
-from dist_moe.engine.startup import name_bus_errors
+from dist_moe.cli.reading import ReadingProgress
+from dist_moe.cli.shard import ShardProgress
+from dist_moe.cli.threads_file import read_threads_file
+from dist_moe.engine.engine import Engine
+from dist_moe.engine.job import Job
+from dist_moe.engine.opening import Shows
+from dist_moe.engine.questions import TextSide
+from dist_moe.engine.runtime import Runtime
+from dist_moe.engine.settings import Settings
 from dist_moe.errors import DistMoeError
 from dist_moe.kernels import KvFormat
 from dist_moe.model_config import ModelConfig
-from dist_moe.parallel.cores import CoreShare, describe_cores, share_cores, thread_cores
-from dist_moe.parallel.cpu_limits import expected_threads
-from dist_moe.parallel.launcher import Launcher, detect_launcher
-from dist_moe.parallel.lifeline import start_deadline
-from dist_moe.parallel.mpi import abort_channel, end_interrupted
-from dist_moe.parallel.plan import make_plan
-from dist_moe.parallel.watchdog import Watchdog
+from dist_moe.parallel.launcher import Launcher
+from dist_moe.parallel.mpi import end_interrupted
 from dist_moe.parallel.world import AgreedError, UnfinishedStepError, World
-from dist_moe.store.reader import Store
+from dist_moe.store.manifest import Manifest
 
 Options = TypeVar("Options", bound=ModelOptions)
-Made = TypeVar("Made")
-logger = logging.getLogger(__name__)
 
 # What a host may decide for its own ranks; in all else rank 0's options hold everywhere.
 _OWN_OPTIONS = ("threads", "verbose", "log_file")
 
 
 class Task(Protocol):
-    """What rank 0 does with the engine."""
+    """What rank 0 does with a runtime."""
 
     @property
     def context(self) -> int:
@@ -52,19 +47,40 @@ class Task(Protocol):
         """Do it; the other ranks serve meanwhile."""
 
 
+@runtime_checkable
+class EngineTask(Protocol):
+    """What rank 0 does with an engine."""
+
+    @property
+    def context(self) -> int:
+        """Positions that a sequence needs at most."""
+
+    def lead_engine(self, engine: Engine) -> None:
+        """Do it; the other ranks serve meanwhile."""
+
+
+@runtime_checkable
+class StoreChecker(Protocol):
+    """A task that was given something that fits certain stores only."""
+
+    def accept(self, manifest: Manifest, kv: KvFormat) -> None:
+        """Refuse a store that it does not fit; called on rank 0 before the weights are read."""
+
+
 @dataclass(frozen=True)
 class Setting:
-    """What a task is made from: the directory of the model's text files, its sizes, the launcher, and Ctrl-C."""
+    """What a task is made from: the model's text files and sizes, the launcher, and Ctrl-C."""
 
     directory: Path
     config: ModelConfig
     launcher: Launcher
     interrupted: Callable[[], bool]
+    text: TextSide
 
 
 def run_job(
     options: Options,
-    make_task: Callable[[Options, Setting], Task],
+    make_task: Callable[[Options, Setting], Task | EngineTask],
     find: Callable[[Options], ModelSource] = find_model,
 ) -> None:
     """Run one task on all ranks.
@@ -78,123 +94,74 @@ def run_job(
         AgreedError: A planned error on some rank, raised on all ranks alike.
         EnvironmentMismatch: MPI is missing or does not fit the launcher.
     """
-    launcher = detect_launcher(os.environ)
-    with start_deadline(launcher, options.start_timeout, os.environ):
-        world = World.start(launcher, options.threads or expected_threads(launcher))
-        agree_on_versions(world)
+
+    def prepare(world: World) -> float:
+        nonlocal options
         options = _options_of_leader(world, options)
         with world.together("starting the log"):
             start_logging(options.verbose, options.log_file, world.rank, world.hostname)
-            name_bus_errors(world, abort_channel(launcher, os.environ))
-        watchdog = Watchdog(world, launcher, options.stall_timeout)
-    interrupts = Interrupts(leads=world.is_leader, end=lambda: end_interrupted(world.mpi))
+        return options.stall_timeout
+
+    job = Job(options.threads, options.start_timeout, prepare)
+    interrupts = Interrupts(leads=job.world.is_leader, end=lambda: end_interrupted(job.world.mpi))
     try:
-        _run(world, launcher, options, make_task, find, interrupts)
+        table = job.on_leader(lambda: read_threads_file(options.threads_file)) or {}
+        engine = Engine.join(job, settings_of(options, table), lambda: find(options), _shows(options))
+        _run(job, engine, lambda: make_task(options, _setting(job, engine, interrupts)), interrupts)
     finally:
-        watchdog.leave()
+        job.leave()
 
 
-def _run(
-    world: World,
-    launcher: Launcher,
-    options: Options,
-    make_task: Callable[[Options, Setting], Task],
-    find: Callable[[Options], ModelSource],
-    interrupts: Interrupts,
-) -> None:
-    with world.progress.loading():
-        with world.together("reading the model"):
-            source = find(options)
-            config = source.read_config()
-            require_heads(config, world.size)
-        cores = _share_cores(world, launcher, options)
-    task = _on_leader(
-        world, lambda: make_task(options, Setting(source.text_directory(), config, launcher, interrupts.requested))
-    )
-    context = int(world.gather_texts(str(task.context if task else ""))[0])
-    engine = _start_engine(world, source, options, cores, context)
-    if task is None:
-        engine.serve()
-    with interrupts.orderly():
-        _on_leader(world, lambda: _lead(engine, task))
-
-
-def require_heads(config: ModelConfig, ranks: int) -> None:
-    """Refuse more ranks than the model can be cut into, before a long conversion.
-
-    Raises:
-        UsageError: There are more ranks than query heads.
-    """
-    make_plan(
-        heads=config.heads,
-        heads_per_kv_head=config.heads_per_kv_head,
-        vocabulary=config.vocabulary,
-        rank=0,
-        ranks=ranks,
-        layout="whole",
-    )
-
-
-def _share_cores(world: World, launcher: Launcher, options: ModelOptions) -> CoreShare:
-    """This rank's cores and threads: as rank 0's --threads-file says for this host, else as asked, else its share."""
-    table = _on_leader(world, lambda: read_threads_file(options.threads_file)) or {}
-    table = json.loads(world.gather_texts(json.dumps(table))[0])
-    return share_cores(world, launcher, options.bind, threads_of_host(table, world.hostname) or options.threads)
-
-
-def _start_engine(world: World, source: ModelSource, options: ModelOptions, cores: CoreShare, context: int) -> Runtime:
-    directory = local_store(world, source, full_check=options.check == "full")
-    opening_since_s = time.perf_counter()
-    with world.progress.loading(), world.together("opening the store"):
-        store = Store.open(directory)
-    engine_options = EngineOptions(
-        context=context,
-        threads=cores.threads,
+def settings_of(options: ModelOptions, threads_by_host: dict[str, int]) -> Settings:
+    """An engine's settings from a command's options."""
+    return Settings(
+        threads=options.threads,
+        kv=options.kv,
         experts=options.experts,
-        kv=KvFormat.parse(options.kv),
         prefill_chunk=options.prefill_chunk,
+        weights=options.weights,
         check=options.check,
         scrub=options.scrub,
-        copy_weights=options.weights == "copy",
-        bind=thread_cores(world, cores.threads),
+        bind=options.bind,
+        quant=options.quant,
+        stall_timeout_s=options.stall_timeout,
+        start_timeout_s=options.start_timeout,
+        threads_by_host=threads_by_host,
+        rope_scaling=options.rope_scaling,
     )
-    here = f"{cores.threads} threads on {describe_cores(cores.mask)}"
-    logger.info("model %s, %d ranks, %s, MPI %s", directory, world.size, here, world.library)
-    with world.progress.loading():
-        return Runtime(store, world, engine_options, opening_since_s)
 
 
-def _lead(engine: Runtime, task: Task | None) -> None:
-    assert task is not None
-    try:
-        task.lead(engine)
-        engine.finish_scrub()
-    except AgreedError:
-        raise  # the followers have left with it
-    except DistMoeError as error:
-        if engine.busy:
-            raise UnfinishedStepError(error) from error
-        engine.stop()
-        raise
-    engine.stop()
-
-
-def _on_leader(world: World, action: Callable[[], Made]) -> Made | None:
-    """Do something on rank 0 alone; its planned error is every rank's, without a word of rank and host (collective)."""
-    made, error = None, None
-    if world.is_leader:
+def _run(job: Job, engine: Engine, make_task: Callable[[], Task | EngineTask], interrupts: Interrupts) -> None:
+    task = job.on_leader(make_task)
+    accept = task.accept if isinstance(task, StoreChecker) else None
+    engine.load(int(job.of_leader(str(task.context if task else "1"))), accept)
+    with interrupts.orderly():
         try:
-            made = action()
+            engine.lead(lambda _: _lead(engine, task))
         except AgreedError:
+            raise  # the other ranks have left with it
+        except DistMoeError as error:
+            if not error.agreed:
+                raise UnfinishedStepError(error) from error
+            engine.close(finish=False)
             raise
-        except DistMoeError as own:
-            error = own
-    code, text = json.loads(world.gather_texts(json.dumps([error.exit_code, str(error)] if error else [0, ""]))[0])
-    if code and error is None:
-        error = DistMoeError(text)
-        error.exit_code = code
-    world.agree(error, "on rank 0")
-    return made
+        engine.close()
+
+
+def _lead(engine: Engine, task: Task | EngineTask | None) -> None:
+    assert task is not None
+    if isinstance(task, EngineTask):
+        task.lead_engine(engine)
+    else:
+        task.lead(engine.runtime)
+
+
+def _setting(job: Job, engine: Engine, interrupts: Interrupts) -> Setting:
+    return Setting(engine.text.directory, engine.config, job.launcher, interrupts.requested, engine.text)
+
+
+def _shows(options: ModelOptions) -> Shows:
+    return Shows(ShardProgress, None if getattr(options, "quiet", False) else ReadingProgress)
 
 
 def _options_of_leader(world: World, options: Options) -> Options:

@@ -11,13 +11,16 @@ import click
 
 from dist_moe.cli import config_file
 from dist_moe.cli.config_file import option
+from dist_moe.cli.debug_options import debug_options
 from dist_moe.cli.job import Setting, run_job
+from dist_moe.cli.models import find_model
 from dist_moe.cli.npy_rows import NpyRows, require_writable
 from dist_moe.cli.options import LogitsOptions, model_options
+from dist_moe.cli.probes import Probes, make_probes
 from dist_moe.cli.prompt import require_room
 from dist_moe.cli.token_ids import read_ids, require_ids
 from dist_moe.cli.values import PathName
-from dist_moe.engine.runtime import Runtime
+from dist_moe.engine.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class LogitsTask:
 
     ids: list[int]
     output: Path
+    probes: Probes
     interrupted: Callable[[], bool]
 
     @property
@@ -33,10 +37,11 @@ class LogitsTask:
         """One position per token."""
         return len(self.ids)
 
-    def lead(self, engine: Runtime) -> None:
+    def lead_engine(self, engine: Engine) -> None:
         """Stream the rows to the file."""
-        with NpyRows(self.output, engine.config.vocabulary) as rows:
+        with NpyRows(self.output, engine.config.vocabulary) as rows, self.probes.attached(engine.runtime):
             engine.logits(self.ids, rows.append, self.interrupted)
+        self.probes.report()
 
 
 def make_task(options: LogitsOptions, setting: Setting) -> LogitsTask:
@@ -50,7 +55,8 @@ def make_task(options: LogitsOptions, setting: Setting) -> LogitsTask:
     require_room(len(ids), setting.config.max_positions, setting.config.max_positions)
     output = Path(options.output)
     require_writable(output)
-    return LogitsTask(ids, output, setting.interrupted)
+    probes = make_probes(options, setting.config, lambda: find_model(options).name(), "[{}]".format)
+    return LogitsTask(ids, output, probes, setting.interrupted)
 
 
 @click.command()
@@ -72,6 +78,7 @@ def make_task(options: LogitsOptions, setting: Setting) -> LogitsTask:
     show_default=False,
     help="Where the logits go, float32 [tokens, vocabulary]; written under another name until it is whole.",
 )
+@debug_options
 @click.pass_context
 def logits(context: click.Context, /, config: str | None, print_config: bool, **values: Any) -> None:
     """Write the logits at every position of a list of tokens; needs no tokenizer."""

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import click
+import click.shell_completion
 
 from dist_moe.cli.config_file import origin_of, warn_of_environment
 from dist_moe.cli.version import version_lines
@@ -20,12 +21,20 @@ from dist_moe.parallel.launcher import detect_launcher
 # Each command is a function of the same name in a module of the same name.
 COMMANDS = {
     "run": "Continue a text.",
+    "chat": "Talk with a model, alone or on ranks that it starts itself.",
     "logits": "Write the logits at every position of a list of tokens.",
     "shard": "Make a store, in shards for one or more nodes, from a Hugging Face directory.",
+    "routing": "Show how tokens spread over experts and ranks, from what run --routing wrote.",
+    "cache": "List or remove packed models in the cache directory.",
     "bench": "Measure prefill and decode, each as a share of what the machine allows.",
     "inspect": "List what a store or a shard holds, and verify it.",
     "doctor": "Examine this machine, or all hosts of a job: what is wrong, and the fix.",
+    "completion": "Print the script that completes commands and options in a shell.",
 }
+
+
+PROGRAM = "dist-moe"
+COMPLETION_VARIABLE = "_DIST_MOE_COMPLETE"
 
 
 class LazyGroup(click.Group):
@@ -43,6 +52,12 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[click.shell_completion.CompletionItem]:
+        """Names and options of the group, without importing a command."""
+        names = [name for name in COMMANDS if name.startswith(incomplete)]
+        items = [click.shell_completion.CompletionItem(name, help=COMMANDS[name]) for name in names]
+        return items + click.Command.shell_complete(self, ctx, incomplete)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands."""
         with formatter.section("Commands"):
@@ -50,7 +65,7 @@ class LazyGroup(click.Group):
 
 
 def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
-    if wanted:
+    if wanted and not context.resilient_parsing:
         click.echo("\n".join(version_lines()))
         context.exit()
 
@@ -83,10 +98,12 @@ def execute(arguments: Sequence[str]) -> int:
         UsageError: The arguments are wrong; one line says what and where.
         DistMoeError: Any other planned error.
     """
+    if instruction := os.environ.get(COMPLETION_VARIABLE):  # set by the script of `dist-moe completion`
+        return click.shell_completion.shell_complete(cli, {}, PROGRAM, COMPLETION_VARIABLE, instruction)
     with _stdout_of_first_rank():
         try:
             # Not cli.main(): it turns a closed pipe and Ctrl-C into exits of its own, on this rank alone.
-            with cli.make_context("dist-moe", list(arguments)) as context:
+            with cli.make_context(PROGRAM, list(arguments)) as context:
                 cli.invoke(context)
         except click.exceptions.Exit as leaving:
             return leaving.exit_code

@@ -1,72 +1,25 @@
-"""What `-m` names: a store, a model to pack once into the cache directory (Hugging Face, GGUF), or the bundled demo."""
+"""What `-m` names, and the store of it on this host."""
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import os
-from dataclasses import dataclass
 from pathlib import Path
 
-import dist_moe
-from dist_moe import files
-from dist_moe.checkpoint.hf_config import read_hf_config
-from dist_moe.checkpoint.source import is_gguf, open_source
 from dist_moe.cli.options import ModelOptions
 from dist_moe.cli.shard import ShardProgress
-from dist_moe.demo import demo_model_directory
-from dist_moe.errors import DistMoeError, PlaceError, UsageError
-from dist_moe.kernels import WeightFormat
-from dist_moe.model_config import ModelConfig
+from dist_moe.engine import job
 from dist_moe.parallel.world import World
-from dist_moe.store.carry import DEFAULT_FORMAT, conversion_notes, default_format
-from dist_moe.store.convert import convert
-from dist_moe.store.manifest import FORMAT_VERSION, MANIFEST_NAME, NUMERICS_VERSION, PROGRESS_NAME, read_manifest
-from dist_moe.store.plan import StoreOptions, source_name
-from dist_moe.store.synthetic import SyntheticModel, write_synthetic
-from dist_moe.store.verify import check_text_files
-from dist_moe.store.writer import write_errors, write_text
+from dist_moe.store import models
+from dist_moe.store.models import ModelSource, cache_directory, is_source, packed_directory, synthetic_source
 
-# Four bits cost a model as small as the demo visible quality, and save nothing worth having.
-DEMO_FORMAT = WeightFormat.Q8
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """A model before any weight is read; `format` is None for a store, which has its own.
-
-    A `synthetic` model has no weights to read: `directory` is where the store of its random ones is, or will be.
-    """
-
-    path: Path  # a store's or checkpoint's directory, or a GGUF file
-    format: WeightFormat | None
-    synthetic: SyntheticModel | None = None
-    in_cache: bool = True  # of a synthetic model: a damaged store is ours to replace
-
-    def read_config(self) -> ModelConfig:
-        """The model's sizes; a store's small files are checked on the way, before one of them is parsed.
-
-        Raises:
-            StoreError: The store's manifest is damaged or of another version, or its tokenizer's files are damaged.
-            CheckpointError: The checkpoint's config.json or the GGUF file is damaged or of an unsupported model.
-        """
-        if self.synthetic is not None:
-            return self.synthetic.config
-        if self.format is None:
-            manifest = read_manifest(self.path / MANIFEST_NAME)
-            check_text_files(self.path, manifest)
-            return manifest.config
-        return open_source(self.path).config if is_gguf(self.path) else read_hf_config(self.path)
-
-    def text_directory(self) -> Path:
-        """Where tokenizer and generation settings lie; those of a GGUF file are written to the cache directory.
-
-        Raises:
-            CheckpointError: The GGUF file has a tokenizer of another kind.
-            PlaceError: The cache directory cannot be written.
-        """
-        return _write_texts(self.path) if is_gguf(self.path) else self.path
+__all__ = [
+    "ModelSource",
+    "cache_directory",
+    "find_model",
+    "is_source",
+    "local_store",
+    "packed_directory",
+    "synthetic_source",
+]
 
 
 def find_model(options: ModelOptions) -> ModelSource:
@@ -76,125 +29,13 @@ def find_model(options: ModelOptions) -> ModelSource:
         UsageError: The path is none of them, or --quant contradicts the store.
         StoreError: The store's manifest is damaged.
     """
-    wanted = WeightFormat.parse(options.quant) if options.quant else None
-    if options.model is None:
-        return ModelSource(demo_model_directory(), DEMO_FORMAT if wanted is None else wanted)
-    directory = Path(options.model)
-    if files.is_file(directory / MANIFEST_NAME):
-        _require_format(directory, wanted)
-        return ModelSource(directory, None)
-    if files.is_file(directory / PROGRESS_NAME):
-        raise UsageError(
-            f"-m {directory}: this store is incomplete (dist-moe shard was interrupted or is still running): "
-            "repeat its command, it continues where it stopped"
-        )
-    if files.is_file(directory / "config.json"):
-        return ModelSource(directory, DEFAULT_FORMAT if wanted is None else wanted)
-    if is_gguf(directory):
-        return ModelSource(directory, default_format(open_source(directory)) if wanted is None else wanted)
-    found = {None: "does not exist", "directory": "holds neither"}.get(
-        files.kind_of(directory), "is a file that does not begin with GGUF"
-    )
-    raise UsageError(
-        f"-m {directory}: expected a store (with {MANIFEST_NAME}), a GGUF file or a Hugging Face directory (with "
-        f"config.json), but it {found}"
-    )
-
-
-def cache_directory() -> Path:
-    """Where packed models are kept: $DIST_MOE_CACHE, else $XDG_CACHE_HOME/dist-moe, else ~/.cache/dist-moe.
-
-    Raises:
-        UsageError: There is none of them.
-    """
-    if own := os.environ.get("DIST_MOE_CACHE"):
-        return Path(own)
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "dist-moe"
-    try:
-        return Path.home() / ".cache" / "dist-moe"
-    except RuntimeError as error:
-        raise UsageError("there is no home directory to keep the packed model in: set DIST_MOE_CACHE") from error
+    return models.find_model(options.model, options.quant)
 
 
 def local_store(world: World, source: ModelSource, *, full_check: bool) -> Path:
-    """The store of a model on this host; one rank of each node packs it if need be, the others sleep (collective).
+    """The store of a model on this host; packing shows its progress (collective).
 
     Raises:
         AgreedError: Some node could not pack it.
     """
-    if source.format is None:
-        return source.path
-    directory, error = Path(), None
-    if world.local_rank == 0:
-        try:
-            options = StoreOptions(
-                format=source.format, wait=True, replace_damaged=source.in_cache, full_check=full_check
-            )
-            directory = _packed(source, options, shows_progress=world.node == 0)
-        except DistMoeError as own:
-            error = own
-    world.sleep_until_all()
-    world.agree(error, "packing the model")
-    return Path(world.gather_texts(str(directory))[world.node_of_rank.index(world.node)])
-
-
-def synthetic_source(model: SyntheticModel, fmt: WeightFormat, directory: str | None) -> ModelSource:
-    """A model of random weights, kept in `directory` or, if that is None, in the cache directory.
-
-    Raises:
-        UsageError: There is no cache directory.
-    """
-    if directory is not None:
-        return ModelSource(Path(directory), fmt, model, in_cache=False)
-    return ModelSource(_cached(model.name, fmt.label, _versions(model.fingerprint())), fmt, model)
-
-
-def _packed(source: ModelSource, options: StoreOptions, *, shows_progress: bool) -> Path:
-    with ShardProgress(quiet=not shows_progress) as progress:
-        try:
-            if source.synthetic is not None:
-                write_synthetic(source.synthetic, source.path, options, progress)
-                return source.path
-            model = open_source(source.path)
-            key = f"{source.path.resolve()}\n{_versions(model.fingerprint())}"
-            directory = _cached(source_name(source.path), options.format.label, key)
-            for line in conversion_notes(model, options.format, options.group_size):
-                logger.info("%s: %s", source.path, line)
-            convert(model, directory, options, progress)
-        except PlaceError as error:
-            other = "set DIST_MOE_CACHE to another directory" if source.in_cache else "choose another --synthetic-dir"
-            raise PlaceError(f"{error} or {other}") from error
-    return directory
-
-
-def _write_texts(source: Path) -> Path:
-    model = open_source(source)
-    key = f"{source.resolve()}\n{model.fingerprint()}\n{dist_moe.__version__}"
-    directory = _cached(source_name(source), "text", key)
-    with write_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    for name, text in model.text_files().items():
-        if not files.is_file(directory / name) or files.read_bytes(directory / name) != text:
-            write_text(directory, name, text)
-    return directory
-
-
-def _cached(name: str, what: str, key: str) -> Path:
-    return cache_directory() / f"{name}-{what}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-
-
-def _versions(fingerprint: str) -> str:
-    """What decides a packed model's bytes, apart from its format."""
-    return f"{fingerprint}\n{FORMAT_VERSION} {NUMERICS_VERSION} {StoreOptions.group_size}"
-
-
-def _require_format(store: Path, wanted: WeightFormat | None) -> None:
-    if wanted is None:
-        return
-    found = read_manifest(store / MANIFEST_NAME).format
-    if found != wanted:
-        raise UsageError(
-            f"--quant {wanted.label}: {store} is a store of {found.label} weights, which a run does not change: "
-            "leave --quant out, or give what it was made from"
-        )
+    return job.local_store(world, source, full_check=full_check, show=ShardProgress)

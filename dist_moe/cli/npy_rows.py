@@ -26,6 +26,21 @@ def require_writable(path: Path) -> None:
     NpyRows(path, 0).discard()
 
 
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn the system's refusals to write a file into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"{path}: cannot be written ({reason}): make room or choose another place") from error
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new name in the same directory, for what becomes `path` when it is whole."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
 class NpyRows:
     """A float32 array [rows, columns] whose number of rows is known only at the end.
 
@@ -43,12 +58,12 @@ class NpyRows:
             what = "a directory" if standing == "directory" else "a device or pipe"
             raise UsageError(f"{path} is {what}: give the name of a .npy file")
         self._path = path
-        with self._write_errors():
+        with write_errors(path):
             path = self._path = path.resolve()  # a link stays one
         self._columns = columns
         self._rows = 0
-        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        with self._write_errors():
+        self._temporary = temporary_beside(path)
+        with write_errors(path):
             self._file = self._temporary.open("xb")
             self._write_header()
 
@@ -56,7 +71,7 @@ class NpyRows:
         """Write rows [n, columns] behind those written so far; raises UsageError if they cannot be."""
         rows_TV = np.ascontiguousarray(rows_TV, dtype="<f4")
         assert rows_TV.shape[1:] == (self._columns,), rows_TV.shape
-        with self._write_errors():
+        with write_errors(self._path):
             self._file.write(rows_TV.tobytes())
         self._rows += len(rows_TV)
 
@@ -78,7 +93,7 @@ class NpyRows:
             self.discard()
             return
         try:
-            with self._write_errors(), self._file:
+            with write_errors(self._path), self._file:
                 self._file.seek(0)
                 self._write_header()
                 self._file.flush()
@@ -87,17 +102,6 @@ class NpyRows:
         except UsageError:
             self.discard()
             raise
-
-    @contextlib.contextmanager
-    def _write_errors(self) -> Iterator[None]:
-        """Turn the system's errors into one sentence."""
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or error
-            raise UsageError(
-                f"{self._path}: cannot be written ({reason}): make room or choose another place"
-            ) from error
 
     def _write_header(self) -> None:
         # NumPy pads the header so that the first dimension can grow without moving the data.

@@ -6,14 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from dist_moe.cli.config_file import config_options, flag, option
-from dist_moe.cli.values import Number, OneOf, PathName, Whole
+from dist_moe.cli.config_file import apply, config_options, flag, option
+from dist_moe.cli.context_options import ContextOptions, rope_scaling_option
+from dist_moe.cli.debug_options import DebugOptions
+from dist_moe.cli.sampling_options import Continuations, SamplingChoices
+from dist_moe.cli.values import Number, OneOf, PathName, SomeText, Whole
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-COMMANDS_WITH_CONFIG = ("run", "logits", "bench")
+COMMANDS_WITH_CONFIG = ("run", "chat", "logits", "bench")
 DEFAULT_MAX_TOKENS = 256
-LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -35,30 +37,30 @@ class ModelOptions:
     weights: Literal["mapped", "copy"]
     verbose: int
     log_file: str | None
+    rope_scaling: str | None
 
 
 @dataclass(frozen=True)
-class RunOptions(ModelOptions):
-    """`dist-moe run`. At most one of the three prompts is set."""
+class RunOptions(ModelOptions, SamplingChoices, Continuations, DebugOptions, ContextOptions):
+    """`dist-moe run`. At most one of the three prompts is set; `trace` and `greedy` come from the legacy form."""
 
     prompt: str | None
     prompt_file: str | None
     prompt_ids: str | None
     max_tokens: int
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    seed: int
     ignore_eos: bool
+    stop: tuple[str, ...]
     ctx: int | None
     logits: str | None
     json: bool
     quiet: bool
+    show_tokens: bool
+    greedy: bool = False
+    trace: str | None = None
 
 
 @dataclass(frozen=True)
-class LogitsOptions(ModelOptions):
+class LogitsOptions(ModelOptions, DebugOptions):
     """`dist-moe logits`."""
 
     ids: str
@@ -142,8 +144,8 @@ def model_options(command: Decorated) -> Decorated:
         ),
         flag(
             "--scrub",
-            "Recompute the checksums of the mapped weights in idle time (of a chat, say), and at the end those that no "
-            "idle time was found for; names a flipped byte's file and unit.",
+            "Recompute the checksums of the weights, mapped or copied, in idle time (of a chat, say), and at the end "
+            "those that no idle time was found for; names a flipped byte's file and unit.",
         ),
         option(
             "--weights",
@@ -182,9 +184,10 @@ def model_options(command: Decorated) -> Decorated:
             show_default=False,
             help="Log there instead of stderr, each line with its rank; %r in the name becomes the rank.",
         ),
+        rope_scaling_option(),
         config_options(*COMMANDS_WITH_CONFIG),
     )
-    return _apply(command, decorators)
+    return apply(command, decorators)
 
 
 def prompt_options(command: Decorated) -> Decorated:
@@ -209,6 +212,8 @@ def prompt_options(command: Decorated) -> Decorated:
         option(
             "-n",
             "--max-tokens",
+            "-s",
+            "--steps",
             type=Whole(min=1, max=2**31 - 1),
             default=DEFAULT_MAX_TOKENS,
             help="Tokens to generate at most.",
@@ -217,49 +222,19 @@ def prompt_options(command: Decorated) -> Decorated:
             "--ctx",
             type=Whole(min=1, max=2**31 - 1),
             show_default="prompt + max tokens, at most the model's maximum",
-            help="Positions of the context; at its end the finish reason is `length`.",
+            help="Positions of the context; at its end the finish reason is `context`.",
         ),
         flag("--ignore-eos", "Go on past the tokens that end a text."),
-    )
-    return _apply(command, decorators)
-
-
-def sampling_options(command: Decorated) -> Decorated:
-    """How tokens are drawn."""
-    from_model = "the model's generation_config.json, else {}"
-    decorators = (
         option(
-            "--temperature",
-            type=Number(0, 100),
-            show_default=from_model.format("0"),
-            help="0 takes the best token (greedy); higher is more random.",
-        ),
-        option(
-            "--top-k",
-            type=Whole(min=0, max=2**31 - 1),
-            show_default=from_model.format("0"),
-            help="Draw from the k best tokens; 0 is off.",
-        ),
-        option(
-            "--top-p",
-            type=Number(0, 1),
-            show_default=from_model.format("1"),
-            help="Draw from the best tokens that reach this probability; 1 is off.",
-        ),
-        option(
-            "--min-p",
-            type=Number(0, 1),
-            show_default=from_model.format("0"),
-            help="Leave out tokens less probable than this share of the best one's; 0 is off.",
-        ),
-        option(
-            "--seed",
-            type=Whole(min=0, max=LARGEST_SEED),
-            default=0,
-            help="Of the random numbers: the same seed gives the same text, on any number of ranks.",
+            "--stop",
+            type=SomeText(),
+            multiple=True,
+            metavar="TEXT",
+            show_default=False,
+            help="End before this text, which is not printed; \\n is a new line. Can be given several times.",
         ),
     )
-    return _apply(command, decorators)
+    return apply(command, decorators)
 
 
 def output_options(command: Decorated) -> Decorated:
@@ -274,11 +249,6 @@ def output_options(command: Decorated) -> Decorated:
         ),
         flag("--json", "Print one JSON object at the end: text, ids, finish_reason, usage, timings."),
         flag("--quiet", "Print the generated text alone: neither the prompt before it nor the summary."),
+        flag("--show-tokens", 'Print a line [id] -> "piece" for each token of prompt and answer, then the text.'),
     )
-    return _apply(command, decorators)
-
-
-def _apply(command: Decorated, decorators: tuple[Callable[[Any], Any], ...]) -> Decorated:
-    for decorate in reversed(decorators):
-        command = decorate(command)
-    return command
+    return apply(command, decorators)

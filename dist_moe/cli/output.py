@@ -8,8 +8,9 @@ import click
 
 from dist_moe.cli.options import RunOptions
 from dist_moe.cli.prompt import Prompt
-from dist_moe.cli.summary import as_json, summary_lines
-from dist_moe.engine.request import Completion
+from dist_moe.cli.summary import as_json, ending, summary_lines
+from dist_moe.cli.token_lines import token_line
+from dist_moe.engine.pieces import Piece, Result
 from dist_moe.engine.statistics import EngineStatistics
 from dist_moe.errors import UsageError
 from dist_moe.text.tokenizer import Tokenizer
@@ -18,51 +19,56 @@ from dist_moe.text.tokenizer import Tokenizer
 class Output:
     """The printed side of one run. Text goes to stdout, the summary to stderr."""
 
-    def __init__(self, options: RunOptions, tokenizer: Tokenizer | None, stop_ids: frozenset[int]) -> None:
+    def __init__(self, options: RunOptions, tokenizer: Tokenizer | None) -> None:
         """Prepare an empty text.
 
         Args:
             options: `json` and `quiet` decide what is printed.
             tokenizer: None prints ids instead of text.
-            stop_ids: Tokens that end the text without being part of it.
         """
         self._options = options
-        self._stream = tokenizer.stream() if tokenizer else None
-        self._stop_ids = stop_ids
+        self._tokenizer = tokenizer
         self._pieces: list[str] = []
         self._tokens = 0
 
     def begin(self, prompt: Prompt) -> None:
-        """Print the text that is continued."""
-        if not (self._options.json or self._options.quiet):
+        """Print the text that is continued, or its tokens one by one."""
+        if self._options.show_tokens and not self._options.json:
+            for token in () if self._options.quiet else prompt.ids:
+                _print(token_line(self._tokenizer, token) + "\n")
+        elif not (self._options.json or self._options.quiet):
             _print(prompt.text)
 
-    def token(self, _: int, token: int) -> None:
-        """Print what a token adds (the engine's callback)."""
-        if self._stream is None:
-            self._emit(f",{token}" if self._tokens else str(token))
-        elif token not in self._stop_ids:
-            self._emit(self._stream.push(token))
-        self._tokens += 1
+    def piece(self, piece: Piece) -> None:
+        """Print what a step adds."""
+        for token in piece.ids:
+            if self._options.show_tokens and not self._options.json:
+                _print(token_line(self._tokenizer, token) + "\n")
+            if self._tokenizer is None:
+                self._emit(f",{token}" if self._tokens else str(token))
+            self._tokens += 1
+        self._emit(piece.text)
 
-    def end(self, prompt: Prompt, completion: Completion, statistics: EngineStatistics) -> None:
-        """Print what is left of the text, and the summary."""
-        if self._stream is not None:
-            self._emit(self._stream.finish())
+    def end(self, prompt: Prompt, result: Result, statistics: EngineStatistics) -> None:
+        """Print the end of the text, and the summary."""
         text = "".join(self._pieces)
+        if self._options.show_tokens and not self._options.json:
+            _print("\n" + ("" if self._options.quiet else prompt.text) + text)
         if self._options.json:
-            found = as_json(prompt.ids, completion, text if self._stream else None, statistics)
+            found = as_json(result, text if self._tokenizer else None, statistics)
+            if self._options.show_tokens:
+                found["tokens"] = [token_line(self._tokenizer, token) for token in (*prompt.ids, *result.ids)]
             _print(json.dumps(found, ensure_ascii=False) + "\n")
             return
         if not text.endswith("\n"):
             _print("\n")
         if not self._options.quiet:
-            for line in summary_lines(statistics):
+            for line in (*summary_lines(statistics), ending(result)):
                 click.echo(line, err=True)
 
     def _emit(self, piece: str) -> None:
         self._pieces.append(piece)
-        if piece and not self._options.json:
+        if piece and not (self._options.json or self._options.show_tokens):
             _print(piece)
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from dist_moe.engine.request import Completion
+from dist_moe.engine.pieces import Result
 from dist_moe.engine.statistics import EngineStatistics
 
 
 def summary_lines(statistics: EngineStatistics) -> list[str]:
     """A run's speed in two lines: load, prefill and decode; then where a token's time went."""
     figures = timings(statistics)
+    reused = f" ({statistics.reused_tokens} reused)" if statistics.reused_tokens else ""
     tokens = max(1, statistics.prefill_tokens + statistics.decode_tokens)
     return [
-        f"load {statistics.load_s:.2f} s | prefill {statistics.prefill_tokens} tokens, "
+        f"load {statistics.load_s:.2f} s | prefill {statistics.prefill_tokens} tokens{reused}, "
         f"{figures['prefill_tokens_per_s']:.1f} tokens/s | decode {statistics.decode_tokens} tokens, "
         f"{figures['decode_tokens_per_s']:.1f} tokens/s",
         f"per token: compute {figures['compute_ms_per_token']:.2f} ms, "
@@ -35,22 +37,31 @@ def timings(statistics: EngineStatistics) -> dict[str, float]:
         "waiting_ms_per_token": statistics.waiting_s / tokens * 1e3,
         "exchange_ms_per_token": statistics.exchange_s / tokens * 1e3,
         "sent_bytes": statistics.sent_bytes,
+        "prefill_tokens": statistics.prefill_tokens,
+        "reused_tokens": statistics.reused_tokens,
     }
 
 
-def as_json(
-    prompt_ids: tuple[int, ...], completion: Completion, text: str | None, statistics: EngineStatistics
-) -> dict[str, Any]:
+def ending(result: Result) -> str:
+    """Why a text ended, in one line."""
+    stop = f" {json.dumps(result.stop, ensure_ascii=False)}" if result.stop is not None else ""
+    return f"finish reason: {result.finish_reason}{stop}"
+
+
+def as_json(result: Result, text: str | None, statistics: EngineStatistics) -> dict[str, Any]:
     """A finished run as one JSON object; `text` is null for a model without a tokenizer."""
+    usage = result.usage
     return {
         "text": text,
-        "ids": completion.ids,
-        "finish_reason": completion.finish_reason,
-        "error": completion.error,
+        "ids": list(result.ids),
+        "finish_reason": result.finish_reason,
+        "stop": result.stop,
+        "error": result.error,
         "usage": {
-            "prompt_tokens": len(prompt_ids),
-            "completion_tokens": len(completion.ids),
-            "total_tokens": len(prompt_ids) + len(completion.ids),
+            "prompt_tokens": usage.prompt_tokens,
+            "reused_tokens": usage.reused_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.total_tokens,
         },
         "timings": {name: _six_digits(value) for name, value in timings(statistics).items()},
     }

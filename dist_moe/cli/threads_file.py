@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
+from dist_moe.engine.opening import threads_of_host
+from dist_moe.engine.settings import MOST_THREADS
 from dist_moe.errors import UsageError
 
 if sys.version_info >= (3, 11):
@@ -13,7 +14,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-MOST_THREADS = 1024
+__all__ = ["read_threads_file", "threads_of_host"]
 
 
 def read_threads_file(path: str | None) -> dict[str, int]:
@@ -38,9 +39,3 @@ def read_threads_file(path: str | None) -> dict[str, int]:
                 f"found {threads!r}{hint}"
             )
     return entries
-
-
-def threads_of_host(table: Mapping[str, int], host: str) -> int | None:
-    """The entry of a host: by its whole name, else by the part before the first dot, on either side."""
-    short = {name.partition(".")[0]: threads for name, threads in table.items()}
-    return table.get(host) or table.get(host.partition(".")[0]) or (short.get(host) if "." not in host else None)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+import click.shell_completion
 from click.core import ParameterSource
 
 if TYPE_CHECKING:
     TextChoice = click.Choice[str]
 else:
     TextChoice = click.Choice  # generic since click 8.2
+
+_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 
 # In a context's `meta`: how the config file spells each option that stands in it.
 CONFIG_KEYS = "dist_moe.config_keys"
@@ -66,6 +70,22 @@ class WholeList(click.types.StringParamType):
         return ",".join(str(int(part)) for part in parts)
 
 
+class SomeText(click.types.StringParamType):
+    """A text of at least one character, see `unescape`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check."""
+        text = super().convert(value, param, ctx)
+        if not text:
+            refuse("a text of at least one character", value, param, ctx)
+        return text
+
+
+def unescape(text: str) -> str:
+    r"""A text in which \n, \r, \t and \\ stand for the characters that a shell makes hard to write."""
+    return re.sub(r"\\([nrt\\])", lambda found: _ESCAPES[found[1]], text)
+
+
 def numbers(text: str) -> tuple[int, ...]:
     """The numbers of a `WholeList`, each once, in their order."""
     return tuple(dict.fromkeys(int(part) for part in text.split(",")))
@@ -108,6 +128,12 @@ class PathName(click.types.StringParamType):
         if "\0" in name:
             refuse(self._expected, name, param, ctx)
         return name
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[click.shell_completion.CompletionItem]:
+        """Let the shell complete names of files."""
+        return [click.shell_completion.CompletionItem(incomplete, type="file")]
 
     def fail(self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None) -> NoReturn:
         """Raise."""

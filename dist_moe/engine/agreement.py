@@ -21,7 +21,7 @@ from dist_moe.store.manifest import NUMERICS_VERSION, Manifest
 from dist_moe.store.reader import Store
 
 # What ranks say to each other: to be raised when an order, a step, an exchange or a record changes.
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class StartRecord(Versions):
     known_answers: str = compared("known answers", 16, _SAME_BITS, ("isa",))
     kv: str = compared("KV", 8, _SAME_OPTIONS)
     context: int = compared("context", 0, _SAME_OPTIONS)
+    resident: int = compared("resident positions", 0, _SAME_OPTIONS)
     prefill_chunk: int = compared("prefill chunk", 0, _SAME_OPTIONS)
     experts: str = compared("experts", 16, _SAME_OPTIONS)
     check: str = compared("check", 8, _SAME_OPTIONS)
@@ -90,6 +91,7 @@ def own_record(store: Store, kernels: Kernels, library: str, options: EngineOpti
         known_answers=f"{kernels.self_test():016x}",
         kv=options.kv.label,
         context=options.context,
+        resident=options.resident_positions,
         prefill_chunk=options.prefill_chunk,
         experts=options.experts,
         check=options.check,

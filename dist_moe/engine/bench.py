@@ -17,9 +17,9 @@ import numpy as np
 
 from dist_moe.engine.bench_bound import Machine, StepWork, Work, step_work
 from dist_moe.engine.bench_machine import Measurement, ReadSpeed, order_argument, read_speed
-from dist_moe.engine.request import SamplingOptions, describe_fault
+from dist_moe.engine.request import Completion, Request, describe_fault
 from dist_moe.engine.runtime import Runtime
-from dist_moe.engine.sampling import draw_token
+from dist_moe.engine.sampling import Sampler
 from dist_moe.errors import DistMoeError, Interrupted
 from dist_moe.kernels import NO_FAULT, KvFormat
 from dist_moe.model.step import Slice, Step
@@ -123,6 +123,7 @@ class Bench:
         """
         self._engine = engine
         self._crew = engine.crew
+        self._greedy = Sampler(Request((0,), 1))
         self._plan = plan
         self._shown = shown
         self._interrupted = interrupted
@@ -256,10 +257,9 @@ class Bench:
                 f"random tokens overflow this model: {describe_fault(fault, self._engine.config.layers)}"
             )
         for row, candidates in enumerate(result.candidates):
-            draw_token(
+            self._greedy.draw(
                 self._engine.kernels,
-                SamplingOptions(),
-                0,
+                Completion(),
                 candidates,
                 lambda row=row: self._crew.fetch_row(row),  # type: ignore[misc]
                 self._vocabulary,

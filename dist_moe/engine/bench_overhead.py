@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from dist_moe.engine.crew import Crew
-from dist_moe.engine.request import SamplingOptions
-from dist_moe.engine.sampling import draw_token
+from dist_moe.engine.request import Completion, Request
+from dist_moe.engine.sampling import Sampler
 from dist_moe.engine.worker import Worker
 from dist_moe.kernels import Kernels, KvFormat
 from dist_moe.model.step import Slice, Step
@@ -106,14 +106,8 @@ def _decode(model: Transformer, crew: Crew, position: int) -> float:
     started_s = time.perf_counter()
     part = Slice(0, position, (position % _VOCABULARY,))
     result = crew.run(Step((part,), (0,), (0.0,), False, _VOCABULARY))
-    draw_token(
-        model.kernels,
-        SamplingOptions(),
-        position,
-        result.candidates[0],
-        lambda: crew.fetch_row(0),
-        _VOCABULARY,
-    )
+    sampler = Sampler(Request((0,), 1))
+    sampler.draw(model.kernels, Completion(), result.candidates[0], lambda: crew.fetch_row(0), _VOCABULARY)
     return time.perf_counter() - started_s
 
 

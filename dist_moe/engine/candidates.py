@@ -24,7 +24,7 @@ CANDIDATES = 256
 class Candidates:
     """The best tokens of one row, best first, and every block's maximum and sum of exponentials.
 
-    `complete`: no other token may be drawn.
+    `complete`: no other token may be drawn. `unit_sum_B` has the sums at temperature 1, where they were asked for.
     """
 
     ids_C: npt.NDArray[np.int32]
@@ -32,6 +32,7 @@ class Candidates:
     max_B: Floats
     sum_B: Floats
     complete: bool
+    unit_sum_B: Floats | None = None
 
 
 class CandidateExchange:
@@ -63,6 +64,7 @@ class CandidateExchange:
         valid_vocabulary: int,
         fault_N: npt.NDArray[np.int32],
         layer: int,
+        unit_sums: bool = False,
     ) -> list[Candidates] | None:
         """Send this rank's candidates to rank 0.
 
@@ -72,12 +74,13 @@ class CandidateExchange:
             valid_vocabulary: Ids from here on are masked.
             fault_N: Gets the faults found in the logits.
             layer: What to name such a fault's layer.
+            unit_sums: Send the sums at temperature 1, too.
 
         Returns:
             One entry per row on rank 0, None elsewhere.
         """
         N, C, B = len(logits_Nv), self._count, self._max_blocks
-        message = np.zeros((N, 2 * C + 2 * B), dtype=np.int32)
+        message = np.zeros((N, 2 * C + (2 + unit_sums) * B), dtype=np.int32)
         if self._own:
             first_id = self._own.start * VOCABULARY_BLOCK
             part = local_candidates(
@@ -88,6 +91,10 @@ class CandidateExchange:
             message[:, C : 2 * C] = part.logits_NC.view(np.int32)
             message[:, 2 * C : 2 * C + b] = part.max_Nb.view(np.int32)
             message[:, 2 * C + B : 2 * C + B + b] = part.sum_Nb.view(np.int32)
+            if unit_sums:
+                ones, valid = (1.0,) * N, max(0, valid_vocabulary - first_id)
+                _, unit_sum_Nb = block_sums(self._kernels, logits_Nv, ones, valid, fault_N, layer)
+                message[:, 2 * C + 2 * B : 2 * C + 2 * B + b] = unit_sum_Nb.view(np.int32)
         else:
             message[:, :C] = -1
         gathered = self._exchange.gather_equal(message)
@@ -101,15 +108,19 @@ class CandidateExchange:
         present = ids >= 0
         ids, logits = np.ascontiguousarray(ids[present]), np.ascontiguousarray(logits[present])
         self._kernels.merge_candidates(ids, logits)
-        maxima = [words[r, 2 * C : 2 * C + len(own)] for r, own in enumerate(self._blocks)]
-        sums = [words[r, 2 * C + B : 2 * C + B + len(own)] for r, own in enumerate(self._blocks)]
+        # Behind the candidates: maxima, sums, and sums at temperature 1 if there are any.
+        parts = [
+            np.concatenate([words[r, at : at + len(own)] for r, own in enumerate(self._blocks)]).view(np.float32)
+            for at in range(2 * C, words.shape[1], B)
+        ]
         # Only the best C are certain: a rank's next one, not sent, may beat what follows them.
         return Candidates(
             ids_C=ids[:C],
             logits_C=logits[:C],
-            max_B=np.concatenate(maxima).view(np.float32),
-            sum_B=np.concatenate(sums).view(np.float32),
+            max_B=parts[0],
+            sum_B=parts[1],
             complete=min(valid_vocabulary, self._vocabulary) <= C,
+            unit_sum_B=parts[2] if len(parts) > 2 else None,
         )
 
 

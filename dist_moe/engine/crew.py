@@ -11,6 +11,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
+from dist_moe.engine.kv_transfer import RowsSink, RowsSource
 from dist_moe.engine.worker import RowSink, StepResult, Worker
 from dist_moe.model.step import Step
 from dist_moe.parallel.exchange import HEADER_WORDS, Exchange
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Order(IntEnum):
-    """What a header asks the followers to do; header[1] is its argument."""
+    """What a header asks the followers to do; header[1] and header[2] are its arguments."""
 
     STEP = 1  # run the step whose words follow; argument: how many words
     FETCH = 2  # gather the whole logits of a row of the last step; argument: the row
@@ -33,6 +34,9 @@ class Order(IntEnum):
     COMPARE = 5  # compare the hashes of what all ranks hold alike
     SCRUB = 6  # finish the first pass over the mapped weights, then compare
     MEASURE = 7  # what bench asks of all ranks at once; argument: what and how much
+    SAVE = 8  # show rank 0 K and V of a sequence; arguments: its name, how many positions
+    RESTORE = 9  # take K and V of a new sequence from rank 0; arguments likewise
+    SAY = 10  # return the text that follows from follow(); argument: its bytes in UTF-8
 
 
 # Where an order begins, for the watchdog; a scrub takes as long as the weights are large.
@@ -106,6 +110,18 @@ class Crew:
         assert ranks_Wn is not None
         return ranks_Wn
 
+    def save(self, sequence: int, positions: int, sink: RowsSink) -> None:
+        """Fetch K and V of a sequence from all ranks; see KvTransfer.gather."""
+        with self._working(Order.SAVE):
+            self._post(Order.SAVE, sequence, positions)
+            self._worker.kv.gather(sequence, positions, sink)
+
+    def restore(self, sequence: int, positions: int, source: RowsSource) -> None:
+        """Give all ranks K and V of a new sequence; see KvTransfer.scatter."""
+        with self._working(Order.RESTORE):
+            self._post(Order.RESTORE, sequence, positions)
+            self._worker.kv.scatter(sequence, positions, source)
+
     def compare(self) -> None:
         """Compare the ranks; see Health.compare."""
         with self._working(Order.COMPARE):
@@ -118,6 +134,13 @@ class Crew:
             self._post(Order.SCRUB)
             self._worker.health.finish_scrub()
 
+    def say(self, text: str) -> None:
+        """Let the followers return with a text."""
+        data = np.frombuffer(text.encode(), np.uint8).copy()
+        with self._working(Order.SAY):
+            self._post(Order.SAY, len(data))
+            self._exchange.broadcast(data)
+
     def stop(self) -> None:
         """Let the followers return."""
         with self._working(Order.STOP):
@@ -125,15 +148,22 @@ class Crew:
 
     # ---- the other ranks ----
 
-    def follow(self) -> None:
-        """Do what rank 0 orders until it stops."""
+    def follow(self) -> str | None:
+        """Do what rank 0 orders until it says something, which is returned, or stops."""
         while True:
             self._exchange.wait_step(self._header)
             order, argument = Order(int(self._header[0])), int(self._header[1])
             if order is Order.STOP:
-                return
+                return None
             with self._working(order):
+                if order is Order.SAY:
+                    return self._hear(argument)
                 self._obey(order, argument)
+
+    def _hear(self, length: int) -> str:
+        data = np.empty(length, np.uint8)
+        self._exchange.broadcast(data)
+        return data.tobytes().decode()
 
     def _obey(self, order: Order, argument: int) -> None:
         if order is Order.STEP:
@@ -148,6 +178,10 @@ class Crew:
             self._worker.health.finish_scrub()
         elif order is Order.MEASURE:
             self._measure(argument)
+        elif order is Order.SAVE:
+            self._worker.kv.gather(argument, int(self._header[2]), None)
+        elif order is Order.RESTORE:
+            self._worker.kv.scatter(argument, int(self._header[2]), None)
 
     # ---- all ranks ----
 
@@ -165,8 +199,8 @@ class Crew:
         self._progress.end()
         self.busy = False
 
-    def _post(self, order: Order, argument: int = 0) -> None:
-        self._header[:2] = (order, argument)
+    def _post(self, order: Order, argument: int = 0, second: int = 0) -> None:
+        self._header[:3] = (order, argument, second)
         self._exchange.post_step(self._header)
 
     def _receive(self, count: int) -> npt.NDArray[np.int64]:

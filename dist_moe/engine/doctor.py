@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_moe.engine.findings import Finding, findings_of_hosts, shared_memory
-from dist_moe.engine.host_facts import HostFacts, collect_facts
+from dist_moe.engine.host_facts import HostFacts, StoreFacts, collect_facts
 from dist_moe.engine.leftovers import Leftovers, find_leftovers, remove_files
 from dist_moe.engine.startup import open_exchange
 from dist_moe.errors import EnvironmentMismatch
@@ -60,13 +60,15 @@ class Report:
         }
 
 
-def examine(launcher: Launcher, cache: Path, store: Path | None, hostfile: Hostfile | None, clean: bool) -> Report:
+def examine(
+    launcher: Launcher, cache: Path, store: StoreFacts | None, hostfile: Hostfile | None, clean: bool
+) -> Report:
     """Look at every rank's machine; collective. The report is whole on rank 0, its exit code right on all ranks.
 
     Args:
         launcher: Who started this process.
         cache: Where packed models are kept.
-        store: A store that is to run, or None.
+        store: What is to run, as this host has it, or None.
         hostfile: The hosts that are to run it, or None.
         clean: Remove the files that killed jobs left.
 

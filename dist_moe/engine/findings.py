@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dist_moe.engine.host_facts import HostFacts
+from dist_moe.engine.host_facts import HostFacts, StoreFacts
 from dist_moe.engine.record import show_bytes
 from dist_moe.parallel.cores import CoreShare, describe_cores
 from dist_moe.parallel.mpi import library_family
@@ -163,6 +163,7 @@ def _store(ranks: Sequence[HostFacts]) -> Iterator[Finding]:
         for damage in store.damaged:
             fix = "copy the file again, or repeat dist-moe shard"
             yield Finding("wrong", "store", f"{host}: {store.directory}: {damage}", fix)
+        yield from _packing(next(facts for facts in ranks if facts.host == host), store)
         memory_bytes = next(facts.memory_bytes for facts in ranks if facts.host == host)
         if 0 < memory_bytes < store.present_bytes:
             yield Finding(
@@ -186,6 +187,19 @@ def _store(ranks: Sequence[HostFacts]) -> Iterator[Finding]:
             f"copy it there{f' from {holders[0]}' if holders else ' from the machine that made the store'}, or repeat "
             "the dist-moe shard command there",
         )
+
+
+def _packing(facts: HostFacts, model: StoreFacts) -> Iterator[Finding]:
+    """Room for the store that the first run makes of a model."""
+    if not model.packed_bytes:
+        return
+    what = (
+        f"{facts.host}: {model.directory} is packed into the cache directory {facts.cache} by its first run, which "
+        f"takes about {show_bytes(model.packed_bytes)} there; {show_bytes(facts.cache_free_bytes)} are free"
+    )
+    short = facts.cache_free_bytes < model.packed_bytes
+    fix = "free some, set DIST_MOE_CACHE to a directory with room, or pack it elsewhere with dist-moe shard"
+    yield Finding("wrong" if short else "note", "disk", what, fix if short else "")
 
 
 def _places(group: Iterable[HostFacts]) -> str:

@@ -29,13 +29,17 @@ _FEATURES = "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_vnni avx512
 
 @dataclass(frozen=True)
 class StoreFacts:
-    """A store as this host has it: why it cannot be read at all, or the files that are missing or of a wrong size."""
+    """A store as this host has it: why it cannot be read at all, or the files that are missing or of a wrong size.
+
+    Or what a store is made from: then `packed_bytes` is about what that takes in the cache directory, else 0.
+    """
 
     directory: str
     error: str = ""
     missing: tuple[str, ...] = ()
     damaged: tuple[str, ...] = ()
     present_bytes: int = 0
+    packed_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,13 +85,13 @@ class HostFacts:
         return cls(store=None if store is None else StoreFacts(**_tuples(store)), **_tuples(values))
 
 
-def collect_facts(launcher: Launcher, cache: Path, store: Path | None) -> HostFacts:
+def collect_facts(launcher: Launcher, cache: Path, store: StoreFacts | None) -> HostFacts:
     """Look at this machine; starts no MPI.
 
     Args:
         launcher: Who started this process.
         cache: Where packed models are kept.
-        store: A store to look at, or None.
+        store: What `look_at_store` found, or None.
     """
     memory = available_memory()
     place = _existing(cache)
@@ -121,11 +125,12 @@ def collect_facts(launcher: Launcher, cache: Path, store: Path | None) -> HostFa
         cache=str(cache),
         cache_free_bytes=_space(place)[1],
         cache_writable=os.access(place, os.W_OK | os.X_OK),
-        store=None if store is None else _store_facts(store),
+        store=store,
     )
 
 
-def _store_facts(directory: Path) -> StoreFacts:
+def look_at_store(directory: Path) -> StoreFacts:
+    """Compare a store's files with its manifest, by size."""
     try:
         manifest = read_store_manifest(directory)
     except StoreError as error:

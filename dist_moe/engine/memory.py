@@ -23,6 +23,9 @@ from dist_moe.store.units import UnitKind, chunks_per_expert, unit_bytes
 
 logger = logging.getLogger(__name__)
 
+# Of the memory that is left for routed experts; the rest is for what a run picks of the other layers.
+_FILLED_SHARE = 0.8
+
 
 @dataclass(frozen=True)
 class MemoryNeed:
@@ -99,6 +102,23 @@ def check_memory(
     for line in slow if world.is_leader else ():
         logger.warning("%s", line)
     return needs
+
+
+def layers_with_room(world: World, need: MemoryNeed, records: Sequence[StartRecord], layers: int) -> int:
+    """Of how many layers the routed experts stay in memory once they are read: all, or somewhat less than have room.
+
+    Args:
+        world: All ranks.
+        need: Of this rank's host, as `check_memory` found it.
+        records: What the ranks reported, by rank.
+        layers: Of the model.
+    """
+    mates = [record for record, node in zip(records, world.node_of_rank, strict=True) if node == world.node]
+    available_bytes = min(record.available_bytes for record in mates)
+    if available_bytes == 0 or available_bytes >= need.full_bytes:
+        return layers
+    routed_bytes = need.full_bytes - need.least_bytes
+    return int(_FILLED_SHARE * layers * (available_bytes - need.least_bytes) / routed_bytes)
 
 
 def host_need(manifest: Manifest, plans: Sequence[Plan], threads: Sequence[int], demand: Demand) -> MemoryNeed:

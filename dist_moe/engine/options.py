@@ -14,6 +14,8 @@ class EngineOptions:
     `context`: positions of a sequence at most. `experts`: auto, whole, sliced or shared. `isa` None: the best level.
     `check`: "full" recomputes the checksums of all weights first, "fast" leaves it at what opening the store did.
     `scrub`: recompute those of mapped weights in idle time, too. `bind`: a core for each thread (`parallel.cores`).
+    `resident`: positions of K and V that sequences may hold together, finished ones too, for prompts that begin like
+    them; None: one context, which a single sequence may need anyway; 0: nothing outlives its sequence.
     `copy_weights`: into each rank's own memory, huge pages where there are any, instead of reading the mapped files.
     """
 
@@ -27,8 +29,14 @@ class EngineOptions:
     scrub: bool = False
     bind: tuple[int, ...] | None = None
     copy_weights: bool = False
+    resident: int | None = None
 
     @property
     def layout(self) -> str:
         """The layout of experts to choose: of copied weights no rank wants all chunks, which dealing them out takes."""
         return "whole" if self.copy_weights and self.experts == "auto" else self.experts
+
+    @property
+    def resident_positions(self) -> int:
+        """Positions that running and finished sequences may hold together before finished ones are dropped."""
+        return 0 if self.resident == 0 else max(self.context, self.resident or 0)

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 
 import numpy as np
 import numpy.typing as npt
 
 from dist_moe.engine.agreement import agree_on, log_records, own_record
+from dist_moe.engine.beam_search import BeamSearch
+from dist_moe.engine.beams import BeamOptions
 from dist_moe.engine.crew import Crew
-from dist_moe.engine.memory import Demand, check_memory
+from dist_moe.engine.generation import Drawn, Generation
+from dist_moe.engine.leader import Leader
+from dist_moe.engine.loading import load_model
 from dist_moe.engine.options import EngineOptions
-from dist_moe.engine.request import Completion, Request, describe_fault
-from dist_moe.engine.sampling import draw_token
-from dist_moe.engine.schedule import Part, Schedule
+from dist_moe.engine.prefix_index import PrefixIndex
+from dist_moe.engine.prompt_cache import PromptCache
+from dist_moe.engine.read_ahead import ReadProgress
+from dist_moe.engine.request import Completion, Request, check_prompt, describe_fault
+from dist_moe.engine.schedule import Part, Schedule, count_tokens
 from dist_moe.engine.scrub import start_scrub
 from dist_moe.engine.startup import agreed, choose_layout, open_exchange
 from dist_moe.engine.statistics import Clock, EngineStatistics, summarize
-from dist_moe.engine.verification import verify_together
+from dist_moe.engine.text_logits import text_logits
 from dist_moe.engine.worker import RowSink, StepResult, Worker
-from dist_moe.errors import DistMoeError, Interrupted, UsageError
 from dist_moe.kernels import NO_FAULT, Kernels
-from dist_moe.model.step import MAX_LOGIT_ROWS, Slice, Step
-from dist_moe.model.transformer import Transformer
+from dist_moe.model.step import MAX_LOGIT_ROWS
 from dist_moe.parallel.cores import may_spin
 from dist_moe.parallel.plan import Plan, make_plan
 from dist_moe.parallel.world import World
@@ -39,7 +44,12 @@ class Runtime:
     """A model that is ready to run on all ranks of a world."""
 
     def __init__(
-        self, store: Store, world: World, options: EngineOptions, loading_since_s: float | None = None
+        self,
+        store: Store,
+        world: World,
+        options: EngineOptions,
+        loading_since_s: float | None = None,
+        on_reading: ReadProgress | None = None,
     ) -> None:
         """Map the weights and agree with the other ranks; collective.
 
@@ -48,6 +58,7 @@ class Runtime:
             world: All ranks.
             options: How to run.
             loading_since_s: When loading began, on the perf_counter clock, for the statistics; None is now.
+            on_reading: Told (bytes done, bytes in all) while this rank's weights are read from the disk or copied.
 
         Raises:
             AgreedError: Some rank cannot take part; raised on all ranks alike.
@@ -67,23 +78,20 @@ class Runtime:
         exchange = open_exchange(world, spin, os.environ)
         self.layout = agreed(world, "start", lambda: choose_layout(store, exchange, options.layout))
         plans = agreed(world, "start", lambda: [self._plan(rank, world.size) for rank in range(world.size)])
-        copy = options.copy_weights
-        demand = Demand(options.kv, options.context, self._step_tokens, copy)
-        check_memory(world, store.manifest, plans, demand, records)
-        if options.check == "full":
-            verify_together(world, store)
-        self.model = agreed(
-            world,
-            "load",
-            lambda: Transformer(store, plans[world.rank], exchange, self.kernels, options.kv, self._step_tokens, copy),
-        )
-        self._scrubber = start_scrub(world, store, plans[world.rank]) if options.scrub else None
+        self.model = load_model(exchange, store, plans, self.kernels, options, self._step_tokens, records, on_reading)
+        self._scrubber = start_scrub(world, self.model.weights, plans[world.rank]) if options.scrub else None
         worker = Worker(self.model, exchange, world.size, self._scrubber)
         self._crew = Crew(worker, exchange, self._step_tokens, self._measure)
-        self._next_sequence = 0
-        self._released: tuple[int, ...] = ()
-        self._clock = Clock()
+        self._prefixes = PrefixIndex(options.resident_positions)
+        self.prompt_cache = PromptCache(self._crew, self._prefixes, store.manifest, options.kv)
+        self._clock = Clock(self.model.stopwatch)
+        self._leader = Leader(self._crew, self.kernels, self._prefixes, self._clock, options, self.config)
         self._load_s = time.perf_counter() - started_s
+
+    @property
+    def context(self) -> int:
+        """Positions of a sequence at most."""
+        return self._options.context
 
     @property
     def crew(self) -> Crew:
@@ -96,13 +104,20 @@ class Runtime:
         return self._crew.busy
 
     def serve(self) -> None:
-        """Follow rank 0 until it stops; on the other ranks.
+        """Follow rank 0 until it stops; on the other ranks. Errors as of `generate`."""
+        while self.follow() is not None:
+            pass
 
-        Raises:
-            AgreedError: As `generate`.
-        """
-        self._crew.follow()
-        self._close()
+    def follow(self) -> str | None:
+        """Follow rank 0 until it says something, which is returned, or stops; errors as of `generate`."""
+        text = self._crew.follow()
+        if text is None:
+            self._close()
+        return text
+
+    def say(self, text: str) -> None:
+        """Let the other ranks return from `follow` with a text; on rank 0 alone."""
+        self._crew.say(text)
 
     def stop(self) -> None:
         """Let the followers return from serve(); on rank 0 alone."""
@@ -144,31 +159,45 @@ class Runtime:
             UsageError: An empty prompt, an id beyond the vocabulary, or a prompt longer than the context.
             AgreedError: A rank holds other numbers than the others, or found damaged weights; raised on all ranks.
         """
+        generation = self.start(requests, valid_vocabulary)
+        with closing(generation.steps()) as steps:
+            for drawn in steps:
+                if on_token is not None:
+                    for token in drawn:
+                        on_token(*token)
+                if interrupted():
+                    generation.interrupt()
+        return generation.completions
+
+    def start(self, requests: Sequence[Request], valid_vocabulary: int | None = None) -> Generation:
+        """Check and queue sequences to continue, for who pulls their steps one by one; on rank 0 alone.
+
+        Args and errors as of `generate`; those that steps meet are raised by the generation.
+        """
         for request in requests:
-            self._check_prompt(request.prompt_ids)
-        valid = self.config.vocabulary if valid_vocabulary is None else min(valid_vocabulary, self.config.vocabulary)
+            check_prompt(request.prompt_ids, self._options.context, self.config)
+        valid = self._valid_vocabulary(valid_vocabulary)
         schedule = Schedule(
             requests,
-            self._next_sequence,
+            self._prefixes.new_sequences(len(requests)),
             context=self._options.context,
             step_tokens=self._step_tokens,
             prefill_chunk=self._options.prefill_chunk,
+            prefixes=self._prefixes,
         )
-        self._next_sequence += len(requests)
+        return Generation(schedule, lambda: self._steps(schedule, valid))
+
+    def beam_search(
+        self,
+        request: Request,
+        options: BeamOptions,
+        valid_vocabulary: int | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> list[Completion]:
+        """The continuations of the highest score, best first; on rank 0 alone. See BeamSearch; errors as `generate`."""
+        search = BeamSearch(self._leader, request, options, self._valid_vocabulary(valid_vocabulary))
         self._compare_after_idling()
-        try:
-            while parts := schedule.next_parts():
-                with self._clock.step(*_count_tokens(parts)):
-                    result = self._crew.run(schedule.step(parts, valid, self._take_released()))
-                    for part in parts:
-                        self._take(schedule, part, result, valid, on_token)
-                if interrupted():
-                    schedule.interrupt()
-                self._released += schedule.take_released()
-            self._crew.compare()
-        finally:
-            self._released += schedule.abandon()
-        return schedule.completions
+        return search.run(interrupted)
 
     def logits(self, ids: Sequence[int], sink: RowSink, interrupted: Callable[[], bool] = lambda: False) -> None:
         """Compute the logits at every position of a text; on rank 0 alone.
@@ -184,20 +213,9 @@ class Runtime:
             DistMoeError: A NaN or overflow in the model.
             AgreedError: As `generate`.
         """
-        self._check_prompt(ids)
+        check_prompt(ids, self._options.context, self.config)
         self._compare_after_idling()
-        sequence, self._next_sequence = self._next_sequence, self._next_sequence + 1
-        try:
-            for first in range(0, len(ids), self._options.prefill_chunk):
-                chunk = Slice(sequence, first, tuple(ids[first : first + self._options.prefill_chunk]))
-                with self._clock.step(len(chunk.ids), 0):
-                    result = self._crew.run(self._logits_step(chunk), sink)
-                if interrupted():
-                    raise Interrupted(f"interrupted after {first + len(chunk.ids)} of {len(ids)} tokens")
-                self._refuse_faults(result, first)
-            self._crew.compare()
-        finally:
-            self._released += (sequence,)
+        text_logits(self._leader, ids, sink, interrupted)
 
     # ---- start ----
 
@@ -211,19 +229,26 @@ class Runtime:
             layout=self.layout,
         )
 
-    def _check_prompt(self, ids: Sequence[int]) -> None:
-        if not ids:
-            raise UsageError("the prompt has no tokens: give at least one")
-        if len(ids) > self._options.context:
-            raise UsageError(
-                f"the prompt has {len(ids)} tokens, the context {self._options.context}: shorten it or raise --ctx "
-                f"(the model allows {self.config.max_positions})"
-            )
-        beyond = next((i for i in ids if not 0 <= i < self.config.vocabulary), None)
-        if beyond is not None:
-            raise UsageError(f"token id {beyond} is outside the model's vocabulary: 0 to {self.config.vocabulary - 1}")
-
     # ---- steps ----
+
+    def _valid_vocabulary(self, wanted: int | None) -> int:
+        return self.config.vocabulary if wanted is None else min(wanted, self.config.vocabulary)
+
+    def _steps(self, schedule: Schedule, valid: int) -> Generator[Drawn, None, None]:
+        """Run steps until all requests are finished; yields the tokens of each, (index of the request, token id)."""
+        self._compare_after_idling()
+        try:
+            while parts := schedule.next_parts():
+                drawn: Drawn = []
+                with self._clock.step(*count_tokens(parts)):
+                    result = self._crew.run(schedule.step(parts, valid))
+                    for part in parts:
+                        self._take(schedule, part, result, valid, drawn)
+                yield drawn
+            self._crew.compare()
+        finally:
+            schedule.abandon()
+            self._clock.reused_tokens += sum(completion.reused_tokens for completion in schedule.completions)
 
     def _compare_after_idling(self) -> None:
         """What was found in idle time ends the job before it spoils an answer."""
@@ -240,29 +265,7 @@ class Runtime:
         if self._scrubber is not None:
             self._scrubber.close()
 
-    def _refuse_faults(self, result: StepResult, first_position: int) -> None:
-        fault = int(result.fault_T.min())
-        if fault != NO_FAULT:
-            position = first_position + int(result.fault_T.argmin())
-            raise DistMoeError(f"position {position}: {describe_fault(fault, self.config.layers)}")
-
-    def _take_released(self) -> tuple[int, ...]:
-        released, self._released = self._released, ()
-        return released
-
-    def _logits_step(self, chunk: Slice) -> Step:
-        return Step(
-            slices=(chunk,),
-            logit_rows=tuple(range(len(chunk.ids))),
-            temperatures=(),
-            full_logits=True,
-            valid_vocabulary=self.config.vocabulary,
-            released=self._take_released(),
-        )
-
-    def _take(
-        self, schedule: Schedule, part: Part, result: StepResult, valid: int, on_token: TokenCallback | None
-    ) -> None:
+    def _take(self, schedule: Schedule, part: Part, result: StepResult, valid: int, drawn: Drawn) -> None:
         """Book one part of a finished step: its fault, or its next token."""
         active, request = part.active, part.active.request
         active.cached += part.count
@@ -273,27 +276,14 @@ class Runtime:
         if part.row is None:
             return
         row = part.row
-        token = draw_token(
-            self.kernels,
-            request.sampling,
-            active.length,
-            result.candidates[row],
-            lambda: self._crew.fetch_row(row),
-            valid,
-        )
         completion = active.completion
-        completion.ids.append(token)
+        token = active.sampler.draw(
+            self.kernels, completion, result.candidates[row], lambda: self._crew.fetch_row(row), valid
+        )
         if request.on_logits is not None:
             request.on_logits(result.full_logits[row])
-        if on_token is not None:
-            on_token(active.index, token)
+        drawn.append((active.index, token))
         if token in request.stop_ids:
             schedule.finish(active, "stop")
         elif len(completion.ids) == active.limit:
-            schedule.finish(active, "length")
-
-
-def _count_tokens(parts: Sequence[Part]) -> tuple[int, int]:
-    """Prompt tokens and decoded tokens of a step."""
-    prompt = sum(part.count for part in parts if part.active.prefilling)
-    return prompt, sum(part.count for part in parts) - prompt
+            schedule.finish(active, "length" if active.limit == request.max_tokens else "context")

@@ -1,4 +1,4 @@
-"""--scrub: the checksums of this rank's mapped weights, recomputed while nothing else is to be done."""
+"""--scrub: the checksums of this rank's weights, recomputed while nothing else is to be done."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 
 from dist_moe.engine.verification import share_of_rank
 from dist_moe.errors import StoreError
+from dist_moe.model.weights import ModelWeights
 from dist_moe.parallel.plan import Plan
 from dist_moe.parallel.world import World
 from dist_moe.store.checksum import RunningChecksum
+from dist_moe.store.private_copy import PrivateCopy
 from dist_moe.store.reader import Store
 from dist_moe.store.sealed import Sealed
 from dist_moe.store.units import UnitKind, chunks_per_expert
@@ -25,6 +28,7 @@ _SETTLED_S = 0.05
 # Of one core, while idle.
 _SHARE_OF_CORE = 0.01
 _NICE = 19
+_COPY_ADVICE = "check this host's memory (dmesg, a memory test) and start again"
 
 
 class Scrubber:
@@ -88,7 +92,8 @@ class Scrubber:
                     running.update(piece)
                     yield len(piece)
                 if running.value() != sealed.checksum:
-                    self.damage = StoreError(f"{sealed.damage(running.value())}; {ADVICE}")
+                    advice = _COPY_ADVICE if sealed.copied else ADVICE
+                    self.damage = StoreError(f"{sealed.damage(running.value())}; {advice}")
                     return
             self.passes += 1
 
@@ -107,12 +112,23 @@ class Scrubber:
             pause_s = (time.monotonic() - started_s) / _SHARE_OF_CORE
 
 
-def start_scrub(world: World, store: Store, plan: Plan) -> Scrubber:
-    """Begin to scrub what this rank computes with, in idle time; collective."""
+def start_scrub(world: World, weights: ModelWeights, plan: Plan) -> Scrubber:
+    """Begin to scrub what this rank computes with, mapped or copied, in idle time; collective."""
+    store, copy = weights.store, weights.copy
     part, parts = share_of_rank(world, str(store.directory.resolve()))
-    scrubber = Scrubber(lambda: own_units(store, plan, part, parts))
+    mapped = partial(own_units, store, plan, part, parts)
+    scrubber = Scrubber(mapped if copy is None else partial(own_copies, store, copy, part, parts))
     scrubber.start()
     return scrubber
+
+
+def own_copies(store: Store, copy: PrivateCopy, part: int, parts: int) -> Iterator[Sealed]:
+    """What one rank holds a copy of, and of what it does not copy its part, as `own_units` has it."""
+    copied = set()
+    for sealed in copy.sealed():
+        copied.add(sealed.tensor)
+        yield sealed
+    yield from (sealed for sealed in store.sealed_common()[part::parts] if sealed.tensor not in copied)
 
 
 def own_units(store: Store, plan: Plan, part: int, parts: int) -> Iterator[Sealed]:

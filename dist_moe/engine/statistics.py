@@ -10,23 +10,28 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dist_moe.model.stopwatch import Part, Stopwatch
+
 
 @dataclass
 class Clock:
     """Tokens and seconds that rank 0 counted.
 
-    A step's time counts as prefill if it has prompt tokens, else as decode.
+    A step's time counts as prefill if it has prompt tokens, else as decode. `stopwatch` divides it further.
     """
 
+    stopwatch: Stopwatch
     prefill_tokens: int = 0
     prefill_s: float = 0.0
     decode_tokens: int = 0
     decode_s: float = 0.0
     steps: int = 0
+    reused_tokens: int = 0
 
     @contextmanager
     def step(self, prompt_tokens: int, decoded_tokens: int) -> Iterator[None]:
         """Count a step and the time until the block's end."""
+        self.stopwatch.start()
         started_s = time.perf_counter()
         yield
         elapsed_s = time.perf_counter() - started_s
@@ -37,6 +42,8 @@ class Clock:
             self.prefill_s += elapsed_s
         else:
             self.decode_s += elapsed_s
+        self.stopwatch.mark(Part.SAMPLING)
+        self.stopwatch.finish(prompt_tokens, decoded_tokens)
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class EngineStatistics:
 
     Seconds per rank in steps are split in three: `exchange_s` is what the rank that waited least spent in collectives,
     `waiting_s` is what the others spent there beyond that (mean over ranks), `compute_s` is the rest (mean).
-    `sent_bytes` is the sum over ranks.
+    `sent_bytes` is the sum over ranks. `reused_tokens` of prompts were not computed; `prefill_tokens` were.
     """
 
     load_s: float
@@ -58,6 +65,7 @@ class EngineStatistics:
     waiting_s: float
     exchange_s: float
     sent_bytes: int
+    reused_tokens: int = 0
 
 
 def summarize(load_s: float, clock: Clock, ranks_R3: npt.NDArray[np.float64]) -> EngineStatistics:
@@ -81,4 +89,5 @@ def summarize(load_s: float, clock: Clock, ranks_R3: npt.NDArray[np.float64]) ->
         waiting_s=float(collective_s.mean()) - exchange_s,
         exchange_s=exchange_s,
         sent_bytes=int(sent_bytes.sum()),
+        reused_tokens=clock.reused_tokens,
     )

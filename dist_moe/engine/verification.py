@@ -25,7 +25,7 @@ def verify_together(world: World, store: Store) -> int:
         AgreedError: Some file is damaged; names the ranks' hosts, file and unit.
     """
     started_s = time.perf_counter()
-    part, parts = share_of_rank(world, _identity(store))
+    part, parts = share_of_rank(world, store_identity(store))
     error: DistMoeError | None = None
     read_bytes = 0
     try:
@@ -42,11 +42,17 @@ def verify_together(world: World, store: Store) -> int:
 
 def share_of_rank(world: World, identity: str) -> tuple[int, int]:
     """This rank's place among those of its host that see the very same files, and their number; collective."""
-    keys = world.gather_texts(f"{world.node} {identity}")
-    mates = [rank for rank, key in enumerate(keys) if key == keys[world.rank]]
-    return mates.index(world.rank), len(mates)
+    return mates_of_rank(world, identity, False)[:2]
 
 
-def _identity(store: Store) -> str:
+def mates_of_rank(world: World, identity: str, vote: bool) -> tuple[int, int, int]:
+    """As `share_of_rank`, and how many of all ranks vote so; collective."""
+    texts = [text.rsplit(" ", 1) for text in world.gather_texts(f"{world.node} {identity} {vote:d}")]
+    mates = [rank for rank, (key, _) in enumerate(texts) if key == texts[world.rank][0]]
+    return mates.index(world.rank), len(mates), sum(int(voted) for _, voted in texts)
+
+
+def store_identity(store: Store) -> str:
+    """What tells on one host whether two ranks map the very same files."""
     status = (store.directory / MANIFEST_NAME).stat()
     return f"{status.st_dev} {status.st_ino}"

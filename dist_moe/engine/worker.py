@@ -10,9 +10,11 @@ import numpy.typing as npt
 
 from dist_moe.engine.candidates import CandidateExchange, Candidates, block_sums
 from dist_moe.engine.health import Health
+from dist_moe.engine.kv_transfer import KvTransfer
 from dist_moe.engine.scrub import Scrubber
 from dist_moe.kernels import NO_FAULT
 from dist_moe.model.step import MAX_LOGIT_ROWS, Step
+from dist_moe.model.stopwatch import Part
 from dist_moe.model.transformer import Transformer
 from dist_moe.parallel.exchange import Exchange
 from dist_moe.parallel.plan import Plan, make_plan
@@ -43,6 +45,7 @@ class Worker:
             scrubber: Re-checks mapped weights in idle time, on all ranks or on none.
         """
         self._model = model
+        self.kv = KvTransfer(model, exchange, ranks)
         self.health = Health(model, exchange, scrubber)
         self._exchange = exchange
         plan, config = model.share.plan, model.config
@@ -73,7 +76,9 @@ class Worker:
         for first in range(0, len(step.logit_rows), MAX_LOGIT_ROWS):
             rows = slice(first, first + MAX_LOGIT_ROWS)
             self._run_rows(step, rows, result, sink)
+        model.stopwatch.mark(Part.OTHER)
         self.health.end_step(model.fault_T)
+        model.stopwatch.mark(Part.EXCHANGE)
         return result if model.share.plan.rank == 0 else None
 
     def fetch_row(self, row: int) -> Floats | None:
@@ -86,15 +91,19 @@ class Worker:
         fault_N = np.full(len(tokens), NO_FAULT, dtype=np.int32)
         layer = self._model.config.layers
         if step.temperatures:
-            found = self._candidates.gather(logits_Nv, step.temperatures[rows], step.valid_vocabulary, fault_N, layer)
+            found = self._candidates.gather(
+                logits_Nv, step.temperatures[rows], step.valid_vocabulary, fault_N, layer, step.unit_sums
+            )
             result.candidates.extend(found or [])
         else:
             everything = logits_Nv.shape[1]
             block_sums(self._model.kernels, logits_Nv, (1.0,) * len(tokens), everything, fault_N, layer)
         self._model.add_faults(tokens, fault_N)
+        self._model.stopwatch.mark(Part.SAMPLING)
         if not step.full_logits:
             return
         full_NV = self._gather_full(logits_Nv)
+        self._model.stopwatch.mark(Part.EXCHANGE)
         if full_NV is None:
             return
         if sink is not None:

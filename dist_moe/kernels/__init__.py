@@ -22,7 +22,8 @@ from dist_moe.kernels.layer_kernels import AttentionLayer, ExpertsLayer, LayerBu
 from dist_moe.kernels.mapped_files import MappedFile, MappedTensor, catch_bus_errors, describe_address
 from dist_moe.kernels.native import Kernels
 from dist_moe.kernels.node import NODE_RANK_BYTES, NodeMemory
-from dist_moe.kernels.sampling_kernels import SamplingParameters
+from dist_moe.kernels.paging import is_absent, populate
+from dist_moe.kernels.sampling_kernels import Penalties, SamplingParameters
 
 __all__ = [
     "ALIGNMENT",
@@ -46,6 +47,7 @@ __all__ = [
     "MatrixList",
     "NodeMemory",
     "Operand",
+    "Penalties",
     "SamplingParameters",
     "WeightFormat",
     "address_of",
@@ -54,7 +56,9 @@ __all__ = [
     "chunk_bytes",
     "describe_address",
     "hash_floats",
+    "is_absent",
     "isa_levels",
     "kv_block_bytes",
     "packed_bytes",
+    "populate",
 ]

@@ -16,6 +16,7 @@ I32Array: TypeAlias = npt.NDArray[np.int32]
 I64Array: TypeAlias = npt.NDArray[np.int64]
 U8Array: TypeAlias = npt.NDArray[np.uint8]
 U64Array: TypeAlias = npt.NDArray[np.uint64]
+F64Array: TypeAlias = npt.NDArray[np.float64]
 Pointer: TypeAlias = Any
 
 _from_buffer = ffi.from_buffer
@@ -54,6 +55,7 @@ class ElementType:
 
 
 F32 = ElementType(np.float32, "float[]")
+F64 = ElementType(np.float64, "double[]")
 I8 = ElementType(np.int8, "int8_t[]")
 I32 = ElementType(np.int32, "int32_t[]")
 I64 = ElementType(np.int64, "int64_t[]")
@@ -64,7 +66,7 @@ U16 = ElementType(np.uint16, "uint16_t[]")
 
 def address_of(array: Array) -> int:
     """The address of an array's first element, as `ChunkList` and `KvView` take it."""
-    return int(array.ctypes.data)
+    return int(array.__array_interface__["data"][0])  # a fifth of the time of array.ctypes
 
 
 def aligned_empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> Array:

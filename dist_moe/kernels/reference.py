@@ -255,6 +255,18 @@ def kept_tokens(
     return ids[kept], mass[kept] / mass[kept].sum()
 
 
+def typical_tokens(p_N: F64Array, typical_p: float) -> npt.NDArray[np.bool_]:
+    """Which tokens of a distribution locally typical sampling keeps, as transformers' TypicalLogitsWarper.
+
+    Those whose surprise -log p is closest to its expectation, until they hold typical_p; equally close ones stay.
+    """
+    surprise = -np.log(p_N)
+    distance = np.abs(surprise - (p_N * surprise).sum())
+    order = np.argsort(distance, kind="stable")
+    before = np.cumsum(p_N[order]) - p_N[order]
+    return np.asarray(distance <= distance[order][before < typical_p].max())
+
+
 def uniform(seed: int, sample_index: int, position: int) -> float:
     """53 bits of Philox keyed by the seed at counter (sample index, position), in [0, 1) (rule 14)."""
     words = [value >> shift & 0xFFFFFFFF for value in (sample_index, position, seed) for shift in (0, 32)]

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_moe.kernels import BLOCK_POSITIONS, KvFormat, KvView, address_of, aligned_empty, kv_block_bytes
-from dist_moe.model.step import Step
+from dist_moe.model.kv_layout import read_rows, row_bytes, write_rows
+from dist_moe.model.step import Fork, Step
 
 
 @dataclass
@@ -23,7 +24,8 @@ class KvCache:
     """The caches of all sequences on one rank.
 
     Position block b of a sequence is one buffer [layers][local KV heads][K, then V of 64 positions], so that a
-    sequence costs what it holds, not what it might hold.
+    sequence costs what it holds, not what it might hold. Sequences that were forked share whole blocks, which nobody
+    writes to any more.
 
     Attributes:
         layer_bytes: A layer's part of a block.
@@ -31,17 +33,27 @@ class KvCache:
 
     def __init__(self, kv_format: KvFormat, layers: int, kv_heads: int, head_dim: int) -> None:
         self._format = kv_format
+        self._kv_heads = kv_heads
+        self._head_dim = head_dim
         self.layer_bytes = kv_heads * kv_block_bytes(kv_format, head_dim)
         self._block_bytes = layers * self.layer_bytes
         self._sequences: dict[int, _Sequence] = {}
 
     @property
+    def row_bytes(self) -> int:
+        """B: bytes of one position of one KV head in one layer."""
+        return row_bytes(self._format, self._head_dim)
+
+    @property
     def allocated_bytes(self) -> int:
-        """Bytes that all sequences hold now."""
-        return sum(len(sequence.buffers) for sequence in self._sequences.values()) * self._block_bytes
+        """Bytes that all sequences hold now, shared blocks counted once."""
+        blocks = {address for sequence in self._sequences.values() for address in sequence.addresses}
+        return len(blocks) * self._block_bytes
 
     def view(self, step: Step, layer: int = 0) -> KvView:
-        """Where the step's tokens read and write in a layer; releases and allocates blocks first."""
+        """Where the step's tokens read and write in a layer; forks, releases and allocates blocks first."""
+        for fork in step.forks:
+            self._fork(fork)
         for sequence in step.released:
             self._sequences.pop(sequence, None)
         blocks: list[int] = []
@@ -57,10 +69,54 @@ class KvCache:
             at = rows.stop
         return KvView(np.array(blocks, dtype=np.uint64), table_T, position_T, layer * self.layer_bytes, self._format)
 
+    def read(self, name: int, layer: int, first: int, stop: int) -> npt.NDArray[np.uint8]:
+        """K and V of some positions of a sequence.
+
+        Args:
+            name: The sequence.
+            layer: Of which layer.
+            first: The first position, a multiple of 64.
+            stop: Behind the last position.
+
+        Returns:
+            uint8 [stop - first, local KV heads, B] (see kv_layout).
+        """
+        parts = [
+            read_rows(self._layer(name, layer, block), self._format, self._head_dim)
+            for block in range(first // BLOCK_POSITIONS, -(-stop // BLOCK_POSITIONS))
+        ]
+        return np.concatenate(parts)[: stop - first]
+
+    def write(self, name: int, layer: int, first: int, rows: npt.NDArray[np.uint8]) -> None:
+        """The inverse of `read`: uint8 [n, local KV heads, B]; what follows them in the last block becomes zeros."""
+        self._grow(name, first + len(rows))
+        for start in range(0, len(rows), BLOCK_POSITIONS):
+            whole = np.zeros((BLOCK_POSITIONS, *rows.shape[1:]), np.uint8)
+            whole[: len(rows) - start] = rows[start : start + BLOCK_POSITIONS]
+            part = self._layer(name, layer, (first + start) // BLOCK_POSITIONS)
+            write_rows(part, whole, self._format, self._head_dim)
+
+    def _layer(self, name: int, layer: int, block: int) -> npt.NDArray[np.uint8]:
+        """A layer's part of a block, uint8 [local KV heads, bytes of a KV head's block]."""
+        buffer = self._sequences[name].buffers[block]
+        return buffer[layer * self.layer_bytes : (layer + 1) * self.layer_bytes].reshape(self._kv_heads, -1)
+
     def _grow(self, name: int, positions: int) -> _Sequence:
         sequence = self._sequences.setdefault(name, _Sequence())
         while len(sequence.buffers) * BLOCK_POSITIONS < positions:
-            buffer = aligned_empty((self._block_bytes,), np.uint8)
-            sequence.buffers.append(buffer)
-            sequence.addresses.append(address_of(buffer))
+            self._add_block(sequence)
         return sequence
+
+    def _fork(self, fork: Fork) -> None:
+        source = self._sequences[fork.source]
+        whole, rest = divmod(fork.positions, BLOCK_POSITIONS)
+        sequence = _Sequence(source.buffers[:whole], source.addresses[:whole])
+        if rest:  # it will be written to: a copy, stale positions included, which are not read before they are written
+            self._add_block(sequence)[:] = source.buffers[whole]
+        self._sequences[fork.sequence] = sequence
+
+    def _add_block(self, sequence: _Sequence) -> npt.NDArray[np.uint8]:
+        buffer: npt.NDArray[np.uint8] = aligned_empty((self._block_bytes,), np.uint8)
+        sequence.buffers.append(buffer)
+        sequence.addresses.append(address_of(buffer))
+        return buffer

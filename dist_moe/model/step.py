@@ -11,7 +11,7 @@ import numpy.typing as npt
 MAX_LOGIT_ROWS = 16
 
 # Words of a packed step before its lists.
-COUNTS = 6
+COUNTS = 8
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,15 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Fork:
+    """A new sequence that begins with the first `positions` positions (at least one) of what `source` holds."""
+
+    sequence: int
+    source: int
+    positions: int
+
+
+@dataclass(frozen=True)
 class Step:
     """A batch of slices of different sequences, prefill chunks and decodes alike.
 
@@ -37,7 +46,9 @@ class Step:
             token is to be drawn.
         full_logits: Gather whole rows of logits on rank 0, too.
         valid_vocabulary: Ids from here on are masked in sampling.
-        released: Sequences whose KV cache is freed before the step.
+        released: Sequences whose KV cache is freed before the step, after the forks.
+        forks: Made before anything else, in this order.
+        unit_sums: Sum every row at temperature 1, too, for log-probabilities.
     """
 
     slices: tuple[Slice, ...]
@@ -46,6 +57,8 @@ class Step:
     full_logits: bool
     valid_vocabulary: int
     released: tuple[int, ...] = ()
+    forks: tuple[Fork, ...] = ()
+    unit_sums: bool = False
 
     @property
     def tokens(self) -> int:
@@ -57,7 +70,7 @@ class Step:
         return np.array([token for part in self.slices for token in part.ids], dtype=np.int32)
 
     def pack(self) -> npt.NDArray[np.int64]:
-        """The step as words: counts, then slices, ids, logit rows, temperatures (as f32 bits), released sequences."""
+        """The step as words: counts, slices, ids, logit rows, temperatures (as f32 bits), released sequences, forks."""
         temperatures = np.array(self.temperatures, dtype=np.float32).view(np.uint32)
         words: list[int] = [
             len(self.slices),
@@ -66,6 +79,8 @@ class Step:
             int(self.full_logits),
             self.valid_vocabulary,
             len(self.released),
+            len(self.forks),
+            int(self.unit_sums),
         ]
         for part in self.slices:
             words += (part.sequence, part.position, len(part.ids))
@@ -74,13 +89,16 @@ class Step:
         words += self.logit_rows
         words += temperatures.tolist()
         words += self.released
+        for fork in self.forks:
+            words += (fork.sequence, fork.source, fork.positions)
         return np.array(words, dtype=np.int64)
 
     @staticmethod
     def unpack(words: npt.NDArray[np.int64]) -> Step:
         """The inverse of `pack`."""
         values = words.tolist()
-        slice_count, row_count, temperature_count, full_logits, valid_vocabulary, released_count = values[:COUNTS]
+        slice_count, row_count, temperature_count, full_logits, valid_vocabulary = values[:5]
+        released_count, fork_count, unit_sums = values[5:COUNTS]
         heads = [values[COUNTS + 3 * i : COUNTS + 3 * (i + 1)] for i in range(slice_count)]
         at = COUNTS + 3 * slice_count
         slices = []
@@ -91,11 +109,14 @@ class Step:
         at += row_count
         bits = np.array(values[at : at + temperature_count], dtype=np.uint32)
         at += temperature_count
+        first_fork = at + released_count
         return Step(
             slices=tuple(slices),
             logit_rows=rows,
             temperatures=tuple(bits.view(np.float32).tolist()),
             full_logits=bool(full_logits),
             valid_vocabulary=valid_vocabulary,
-            released=tuple(values[at : at + released_count]),
+            released=tuple(values[at:first_fork]),
+            forks=tuple(Fork(*values[first_fork + 3 * i : first_fork + 3 * (i + 1)]) for i in range(fork_count)),
+            unit_sums=bool(unit_sums),
         )

@@ -15,6 +15,7 @@ from dist_moe.kernels import NO_FAULT, Kernels, KvFormat, KvView, hash_floats
 from dist_moe.model.kv_cache import KvCache
 from dist_moe.model.share import make_share
 from dist_moe.model.step import MAX_LOGIT_ROWS, Step
+from dist_moe.model.stopwatch import Part, Stopwatch
 from dist_moe.model.weights import load_weights
 from dist_moe.model.workspace import make_workspace
 from dist_moe.parallel.exchange import Exchange
@@ -50,7 +51,7 @@ class Transformer:
             kernels: An ISA level with its threads.
             kv_format: How K and V are kept.
             max_tokens: Tokens of the largest step.
-            copy_weights: Into private memory, instead of reading the mapped files.
+            copy_weights: Read them from private memory (once `weights.copy` is filled), not from the mapped files.
 
         Raises:
             StoreError: A unit that this rank needs is missing.
@@ -60,16 +61,16 @@ class Transformer:
         self.kernels = kernels
         self.exchange = exchange
         self.cache = KvCache(kv_format, self.config.layers, len(plan.kv_heads), self.config.head_dim)
-        self.weights = load_weights(
-            store, self.share, self.cache.layer_bytes, kernels.threads if copy_weights else None
-        )
+        self.weights = load_weights(store, self.share, self.cache.layer_bytes, copy_weights)
         self.observer: Observer | None = None
+        self.stopwatch = Stopwatch()
         self.state_hash = 0  # of what every rank holds alike; 0 on one rank alone
         self._hashes_state = exchange.world.size > 1
         most_chunks = max(layer.experts.chunk_count for layer in self.weights.layers)
         self._workspace = make_workspace(self.share, max_tokens=max_tokens, max_chunks=most_chunks)
         self._buffers = self._workspace.of_a_layer(self.share.sizes)
         self._tokens = 0  # of the last step
+        self._step: Step | None = None
 
     @property
     def fault_T(self) -> npt.NDArray[np.int32]:
@@ -81,9 +82,22 @@ class Transformer:
         """The experts of the last layer that was routed, int32 [T, K]; for an observer."""
         return self._workspace.ids_TK[: self._tokens]
 
+    @property
+    def picked_weights_TK(self) -> Floats:
+        """What the outputs of `picked_TK` are multiplied with, f32 [T, K]; for an observer."""
+        return self._workspace.weights_TK[: self._tokens]
+
+    @property
+    def last_step(self) -> Step:
+        """The step that is being run, or was run last; for an observer."""
+        assert self._step is not None
+        return self._step
+
     def run_layers(self, step: Step) -> None:
         """Embed the step's tokens and run all layers; the residual stays in the workspace for `logits`."""
-        buffers = self._workspace
+        buffers, mark = self._workspace, self.stopwatch.mark
+        mark(Part.EXCHANGE)  # the step's words
+        self._step = step
         T = self._tokens = step.tokens
         assert buffers.max_tokens >= T
         x_TD, sums_TD = buffers.x_TD[:T], buffers.sums_TD[:T]
@@ -93,29 +107,46 @@ class Transformer:
         self.kernels.rope_angles(
             buffers.cos_TP, buffers.sin_TP, cache.position_T, self.config.inv_freq, self.config.attention_factor
         )
+        mark(Part.EMBEDDING)
         for layer in range(self.config.layers):
             self._layer(layer, x_TD, sums_TD, cache)
         self._hash_state(x_TD)
+        mark(Part.OTHER)
 
     def _layer(self, layer: int, x_TD: Floats, sums_TD: npt.NDArray[np.int64], cache: KvView) -> None:
         """X += exact(allreduce(attention(norm(x)))), then x += exact(allreduce(experts(norm(x))))."""
         kernels, exchange, buffers, weights = self.kernels, self.exchange, self._buffers, self.weights.layers[layer]
         progress = exchange.world.progress
+        timed, mark = self.stopwatch.runs, self.stopwatch.mark
         progress.layer = layer
 
         progress.phase = Phase.ATTENTION
         kernels.attention_half(buffers, weights.attention, cache)
+        if timed:
+            mark(Part.ATTENTION)
         exchange.sum_exact(sums_TD)
+        if timed:
+            mark(Part.EXCHANGE)
         kernels.add_sums(buffers, weights.attention, len(x_TD))
+        if timed:
+            mark(Part.ATTENTION)
         self._observe(layer, "attention", x_TD)
 
         progress.phase = Phase.EXPERTS
         kernels.experts_half(buffers, weights.experts, len(x_TD))
+        if timed:
+            mark(Part.EXPERTS)
         exchange.sum_exact(sums_TD)
+        if timed:
+            mark(Part.EXCHANGE)
         kernels.add_sums(buffers, weights.experts, len(x_TD))
+        if timed:
+            mark(Part.EXPERTS)
         if weights.experts.routed:
             self._hash_state(self._workspace.weights_TK[: len(x_TD)])
         self._observe(layer, "experts", x_TD)
+        if timed:
+            mark(Part.OTHER)  # the hash, and whoever watches
 
     def logits(self, rows: Sequence[int]) -> Floats:
         """This rank's logits of some tokens of the last step.
@@ -140,6 +171,7 @@ class Transformer:
             self.kernels.quantize(buffers.head, fault_N, N, self.config.layers)
         self.kernels.matmul(logits_Nv, self.weights.vocabulary, buffers.head, N, share.format, share.group_size)
         self.add_faults(rows, fault_N)
+        self.stopwatch.mark(Part.LM_HEAD)
         return logits_Nv
 
     def add_faults(self, rows: Sequence[int], fault_N: npt.NDArray[np.int32]) -> None:

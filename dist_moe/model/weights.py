@@ -41,23 +41,21 @@ class ModelWeights:
     vocabulary: MatrixList
 
 
-def load_weights(
-    store: Store, share: Share, cache_layer_bytes: int, copying_threads: int | None = None
-) -> ModelWeights:
-    """Map this rank's share of a store, or copy it into memory.
+def load_weights(store: Store, share: Share, cache_layer_bytes: int, copied: bool = False) -> ModelWeights:
+    """Map this rank's share of a store, or prepare to copy it into memory.
 
     Args:
         store: The store.
         share: What is this rank's.
         cache_layer_bytes: A layer's part of a block of the KV cache.
-        copying_threads: How many copy it into private huge pages; None maps it.
+        copied: Read it from private huge pages, which hold it after `copy.fill`.
 
     Raises:
         StoreError: A unit that the share needs is not in the files of this host.
     """
-    copy = None if copying_threads is None else PrivateCopy(store)
+    copy = PrivateCopy(store) if copied else None
     source = copy or store
-    weights = ModelWeights(
+    return ModelWeights(
         store=store,
         copy=copy,
         embedding_VD=store.common("embedding"),
@@ -71,9 +69,6 @@ def load_weights(
         final_norm_D=store.common("final_norm"),
         vocabulary=_vocabulary(store, source, share.plan),
     )
-    if copy is not None and copying_threads is not None:
-        copy.fill(copying_threads)
-    return weights
 
 
 def _attention(
@@ -138,10 +133,13 @@ def _experts(store: Store, source: Store | PrivateCopy, share: Share, layer: int
 def _vocabulary(store: Store, source: Store | PrivateCopy, plan: Plan) -> MatrixList:
     config, manifest = store.config, store.manifest
     store.require("vocabulary", 0, plan.vocabulary_blocks)
-    matrices = []
-    for place, block in enumerate(plan.vocabulary_blocks):
-        rows = min(VOCABULARY_BLOCK, config.vocabulary - block * VOCABULARY_BLOCK)
-        used_bytes = packed_bytes(manifest.format, rows, config.model_dim, manifest.group_size)
-        unit = source.unit("vocabulary", 0, block)[:used_bytes]  # the last block is padded
-        matrices.append((unit, rows, place * VOCABULARY_BLOCK))
+    last_rows = config.vocabulary - (plan.vocabulary_blocks.stop - 1) * VOCABULARY_BLOCK
+    matrices = [
+        (source.unit("vocabulary", 0, block), VOCABULARY_BLOCK, place * VOCABULARY_BLOCK)
+        for place, block in enumerate(plan.vocabulary_blocks)
+    ]
+    if 0 < last_rows < VOCABULARY_BLOCK and matrices:  # the last block is padded
+        unit, _, column = matrices[-1]
+        used_bytes = packed_bytes(manifest.format, last_rows, config.model_dim, manifest.group_size)
+        matrices[-1] = unit[:used_bytes], last_rows, column
     return MatrixList(matrices)

@@ -25,7 +25,7 @@ from dist_moe.parallel.last_words import LastWords
 from dist_moe.parallel.launcher import Launcher, detect_launcher
 from dist_moe.parallel.lifeline import hold_lifeline
 from dist_moe.parallel.mpi import abort, running_mpi, tell_launcher
-from dist_moe.parallel.world import AgreedError, UnfinishedStepError
+from dist_moe.parallel.world import UnfinishedStepError
 
 _BUG = 1
 _INTERRUPTED = 130
@@ -87,14 +87,25 @@ def guarded(main: Callable[[], int], environ: Mapping[str, str] | None = None) -
     return ending.code
 
 
+def end_job(error: BaseException) -> NoReturn:
+    """End all ranks of a running MPI because of an exception that this one alone is known to have met."""
+    place = _place(detect_launcher(os.environ))
+    ending = _explain(error, place)
+    if ending.code == _BUG:  # of the script that uses this package
+        lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
+        summary = f"the script raised {type(error).__name__}: {error}".splitlines()[0]
+        ending = _Ending(_BUG, (f"dist-moe: error{place}: {summary}", *lines))
+    mpi = running_mpi()
+    assert mpi is not None
+    _abort(ending, mpi)
+
+
 def _explain(error: BaseException, place: str) -> _Ending:
     """The ending that an exception asks for."""
-    if isinstance(error, AgreedError):
-        return _Ending(error.exit_code, _error_lines(error), agreed=True)
     if isinstance(error, UnfinishedStepError):
         error = error.error
     if isinstance(error, DistMoeError):
-        return _Ending(error.exit_code, _error_lines(error))
+        return _Ending(error.exit_code, _error_lines(error), error.agreed)
     if isinstance(error, KeyboardInterrupt):
         return _Ending(_INTERRUPTED, ("dist-moe: interrupted",))
     if isinstance(error, BrokenPipeError) and not _stdout_is_open():

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from dist_moe.errors import DistMoeError
+from dist_moe.errors import DistMoeError, UsageError
 from dist_moe.parallel.launcher import Launcher
 from dist_moe.parallel.mpi import abort, short_version, start_mpi, world_communicator
 from dist_moe.parallel.progress import Progress
 
 if TYPE_CHECKING:
-    from mpi4py.MPI import Intracomm
+    from mpi4py.MPI import Intracomm as Intracomm
 
 # Between two looks of a rank that waits for a long piece of work elsewhere.
 _NAP_S = 0.02
@@ -30,6 +30,8 @@ class AgreedError(DistMoeError):
         lines: The distinct sentences, each with its hosts when not all ranks say it.
         exit_code: The highest exit code of the ranks' errors.
     """
+
+    agreed = True
 
     def __init__(self, lines: tuple[str, ...], exit_code: int) -> None:
         """Carry the merged lines and the highest code."""
@@ -62,8 +64,8 @@ class World:
         progress: Where this rank is in its work, for the watchdog.
     """
 
-    def __init__(self, mpi: ModuleType | None = None) -> None:
-        """Join all ranks of a started MPI (collective), or be one rank without MPI."""
+    def __init__(self, mpi: ModuleType | None = None, comm: Intracomm | None = None) -> None:
+        """Join the ranks of a communicator, or all of a started MPI (collective), or be one rank without MPI."""
         self.mpi = mpi
         self.comm: Intracomm | None = None
         self.rank, self.size = 0, 1
@@ -73,23 +75,30 @@ class World:
         self.library = "none"
         self.progress = Progress()
         if mpi is not None:
-            self._join(mpi)
+            self._join(mpi, comm)
 
     @classmethod
-    def start(cls, launcher: Launcher, threads: int = 1) -> World:
+    def start(cls, launcher: Launcher, threads: int = 1, comm: Intracomm | None = None) -> World:
         """Join the launcher's ranks; a plain process without a launcher is a world of one rank and starts no MPI.
 
         Args:
             launcher: What `detect_launcher` found.
             threads: Compute threads per rank, to know whether ranks share cores.
+            comm: Whose ranks to join; None: all.
 
         Raises:
             EnvironmentMismatch: No MPI library, or one that does not belong to the launcher.
+            UsageError: `comm` is no communicator of this process.
         """
-        return cls() if launcher.name == "none" else cls(start_mpi(launcher, threads))
+        if comm is None:
+            return cls() if launcher.name == "none" else cls(start_mpi(launcher, threads))
+        mpi = start_mpi(launcher, threads)
+        if not isinstance(comm, mpi.Intracomm) or comm == mpi.COMM_NULL:
+            raise UsageError(f"comm: expected an mpi4py communicator such as MPI.COMM_WORLD, found {comm!r}")
+        return cls(mpi, comm)
 
-    def _join(self, mpi: ModuleType) -> None:
-        self.comm = world_communicator(mpi)
+    def _join(self, mpi: ModuleType, comm: Intracomm | None) -> None:
+        self.comm = comm.Dup() if comm is not None else world_communicator(mpi)
         self.rank, self.size = self.comm.rank, self.comm.size
         self.library = short_version(mpi.Get_library_version())
         self.hosts = tuple(self.gather_texts(socket.gethostname()))

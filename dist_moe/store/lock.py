@@ -50,6 +50,44 @@ def store_lock(directory: Path, on_wait: Callable[[], None] | None) -> Iterator[
         os.close(descriptor)
 
 
+def mark_used(file: Path) -> int | None:
+    """Say that this process reads a store, until the descriptor that is returned is closed or the process ends.
+
+    Args:
+        file: Of the store; its manifest.
+
+    Returns:
+        The descriptor, or None where the file system cannot lock: then nobody is kept from removing the store.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def refuse_used(file: Path) -> None:
+    """Make sure that no process of this host (or of any, where the file system shares locks) has marked a store.
+
+    Raises:
+        PlaceError: One has.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return  # there is nothing that could be marked
+    try:
+        if not _try_lock(descriptor, file):
+            raise PlaceError(f"{file.parent}: a run is using this store; wait for its end")
+    finally:
+        os.close(descriptor)
+
+
 def _open(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

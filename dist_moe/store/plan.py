@@ -9,6 +9,7 @@ from typing import Protocol
 
 import dist_moe
 from dist_moe import files
+from dist_moe.checkpoint.gguf_names import model_name
 from dist_moe.errors import UsageError
 from dist_moe.kernels.formats import WeightFormat
 from dist_moe.model_config import ModelConfig
@@ -92,10 +93,10 @@ def plan_store(source: WeightSource, options: StoreOptions) -> Manifest:
 
 
 def source_name(source: Path) -> str:
-    """What to call a model: its directory's or file's name, or the repository's in a Hugging Face cache."""
+    """What to call a model: its directory's or (first) file's name, or the repository's in a Hugging Face cache."""
     path = source.resolve()
     if files.is_file(source):
-        name = source.stem
+        name = model_name(source)
     elif path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
         name = path.parent.parent.name.split("--")[-1]
     else:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,13 @@ import numpy.typing as npt
 
 from dist_moe.kernels import ALIGNMENT
 from dist_moe.store.reader import Store
+from dist_moe.store.sealed import Sealed
 from dist_moe.store.units import UnitKind
 
 _ARENA_BYTES = 256 << 20
+
+
+_Pair = tuple[npt.NDArray[Any], npt.NDArray[Any]]  # a copy and its source
 
 
 class PrivateCopy:
@@ -26,15 +31,19 @@ class PrivateCopy:
         self._store = store
         self._arenas: list[npt.NDArray[np.uint8]] = []
         self._used_bytes = 0  # of the last arena
-        self._pending: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
+        self._pending: list[_Pair] = []
+        self._units: dict[tuple[UnitKind, int, int], npt.NDArray[np.uint8]] = {}
+        self._common: dict[str, npt.NDArray[Any]] = {}
 
     def common(self, name: str) -> npt.NDArray[Any]:
         """As Store.common."""
-        return self._copy(self._store.common(name))
+        self._common[name] = copy = self._copy(self._store.common(name))
+        return copy
 
     def unit(self, kind: UnitKind, layer: int, index: int) -> npt.NDArray[np.uint8]:
         """As Store.unit."""
-        return self._copy(self._store.unit(kind, layer, index))
+        self._units[kind, layer, index] = copy = self._copy(self._store.unit(kind, layer, index))
+        return copy
 
     def chunk_addresses(self, layer: int, wanted: Iterable[int]) -> npt.NDArray[np.uint64]:
         """As Store.unit_addresses, but 0 for every chunk that is not wanted; valid as long as this object is."""
@@ -43,10 +52,21 @@ class PrivateCopy:
             addresses[index] = self.unit("chunk", layer, index).ctypes.data
         return addresses
 
-    def fill(self, threads: int) -> None:
-        """Copy everything that was handed out."""
+    def sealed(self) -> Iterator[Sealed]:
+        """Everything that was copied, with the checksum that the file has for it."""
+        common = {sealed.tensor: sealed for sealed in self._store.sealed_common()}
+        for name, copy in self._common.items():
+            yield replace(common[name], data=copy.reshape(-1).view(np.uint8), copied=True)
+        for place, unit in self._units.items():
+            yield replace(self._store.sealed_unit(*place), data=unit, copied=True)
+
+    def fill(self, threads: int) -> Iterator[tuple[int, int]]:
+        """Copy everything that was handed out, yielding the bytes that are done and all of them."""
+        total_bytes, done_bytes = sum(source.nbytes for _, source in self._pending), 0
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda pair: np.copyto(*pair), self._pending))
+            for _, source in pool.map(_copied, self._pending):
+                done_bytes += source.nbytes
+                yield done_bytes, total_bytes
         self._pending.clear()
 
     def _copy(self, source: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -57,7 +77,8 @@ class PrivateCopy:
     def _take(self, count: int) -> npt.NDArray[np.uint8]:
         """So many bytes on a boundary of ALIGNMENT."""
         if not self._arenas or self._used_bytes + count > len(self._arenas[-1]):
-            memory = mmap.mmap(-1, max(_ARENA_BYTES, count))
+            # Python's default, MAP_SHARED, would be shared memory, which has no huge pages as a rule.
+            memory = mmap.mmap(-1, max(_ARENA_BYTES, count), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with contextlib.suppress(OSError):  # a kernel without them
                     memory.madvise(mmap.MADV_HUGEPAGE)
@@ -66,3 +87,8 @@ class PrivateCopy:
         taken = self._arenas[-1][self._used_bytes : self._used_bytes + count]
         self._used_bytes += -(-count // ALIGNMENT) * ALIGNMENT
         return taken
+
+
+def _copied(pair: _Pair) -> _Pair:
+    np.copyto(*pair)
+    return pair

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,8 +25,10 @@ from dist_moe.store.layout import (
     unit_tensors,
     weight_files,
 )
+from dist_moe.store.lock import mark_used
 from dist_moe.store.manifest import COMMON_NAME, MANIFEST_NAME, PROGRESS_NAME, Manifest, read_manifest
 from dist_moe.store.placement import indices_of, shard_name
+from dist_moe.store.rope_scaling import RopeScaling, scale_config
 from dist_moe.store.sealed import Sealed
 from dist_moe.store.units import UnitKind, describe_unit, tensor_name, unit_count
 from dist_moe.store.verify import check_file, check_header, open_weights
@@ -43,7 +48,7 @@ class _Held(NamedTuple):
 
     def row_of(self, index: int) -> int | None:
         """The row that holds a unit, or None."""
-        row = int(np.searchsorted(self.tensor.indices, index))
+        row = int(self.tensor.indices.searchsorted(index))
         return row if row < len(self.rows) and self.tensor.indices[row] == index else None
 
 
@@ -64,6 +69,9 @@ class Store:
         self.present_files = tuple(files)
         self.missing_files = tuple(name for name in weight_files(manifest) if name not in files)
         self._files = files
+        mark = mark_used(directory / MANIFEST_NAME)
+        if mark is not None:
+            weakref.finalize(self, os.close, mark)
         self._tensors: dict[str, list[_Held]] = {}
         self._addresses: dict[str, npt.NDArray[np.uint64]] = {}
         for name, weights in files.items():
@@ -74,14 +82,16 @@ class Store:
                 self._tensors.setdefault(tensor.spec.name, []).append(_Held(name, tensor, rows))
 
     @classmethod
-    def open(cls, directory: Path | str, check: Check = "fast") -> Store:
+    def open(cls, directory: Path | str, check: Check = "fast", rope_scaling: RopeScaling | None = None) -> Store:
         """Map a store; shards that are not on this machine may be absent until `require` asks for their units.
 
         Args:
             directory: The store.
             check: `fast` compares sizes, headers and the checksums of files below 64 MB; `full` those of all files.
+            rope_scaling: Run the model with other rotary frequencies and a longer context.
 
         Raises:
+            UsageError: `rope_scaling` makes no sense for this model.
             StoreError: This is not a store, or it is incomplete, damaged or of another version.
         """
         directory = Path(directory)
@@ -98,7 +108,8 @@ class Store:
                 check_header(path, entry)
             if entry.name in weights:
                 weights_of[entry.name] = open_weights(path, manifest)
-        return cls(directory, manifest, weights_of)
+        scaled = replace(manifest, config=scale_config(manifest.config, rope_scaling))
+        return cls(directory, scaled, weights_of)
 
     @property
     def config(self) -> ModelConfig:
@@ -117,6 +128,15 @@ class Store:
             A read-only view: float32 vectors; "embedding" float32 or (bf16) uint16 [V, D]; routers packed uint8 [n].
         """
         return self._files[COMMON_NAME].raw(name)
+
+    def common_span(self) -> tuple[int, int]:
+        """Where the file of what every rank needs is mapped, and its bytes."""
+        weights = self._files[COMMON_NAME]
+        return weights.address, weights.file_bytes
+
+    def weight_paths(self) -> list[Path]:
+        """The mapped files."""
+        return [weights.path for weights in self._files.values()]
 
     def unit(self, kind: UnitKind, layer: int, index: int) -> npt.NDArray[np.uint8]:
         """One unit as a read-only view, uint8 [bytes], 64-byte aligned; `layer` is ignored for the vocabulary.

@@ -28,6 +28,7 @@ class Sealed:
         unit: The unit in words, "" for a tensor without units.
         data: uint8, read-only.
         checksum: What xxh3 was when the file was written.
+        copied: Whether `data` is a rank's own copy of it.
     """
 
     path: Path
@@ -35,10 +36,12 @@ class Sealed:
     unit: str
     data: npt.NDArray[np.uint8]
     checksum: int
+    copied: bool = False
 
     def damage(self, actual: int) -> str:
-        """A sentence for bytes that have another checksum."""
-        return f"{self.path}: {damage_text(self.tensor, self.unit, actual, self.checksum)}"
+        """A sentence for bytes that have another checksum, without what is to be done."""
+        place = "this rank's copy of " if self.copied else ""
+        return f"{place}{self.path}: {damage_text(self.tensor, self.unit, actual, self.checksum)}"
 
 
 def damage_text(tensor: str, unit: str, actual: int, expected: int) -> str:

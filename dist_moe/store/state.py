@@ -121,6 +121,15 @@ def remove_store(directory: Path) -> None:
         sync_directory(directory)
 
 
+def remove_texts(directory: Path) -> None:
+    """Remove the small files that a model takes along, where there is no store."""
+    with write_errors(directory):
+        for path in list(directory.iterdir()):
+            transient = path.name != LOCK_NAME and _is_transient(path.name)
+            if path.name in TEXT_FILES or transient:
+                path.unlink(missing_ok=True)
+
+
 def _record(directory: Path) -> Path | None:
     paths = (directory / name for name in (MANIFEST_NAME, PROGRESS_NAME))
     return next((path for path in paths if files.exists(path)), None)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dist_moe import files as file_system
 from dist_moe.errors import CheckpointError, UsageError
 from dist_moe.text.json_file import read_json_object
+from dist_moe.text.template_limits import BoundedEnvironment
 
 TEMPLATE_FILE = "chat_template.jinja"
 EXTRA_TEMPLATES = "additional_chat_templates"
+STORED_TEMPLATES = "additional_chat_templates.json"
+LEGACY_FILE = "chat_template.json"
 DEFAULT = "default"
 
 
@@ -34,16 +37,18 @@ class ChatTemplate:
             CheckpointError: The text is not a valid template.
         """
         self.origin = origin
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
+        self.source = source
+        self._environment = BoundedEnvironment()
+        self._environment.filters["tojson"] = _to_json
+        self._environment.globals["raise_exception"] = _raise_exception
+        self._environment.globals["strftime_now"] = _strftime_now
         try:
-            self._template = environment.from_string(source)
+            with self._environment.limits():
+                self._template = self._environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"{origin}: line {error.lineno} is not valid Jinja: {error.message}") from error
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise CheckpointError(f"{origin} cannot be used as a template: {error}") from error
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The text of a conversation.
@@ -56,7 +61,8 @@ class ChatTemplate:
             UsageError: The template refuses the messages or fails on them.
         """
         try:
-            return self._template.render(messages=messages, **variables)
+            with self._environment.limits():
+                return self._template.render(messages=messages, **variables)
         except Exception as error:  # somebody else's code may raise anything
             raise UsageError(f"{self.origin} cannot render these messages: {error}") from error
 
@@ -64,40 +70,62 @@ class ChatTemplate:
 def read_chat_templates(directory: Path) -> dict[str, ChatTemplate]:
     """All templates of a model by name, the usual one under `default`; empty if it has none.
 
-    They live in `chat_template.jinja`, in `additional_chat_templates/*.jinja`, or in `tokenizer_config.json` as one
-    string or a list of named ones. The files win over the JSON.
+    As in transformers: where there is `chat_template.jinja` or a file in `additional_chat_templates/` (in a store: one
+    JSON object of them), these count alone; else those in `tokenizer_config.json`, one text or a list of named ones.
+    A default template that is still missing comes from the next place, at last from `chat_template.json`, where
+    processors of older releases of transformers have it.
 
     Raises:
         CheckpointError: A file cannot be read, or a template is not valid.
     """
-    templates = _json_templates(directory / "tokenizer_config.json")
-    files = {path.stem: path for path in sorted((directory / EXTRA_TEMPLATES).glob("*.jinja"))}
-    if file_system.is_file(directory / TEMPLATE_FILE):
-        files[DEFAULT] = directory / TEMPLATE_FILE
-    for name, path in files.items():
-        try:
-            templates[name] = ChatTemplate(path.read_text(encoding="utf-8"), str(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path}: cannot be read as text: {error}") from error
-    return templates
+    found = _file_sources(directory)
+    for name in ("tokenizer_config.json", LEGACY_FILE):
+        if DEFAULT not in found:
+            found = _json_sources(directory / name) | found
+    return {name: ChatTemplate(source.text, source.origin) for name, source in found.items()}
 
 
-def _json_templates(path: Path) -> dict[str, ChatTemplate]:
+@dataclass(frozen=True)
+class _Source:
+    text: str
+    origin: str
+
+
+def _file_sources(directory: Path) -> dict[str, _Source]:
+    file, stored = directory / TEMPLATE_FILE, directory / STORED_TEMPLATES
+    found = {DEFAULT: _read(file)} if file_system.is_file(file) else {}
+    found |= {name: _Source(str(text), f"{stored}: {name}") for name, text in read_json_object(stored).items()}
+    return found | {path.stem: _read(path) for path in sorted((directory / EXTRA_TEMPLATES).glob("*.jinja"))}
+
+
+def _read(path: Path) -> _Source:
+    try:
+        return _Source(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read as text: {error}") from error
+
+
+def _json_sources(path: Path) -> dict[str, _Source]:
     value = read_json_object(path).get("chat_template")
     if value is None:
         return {}
     named = [{"name": DEFAULT, "template": value}] if isinstance(value, str) else value
     origin = f"{path}: chat_template"
     try:
-        sources = {entry["name"]: entry["template"] for entry in named}
+        return {str(entry["name"]): _Source(str(entry["template"]), f"{origin} {entry['name']!r}") for entry in named}
     except (TypeError, KeyError) as error:
         raise CheckpointError(f"{origin}: expected a string or a list of {{name, template}}") from error
-    return {name: ChatTemplate(source, f"{origin} {name!r}") for name, source in sources.items()}
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # Jinja's own filter escapes <, > and & for HTML, which would change the tokens.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> NoReturn:

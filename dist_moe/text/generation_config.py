@@ -21,6 +21,8 @@ class GenerationConfig:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
 
 
 def read_generation_config(directory: Path) -> GenerationConfig:
@@ -39,14 +41,17 @@ def read_generation_config(directory: Path) -> GenerationConfig:
     stop_ids = _token_ids(values.get("eos_token_id"), path)
     config = directory / "config.json"
     stop_ids |= _token_ids(read_json_object(config).get("eos_token_id"), config)
+    repetition_penalty = float(_number(values, "repetition_penalty", 1.0, 100, path, least=0.01))
     if not values.get("do_sample"):
-        return GenerationConfig(stop_ids)
+        return GenerationConfig(stop_ids, repetition_penalty=repetition_penalty)
     return GenerationConfig(
         stop_ids,
         temperature=float(_number(values, "temperature", 1.0, 100, path)),
         top_k=int(_number(values, "top_k", 0, 2**31 - 1, path)),
         top_p=float(_number(values, "top_p", 1.0, 1, path)),
         min_p=float(_number(values, "min_p", 0.0, 1, path)),
+        typical_p=float(_number(values, "typical_p", 1.0, 1, path)),
+        repetition_penalty=repetition_penalty,
     )
 
 
@@ -57,10 +62,10 @@ def _token_ids(value: Any, path: Path) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _number(values: dict[str, Any], name: str, default: float, most: float, path: Path) -> float:
+def _number(values: dict[str, Any], name: str, default: float, most: float, path: Path, least: float = 0) -> float:
     value = values.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
-        raise CheckpointError(f"{path}: {name}: expected a number from 0 to {most}, found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise CheckpointError(f"{path}: {name}: expected a number from {least} to {most}, found {value!r}")
     return value

@@ -11,10 +11,12 @@ import tokenizers
 
 from dist_moe import files
 from dist_moe.errors import CheckpointError, UsageError
+from dist_moe.text.disguise import Piece
 from dist_moe.text.json_file import read_json_object
 from dist_moe.text.stream import TextStream, byte_level_alphabet
 
 TOKENIZER_FILE = "tokenizer.json"
+NAMED_TOKENS = ("bos", "eos", "pad", "unk")
 
 
 class Tokenizer:
@@ -34,11 +36,18 @@ class Tokenizer:
         settings = read_json_object(directory / "tokenizer_config.json")
         added = self._backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token for token, content in added.items() if content.special)
+        self._added_ids = frozenset(added)
+        self._origin = path
+        self.added_tokens = {content.content: token for token, content in added.items()}
+        self.special_tokens = frozenset(content.content for content in added.values() if content.special)
+        self._literal_backend = _without_added_tokens(self._backend)
         self._byte_of_character = byte_level_alphabet()
         self.size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id = self._named_token(settings.get("bos_token"))
         self.eos_id = self._named_token(settings.get("eos_token"))
         self._adds_bos = bool(settings.get("add_bos_token")) and self.bos_id is not None
+        named = {f"{name}_token": _token_text(settings.get(f"{name}_token")) for name in NAMED_TOKENS}
+        self.named_tokens = {name: text for name, text in named.items() if text is not None}
 
     def encode(self, text: str) -> list[int]:
         """The ids of a plain text; `<|im_end|>` and other special tokens in it are ordinary characters.
@@ -55,6 +64,26 @@ class Tokenizer:
             UsageError: The text holds half a surrogate pair: it was not UTF-8.
         """
         return self._encode(text, special_as_text=False)
+
+    def encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
+        """The ids of a rendered conversation: no token is put before it, and in literal pieces none is a token.
+
+        Raises:
+            UsageError: The text holds half a surrogate pair: it was not UTF-8.
+            CheckpointError: The tokenizer makes an added token of ordinary characters.
+        """
+        ids: list[int] = []
+        for piece in pieces:
+            _require_unicode(piece.text)
+            backend = self._literal_backend if piece.literal else self._backend
+            backend.encode_special_tokens = False
+            found = backend.encode(piece.text, add_special_tokens=False).ids
+            if piece.literal and not self._added_ids.isdisjoint(found):
+                raise CheckpointError(
+                    f"{self._origin}: makes a token of {piece.text!r} in ordinary text, which forges it"
+                )
+            ids += found
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some tokens, special ones left out and broken characters as U+FFFD."""
@@ -75,18 +104,41 @@ class Tokenizer:
         except KeyError:  # an added token: literal text outside the byte-level alphabet
             return content.encode()
 
+    def special_text(self, token: int) -> str | None:
+        """How a special token is written, such as `<|im_end|>`; None for any other."""
+        text: str | None = self._backend.id_to_token(token) if token in self._special_ids else None
+        return text
+
     def _encode(self, text: str, *, special_as_text: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(f"the prompt is not valid UTF-8 at character {error.start}: fix its encoding") from error
+        _require_unicode(text)
         self._backend.encode_special_tokens = special_as_text
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return [self.bos_id, *ids] if self._adds_bos and self.bos_id is not None else ids
 
     def _named_token(self, token: Any) -> int | None:
-        content = token.get("content") if isinstance(token, dict) else token
-        return self._backend.token_to_id(content) if isinstance(content, str) else None
+        content = _token_text(token)
+        return None if content is None else self._backend.token_to_id(content)
+
+
+def _token_text(token: Any) -> str | None:
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _require_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the prompt is not valid UTF-8 at character {error.start}: fix its encoding") from error
+
+
+def _without_added_tokens(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    # The parts are shared, not copied: encode_special_tokens alone would leave <think> and its like tokens.
+    literal = tokenizers.Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer"):
+        if getattr(backend, part) is not None:
+            setattr(literal, part, getattr(backend, part))
+    return literal
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import lzma
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ import pytest
 from dist_moe.checkpoint.gguf_text import text_files
 from dist_moe.demo import demo_model_directory
 from dist_moe.errors import CheckpointError
+from dist_moe.text.chat import ChatFormat
 from dist_moe.text.chat_template import read_chat_templates
 from dist_moe.text.generation_config import read_generation_config
+from dist_moe.text.messages import Message
 from dist_moe.text.tokenizer import Tokenizer
+from helpers.qwen3_text import CHAT, qwen3_format
 from helpers.tiny_gguf import tokenizer_keys
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-QWEN3 = Path(os.environ.get("DIST_MOE_TEST_SHARED", REPOSITORY.parent / "shared")) / "qwen3"
 TEXTS = (
     "Once upon a time there was a cat. \n\n  It couldn't sleep;\tit counted 12345 sheep!",
     "größer, e\u0301 and 日本 🦙\u200d",
@@ -108,12 +109,18 @@ def test_other_and_damaged_tokenizers_are_refused(
     assert expected in str(caught.value)
 
 
-@pytest.mark.skipif(not QWEN3.is_dir(), reason="the shared folder with Qwen3's real files is absent")
 def test_the_real_tokenizer(tmp_path: Path) -> None:
-    tokenizer = Tokenizer(written(tmp_path, tokenizer_keys(QWEN3, 151936)))
-    cases = json.loads((QWEN3 / "tokenizer_cases.json").read_text())
+    (tmp_path / "qwen3").mkdir()
+    (tmp_path / "qwen3" / "tokenizer.json").write_bytes(lzma.decompress((CHAT / "tokenizer.json.xz").read_bytes()))
+    keys = tokenizer_keys(tmp_path / "qwen3", 151936)
+    keys["tokenizer.chat_template"] = (CHAT / "hybrid.jinja").read_text(encoding="utf-8")
+    tokenizer = Tokenizer(written(tmp_path, keys))
+    cases = json.loads((CHAT / "tokenizer_cases.json").read_text())
     assert [case["text"] for case in cases if tokenizer.encode(case["text"]) != case["ids"]] == []
     assert [case["text"] for case in cases if tokenizer.decode(case["ids"]) != case["text"]] == []
     assert tokenizer.size == 151669
     assert tokenizer.encode_trusted("<|im_start|>user\n<think>") == [151644, 872, 198, 151667]
     assert read_generation_config(tmp_path).stop_ids == {151643, 151645}
+    conversation = [Message("user", "Hi<|im_end|> <think>"), Message("assistant", "Yes", "Hm"), Message("user", "Bye")]
+    chat = ChatFormat.read(tmp_path, tokenizer)
+    assert chat.prompt(conversation) == qwen3_format("hybrid").prompt(conversation)

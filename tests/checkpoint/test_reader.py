@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dist_moe.checkpoint.reader import Checkpoint
+from dist_moe.errors import CheckpointError
 
 MakeSource = Callable[..., Any]
 
@@ -190,6 +191,17 @@ def test_one_file_goes_before_an_index(make_source: MakeSource, tmp_path: Path) 
     source.write(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{")
     check_values(Checkpoint.open(tmp_path), source)
+
+
+def test_additional_chat_templates_become_one_file(make_source: MakeSource, tmp_path: Path) -> None:
+    make_source().write(tmp_path)
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("größer", encoding="utf-8")
+    texts = Checkpoint.open(tmp_path).text_files()
+    assert json.loads(texts["additional_chat_templates.json"]) == {"rag": "größer"}
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=r"rag\.jinja: cannot be read as text"):
+        Checkpoint.open(tmp_path).text_files()
 
 
 def test_text_files(make_source: MakeSource, tmp_path: Path) -> None:

@@ -10,13 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from dist_moe.cli import models
 from dist_moe.cli.models import ModelSource, local_store
 from dist_moe.errors import DistMoeError, PlaceError
 from dist_moe.kernels import WeightFormat
 from dist_moe.parallel.world import World
 from dist_moe.store import convert as convert_module
-from dist_moe.store import state
+from dist_moe.store import models, state
 from dist_moe.store.reader import Store
 from helpers.tiny_model import TinyModel
 from helpers.tiny_store import contents

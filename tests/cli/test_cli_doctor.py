@@ -13,10 +13,14 @@ from pathlib import Path
 import pytest
 
 from dist_moe.checkpoint.reader import Checkpoint
+from dist_moe.checkpoint.source import open_source
 from dist_moe.demo import demo_model_directory
+from dist_moe.kernels import WeightFormat
 from dist_moe.store.convert import convert
 from dist_moe.store.plan import StoreOptions
 from helpers import launching
+from helpers.tiny_gguf import write_gguf
+from helpers.tiny_model import TinyModel
 
 DOCTOR = (sys.executable, "-m", "dist_moe", "doctor")
 MpiRun = Callable[..., launching.Finished]
@@ -144,6 +148,37 @@ def test_a_missing_shard_is_named(alone: MpiRun, mpirun: MpiRun, environment: di
     assert done.stdout.count(f"{lost} is missing on") == 1
     (store / "manifest.json").unlink()
     assert wrong(alone("--json", "-m", str(store))) == ["store"]
+
+
+@pytest.mark.parametrize("kind", ["GGUF", "Hugging Face"])
+def test_what_a_store_is_packed_from(alone: MpiRun, environment: dict[str, str], tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "m.gguf"
+    if kind == "GGUF":
+        write_gguf(path)
+    else:
+        path = TinyModel().write(tmp_path / "hf")
+    found = json.loads(alone("--json", "-m", str(path)).stdout)
+    (note,) = [finding for finding in found["findings"] if finding["topic"] == "disk"]
+    assert note["level"] == "note"
+    assert f"{path} is packed into the cache directory" in note["what"]
+    convert(open_source(path), tmp_path / "store", StoreOptions(format=WeightFormat.Q4), lambda *_: None)
+    weights_bytes = sum(file.stat().st_size for file in (tmp_path / "store").glob("*.safetensors"))
+    assert found["ranks"][0]["store"]["packed_bytes"] == weights_bytes
+    run = ("-m", "dist_moe", "run", "-m", str(path), "--prompt-ids", "1", "-n", "1")
+    done = launching.run(sys.executable, *run, env=environment)
+    assert done.code == 0, done.output
+    store = json.loads(alone("--json", "-m", str(path)).stdout)["ranks"][0]["store"]
+    assert store["packed_bytes"] == 0
+    assert store["present_bytes"] >= weights_bytes
+    text = alone("-m", str(path)).stdout
+    assert f"store     {store['directory']}" in text
+
+
+def test_a_gguf_file_that_cannot_be_run(alone: MpiRun, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", matrices="Q5_0")
+    done = alone("--json", "-m", str(tmp_path / "m.gguf"))
+    assert wrong(done) == ["store"]
+    assert "have a type that dist-moe does not read" in done.stdout
 
 
 def test_a_bad_isa_and_a_cache_that_cannot_be_written(alone: MpiRun, tmp_path: Path) -> None:

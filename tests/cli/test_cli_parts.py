@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +20,12 @@ from dist_moe.cli.output import Output
 from dist_moe.cli.prompt import Prompt, read_prompt
 from dist_moe.cli.sampling import sampling_options
 from dist_moe.cli.token_ids import parse_ids, read_ids, require_ids
+from dist_moe.cli.values import unescape
 from dist_moe.demo import demo_model_directory
+from dist_moe.engine.pieces import Result, Usage
 from dist_moe.engine.request import Completion, SamplingOptions
 from dist_moe.engine.statistics import EngineStatistics
+from dist_moe.engine.writer import Writer
 from dist_moe.errors import UsageError
 from dist_moe.kernels import WeightFormat
 from dist_moe.parallel.launcher import Launcher
@@ -157,9 +161,26 @@ def test_stdin_is_refused_where_it_never_ends(tokenizer: Tokenizer) -> None:
 
 
 def test_flags_complete_the_models_advice() -> None:
-    advised = GenerationConfig(frozenset(), temperature=0.6, top_k=20, top_p=0.95)
-    assert sampling_options(RUN, advised) == SamplingOptions(0.6, 20, 0.95, 0.0, seed=5)
-    assert sampling_options(replace(RUN, temperature=0.0), advised).temperature == 0.0
+    advised = GenerationConfig(frozenset(), temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.05)
+    expected = SamplingOptions(0.6, 20, 0.95, 0.0, seed=5, repetition_penalty=1.05)
+    assert sampling_options(RUN, advised, None, 300) == expected
+    assert sampling_options(replace(RUN, temperature=0.0), advised, None, 300).temperature == 0.0
+
+
+def test_biases_and_breakers_become_ids(tokenizer: Tokenizer) -> None:
+    advised = GenerationConfig(frozenset())
+    options = replace(RUN, logit_bias=("5=+1.5", "9=-inf"), dry_multiplier=0.8, dry_breakers='["\\n", "Once upon"]')
+    found = sampling_options(options, advised, tokenizer, tokenizer.size)
+    assert found.logit_bias == ((5, 1.5), (9, -math.inf))
+    texts = {tokenizer.decode(ids) for ids in found.dry_breakers}
+    assert all("\n" in text or "Once upon" in text for text in texts)
+    assert {"\n", "Once upon"} <= texts
+    assert tuple(tokenizer.encode("Once upon")) in found.dry_breakers
+    assert sampling_options(replace(options, dry_multiplier=0.0), advised, tokenizer, 9999).dry_breakers == frozenset()
+    with pytest.raises(UsageError, match=r"--logit-bias: token id 9 at position 1 is not in the vocabulary, 0 to 8"):
+        sampling_options(options, advised, tokenizer, 9)
+    with pytest.raises(UsageError, match=r"no tokenizer: give --dry-breakers '\[\]'"):
+        sampling_options(options, advised, None, 300)
 
 
 # ---- models ----
@@ -221,11 +242,12 @@ def printed(capsys: pytest.CaptureFixture[str], options: RunOptions, tokenizer: 
     """Stdout and stderr of a run that continues "Hé" with "llo €" and an ordinary token that happens to end a text."""
     prompt = Prompt((1, 2), "Hé" if tokenizer else "")
     ids = [*tokenizer.encode("llo €"), *tokenizer.encode("!")] if tokenizer else [7, 8, 9]
-    output = Output(options, tokenizer, frozenset(ids[-1:]))
+    output, writer = Output(options, tokenizer), Writer(0, tokenizer and tokenizer.stream(), frozenset(ids[-1:]), ())
     output.begin(prompt)
-    for token in ids:
-        output.token(0, token)
-    output.end(prompt, Completion(ids, "stop"), STATISTICS)
+    for token in ids[:-1]:
+        output.piece(writer.push(token))
+    output.piece(writer.finish(writer.push(ids[-1]), Completion(ids, "stop")))
+    output.end(prompt, Result("", tuple(ids), "stop", Usage(2, len(ids))), STATISTICS)
     captured = capsys.readouterr()
     return captured.out, captured.err
 
@@ -238,6 +260,7 @@ def test_text_follows_its_prompt_and_the_summary_goes_to_stderr(
     assert err.splitlines() == [
         "load 0.50 s | prefill 10 tokens, 100.0 tokens/s | decode 4 tokens, 10.0 tokens/s",
         "per token: compute 21.43 ms, waiting 7.14 ms, exchange 7.14 ms | sent 2.5 MB in all, 178.6 KB per token",
+        "finish reason: stop",
     ]
 
 
@@ -270,8 +293,15 @@ def test_json_without_a_tokenizer_has_no_text(capsys: pytest.CaptureFixture[str]
 def test_text_is_flushed_token_by_token(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces: list[str] = []
     monkeypatch.setattr(click, "echo", lambda text="", **_: pieces.append(text))
-    output = Output(replace(RUN, quiet=True), tokenizer, frozenset())
+    output, writer = Output(replace(RUN, quiet=True), tokenizer), Writer(0, tokenizer.stream(), frozenset(), ())
     for token in tokenizer.encode("one €"):
-        output.token(0, token)
+        output.piece(writer.push(token))
     assert "".join(pieces) == "one €"
     assert all("�" not in piece and piece for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("written", "text"), [(r"\n\tx", "\n\tx"), (r"\\n", r"\n"), (r"a\bc", r"a\bc"), ("a\nb", "a\nb")]
+)
+def test_escapes_stand_for_what_shells_make_hard_to_write(written: str, text: str) -> None:
+    assert unescape(written) == text

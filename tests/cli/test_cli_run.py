@@ -73,7 +73,27 @@ def test_text_from_flag_file_and_stdin_is_the_same(alone: MpiRun, environment: d
 def test_the_whole_text_and_a_summary_are_shown(alone: MpiRun) -> None:
     done = alone("run", "-p", "Once upon a time", "-n", "3")
     assert done.stdout.startswith("Once upon a time")
-    assert [line.split()[0] for line in done.stderr.splitlines()] == ["load", "per"]
+    assert [line.split()[0] for line in done.stderr.splitlines()] == ["load", "per", "finish"]
+
+
+def test_stop_strings_are_not_printed(alone: MpiRun, environment: dict[str, str]) -> None:
+    rest = ("run", "-p", "Once upon a time", "-n", "24", "--temperature", "0")
+    whole = json.loads(alone(*rest, "--json").stdout)["text"]
+    stop = whole[10:16]
+    found = json.loads(alone(*rest, "--json", "--stop", "\\n\\nnever", "--stop", stop).stdout)
+    assert found["text"] == whole[: whole.index(stop)]
+    assert (found["finish_reason"], found["stop"]) == ("stop_string", stop)
+    shown = alone(*rest, "--stop", stop)
+    assert shown.stdout == "Once upon a time" + found["text"] + "\n"
+    assert shown.stderr.splitlines()[-1] == f"finish reason: stop_string {json.dumps(stop)}"
+    done = launching.run(*PROGRAM, "run", *BARE, "--prompt-ids", "1", "--stop", "a", env=environment)
+    assert (done.code, done.stdout) == (2, ""), done.output
+    assert "--stop is about text, but this model has no tokenizer" in done.stderr
+
+
+def test_the_context_s_end_is_a_finish_reason(alone: MpiRun) -> None:
+    found = json.loads(alone("run", "-p", "Once", "--ctx", "5", "--ignore-eos", "--json").stdout)
+    assert (found["finish_reason"], found["usage"]["total_tokens"]) == ("context", 5)
 
 
 def test_ranks_print_once_and_the_same(mpirun: MpiRun, alone: MpiRun, tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ import pytest
 
 from dist_moe.cli.environment import environment_warnings
 from dist_moe.cli.main import execute
-from dist_moe.cli.run import known_stop_ids
 from dist_moe.cli.summary import as_json
 from dist_moe.cli.version import version_lines
-from dist_moe.engine.request import Completion
+from dist_moe.engine.pieces import Result, Usage
+from dist_moe.engine.questions import known_stop_ids
 from dist_moe.engine.statistics import EngineStatistics
 
 OPTIONS = ("DIST_MOE_THREADS", "DIST_MOE_MAX_TOKENS")
@@ -88,7 +88,7 @@ def test_the_version_does_not_choose_what_a_run_refuses(monkeypatch: pytest.Monk
 
 def test_timings_have_six_digits() -> None:
     statistics = EngineStatistics(1 / 3, 10, 1 / 7, 3, 2 / 3, 5, 0.3, 0.1, 0.1, 12_345_678)
-    timings = as_json((1,), Completion([2], "length"), None, statistics)["timings"]
+    timings = as_json(Result("", (2,), "length", Usage(1, 1)), None, statistics)["timings"]
     assert (timings["load_s"], timings["prefill_tokens_per_s"], timings["sent_bytes"]) == (0.333333, 70.0, 12_345_678)
     assert isinstance(timings["sent_bytes"], int)
 

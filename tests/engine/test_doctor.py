@@ -87,6 +87,8 @@ def test_facts_survive_the_wire(healthy: HostFacts) -> None:
         ),
         ({"store": StoreFacts("/s", damaged=("x has 1 byte",))}, "wrong", "store", "/s: x has 1 byte"),
         ({"store": StoreFacts("/s", missing=("shard-1",))}, "wrong", "store", "/s/shard-1 is missing on node2"),
+        ({"store": StoreFacts("/m.gguf", packed_bytes=10**15)}, "wrong", "disk", r"/m.gguf is packed .* 1000000\.0 GB"),
+        ({"store": StoreFacts("/m.gguf", packed_bytes=1)}, "note", "disk", r"/m.gguf is packed .* 0\.0 MB there"),
         ({"store": StoreFacts("/s", present_bytes=10**11)}, "note", "memory", r"100\.0 GB here"),
     ],
 )

@@ -89,7 +89,7 @@ def test_stop_ids_end_a_sequence_and_the_context_does(make_store, tiny_directory
     engine = make_engine(make_store(tiny_directory, "q8"), context=40)
     ids = prompts(1)[0]
     [free] = engine.generate([Request(ids, 100)])
-    assert (len(free.ids), free.finish_reason) == (40 - len(ids), "length")
+    assert (len(free.ids), free.finish_reason) == (40 - len(ids), "context")
     stop = free.ids[5]
     [stopped] = engine.generate([Request(ids, 100, stop_ids=frozenset([stop]))])
     assert (stopped.ids, stopped.finish_reason) == (free.ids[: free.ids.index(stop) + 1], "stop")
@@ -116,7 +116,7 @@ def test_bad_prompts_are_refused(ids, words: str, make_store, tiny_directory: Pa
 
 
 def test_caches_of_finished_sequences_are_freed(make_store, tiny_directory: Path, make_engine) -> None:
-    engine = make_engine(make_store(tiny_directory, "q8"))
+    engine = make_engine(make_store(tiny_directory, "q8"), resident=0)
     engine.generate([Request(ids, 4) for ids in prompts(3)])
     held = engine.model.cache.allocated_bytes
     for _ in range(3):
@@ -161,7 +161,7 @@ def test_logits_of_a_poisoned_text_name_position_and_layer(make_store, make_engi
 
 
 def test_refused_and_broken_texts_leave_no_cache(make_store, make_engine, poisoned_directory: Path) -> None:
-    engine = make_engine(make_store(poisoned_directory, allow_nonfinite=True))
+    engine = make_engine(make_store(poisoned_directory, allow_nonfinite=True), resident=0)
     held = []
     for _ in range(3):
         with pytest.raises(DistMoeError):

@@ -13,8 +13,8 @@ import pytest
 from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.engine.request import Request
 from dist_moe.engine.runtime import EngineOptions, Runtime
-from dist_moe.engine.scrub import PIECE_BYTES, Scrubber, own_units
-from dist_moe.kernels import WeightFormat
+from dist_moe.engine.scrub import PIECE_BYTES, Scrubber, own_copies, own_units
+from dist_moe.kernels import WeightFormat, address_of
 from dist_moe.parallel.plan import EXPERT_LAYOUTS, Plan, make_plan
 from dist_moe.parallel.world import AgreedError, World
 from dist_moe.store.checksum import checksum_text
@@ -170,6 +170,40 @@ def test_the_engine_finishes_what_no_idle_time_was_found_for(store: Store) -> No
     flip(store.sealed_unit("chunk", 0, 3), 5)
     engine._scrubber.passes = 0
     with pytest.raises(AgreedError, match="layer 0, expert 1, chunk 1 is damaged"):
+        engine.finish_scrub()
+    engine.stop()
+    engine.kernels.close()
+
+
+def copied(store: Store, layout: str) -> Runtime:
+    return Runtime(store, World(), EngineOptions(context=64, experts=layout, copy_weights=True, scrub=True))
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+def test_of_copied_weights_the_copies_are_checked(store: Store, layout: str) -> None:
+    engine = copied(store, layout)
+    copy, plan = engine.model.weights.copy, plan_of(store, 0, 1, layout)
+    assert copy is not None
+    units, mapped = list(own_copies(store, copy, 0, 1)), list(own_units(store, plan, 0, 1))
+    assert {(unit.tensor, unit.unit) for unit in units} == {(unit.tensor, unit.unit) for unit in mapped}
+    assert len(units) == len(mapped)
+    used = {int(address) for layer in engine.model.weights.layers for address in layer.experts.addresses}
+    assert used <= {address_of(unit.data) for unit in units}
+    assert all(unit.copied == (bool(unit.unit) or unit.tensor.endswith("router")) for unit in units)
+    engine.stop()
+    engine.kernels.close()
+
+
+def test_a_flipped_bit_of_a_copy_is_found_and_the_file_not_blamed(store: Store) -> None:
+    engine = copied(store, "whole")
+    copy = engine.model.weights.copy
+    assert copy is not None
+    engine.finish_scrub()
+    unit = next(unit for unit in copy.sealed() if unit.unit == "layer 0, expert 1, chunk 1")
+    unit.data[7] ^= 0x10
+    assert engine._scrubber is not None
+    engine._scrubber.passes = 0
+    with pytest.raises(AgreedError, match=r"^this rank's copy of .*layer 0, expert 1, chunk 1 is damaged.*memory"):
         engine.finish_scrub()
     engine.stop()
     engine.kernels.close()

@@ -23,7 +23,7 @@ from helpers import launching
 FAULTY = str(Path(__file__).with_name("faulty.py"))
 # A tiny story on the bundled model. Waiting ranks sleep, so that many ranks on few cores are quick.
 STORY = ("run", "-p", "Once upon a time", "--temperature", "0", "--ignore-eos", "--threads", "1")
-_MARK = "DIST_MOE_TEST_JOB"
+MARK = "DIST_MOE_TEST_JOB"
 _RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
 _PROXIES = ("hydra_pmi_proxy", "prted")
 _GONE_WITHIN_S = 5.0
@@ -66,7 +66,7 @@ class Job:
             stdin=subprocess.DEVNULL,
             stdout=self._stdout,
             stderr=self._stderr,
-            env=launching.child_environment({**(env or {}), _MARK: self._mark}),
+            env=launching.child_environment({**(env or {}), MARK: self._mark}),
             start_new_session=True,
         )
 
@@ -128,12 +128,17 @@ class Job:
         return Ended(self.process.returncode, self.stdout(), _text(self._stderr), seconds, left)
 
     def _left(self) -> tuple[str, ...]:
-        processes = [_describe(process) for process in self._processes()]
+        processes = [describe(process) for process in self._processes()]
         return (*processes, *sorted(_shared_memory() - self._shared_before))
 
     def _processes(self) -> list[psutil.Process]:
         """All processes of the job that live, launchers too; its ranks inherit the mark."""
-        return [process for process in psutil.process_iter() if _environ(process).get(_MARK) == self._mark]
+        return marked_processes(self._mark)
+
+
+def marked_processes(mark: str) -> list[psutil.Process]:
+    """All living processes with this mark in their environment."""
+    return [process for process in psutil.process_iter() if _environ(process).get(MARK) == mark]
 
 
 def slow(*arguments: str) -> tuple[str, ...]:
@@ -153,7 +158,8 @@ def _environ(process: psutil.Process) -> dict[str, str]:
         return {}
 
 
-def _describe(process: psutil.Process) -> str:
+def describe(process: psutil.Process) -> str:
+    """A process in words, for messages."""
     try:
         return f"process {process.pid} ({process.status()}): {' '.join(process.cmdline())[:200]}"
     except psutil.Error:

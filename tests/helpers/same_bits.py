@@ -76,7 +76,7 @@ def run_store(world: World, exchange: Exchange, store: Store, kernels: Kernels, 
 
 
 def main() -> None:
-    """Print {format/kv: {combination: hash}} as JSON on rank 0."""
+    """Print {format/kv: {combination: hash}}, and every rank's level where they are mixed, as JSON on rank 0."""
     world = World.start(detect_launcher(os.environ))
     exchange = open_exchange(world, may_spin(world, 2, os.environ), os.environ)
     hashes: dict[str, dict[str, str]] = {}
@@ -101,8 +101,9 @@ def main() -> None:
                 place = "in a batch" if in_batch else "alone"
                 combination = f"{nodes} nodes, {layout}, {name}, chunk {chunk}, {place}"
                 found[combination] = logits_hash(worker, chunk, in_batch, store.config.vocabulary)
+    mixed = world.gather_texts(all_kernels["mixed levels"].isa)
     if world.is_leader:
-        print(json.dumps(hashes))
+        print(json.dumps({"hashes": hashes, "mixed levels": mixed}))
     world.finalize()
 
 

@@ -12,6 +12,7 @@ RECORD = StartRecord(
     known_answers="fedcba9876543210",
     kv="f16",
     context=4096,
+    resident=4096,
     prefill_chunk=256,
     experts="auto",
     check="fast",

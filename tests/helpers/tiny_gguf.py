@@ -89,6 +89,7 @@ def write_gguf(
     changes: Mapping[str, Any] | None = None,
     data: Mapping[str, np.ndarray] | None = None,
     tokenizer: Mapping[str, Any] | None = None,
+    tensors_per_file: int = 0,
 ) -> dict[str, np.ndarray]:
     """Write a model.
 
@@ -100,12 +101,13 @@ def write_gguf(
         changes: Other metadata, without the architecture's prefix if they begin with a dot; None leaves a key out.
         data: Other data, by GGUF name: bytes of the tensor's type.
         tokenizer: Keys of the tokenizer, as `tokenizer_keys` gives them.
+        tensors_per_file: Split the model into m-00001-of-0000N.gguf and so on; 0 writes one file.
 
     Returns:
         The float32 values that the tensors stand for.
     """
     architecture = "qwen3" if model.dense_layers else "qwen3moe"
-    writer = GGUFWriter(path, architecture)
+    writer = GGUFWriter(path, architecture, split_max_tensors=tensors_per_file)
     keys = {f".{key}": value for key, value in metadata(model).items()} | dict(changes or {}) | dict(tokenizer or {})
     for key, value in keys.items():
         add_value(writer, architecture + key if key.startswith(".") else key, value)

@@ -6,10 +6,11 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_moe.model.step import Slice, Step
+from dist_moe.model.step import Fork, Slice, Step
 
 ids = st.integers(0, 2**31 - 1)
 slices = st.builds(Slice, ids, ids, st.lists(ids, min_size=1, max_size=9).map(tuple))
+forks = st.builds(Fork, ids, ids, ids)
 
 
 @given(
@@ -18,10 +19,11 @@ slices = st.builds(Slice, ids, ids, st.lists(ids, min_size=1, max_size=9).map(tu
     full=st.booleans(),
     valid=ids,
     released=st.lists(ids, max_size=4).map(tuple),
+    forked=st.lists(forks, max_size=4).map(tuple),
 )
-def test_unpack_is_the_inverse_of_pack(parts, rows, full, valid, released) -> None:
+def test_unpack_is_the_inverse_of_pack(parts, rows, full, valid, released, forked) -> None:
     temperatures = tuple(float(np.float32(row / 7)) for row in rows)
-    step = Step(parts, rows, temperatures, full, valid, released)
+    step = Step(parts, rows, temperatures, full, valid, released, forked)
     assert Step.unpack(step.pack()) == step
 
 

@@ -1,35 +1,28 @@
-"""The real Qwen3 tokenizer and chat templates; skipped where the shared folder is absent."""
+"""The real Qwen3 tokenizer and chat templates."""
 
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 
-from dist_moe.text.chat_template import ChatTemplate
 from dist_moe.text.tokenizer import Tokenizer
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-QWEN3 = Path(os.environ.get("DIST_MOE_TEST_SHARED", REPOSITORY.parent / "shared")) / "qwen3"
-
-pytestmark = pytest.mark.skipif(not QWEN3.is_dir(), reason="the shared folder with Qwen3's real files is absent")
+from helpers.qwen3_text import CHAT, qwen3_template, qwen3_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(QWEN3)
+    return qwen3_tokenizer()
 
 
 def test_the_real_cases(tokenizer: Tokenizer) -> None:
-    cases = json.loads((QWEN3 / "tokenizer_cases.json").read_text())
+    cases = json.loads((CHAT / "tokenizer_cases.json").read_text())
     assert len(cases) == 48
     assert [case["text"] for case in cases if tokenizer.encode(case["text"]) != case["ids"]] == []
 
 
 def test_the_real_cases_stream_back_to_their_texts(tokenizer: Tokenizer) -> None:
-    for case in json.loads((QWEN3 / "tokenizer_cases.json").read_text()):
+    for case in json.loads((CHAT / "tokenizer_cases.json").read_text()):
         assert tokenizer.decode(case["ids"]) == case["text"]
 
 
@@ -46,11 +39,6 @@ def test_a_plain_text_cannot_end_the_turn(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode_trusted("<|im_start|>user\n") == [151644, 872, 198]
 
 
-def template(name: str) -> ChatTemplate:
-    path = QWEN3 / f"chat_template.{name}.jinja"
-    return ChatTemplate(path.read_text(encoding="utf-8"), path.name)
-
-
 def test_the_thinking_template_frames_a_conversation() -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
@@ -63,7 +51,7 @@ def test_the_thinking_template_frames_a_conversation() -> None:
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
         "<|im_start|>assistant\nHello!<|im_end|>\n<|im_start|>user\n<b>1 & 2</b>?<|im_end|>\n<|im_start|>assistant\n"
     )
-    render = template("thinking").render
+    render = qwen3_template("hybrid").render
     assert render(messages, add_generation_prompt=True) == expected
     closed = render(messages, add_generation_prompt=True, enable_thinking=False)
     assert closed == expected + "<think>\n\n</think>\n\n"
@@ -71,7 +59,7 @@ def test_the_thinking_template_frames_a_conversation() -> None:
 
 def test_the_thinking_template_lists_tools_as_json() -> None:
     tools = [{"type": "function", "function": {"name": "f", "description": "<größer> & 'quoted'"}}]
-    text = template("thinking").render([{"role": "user", "content": "Hi"}], tools=tools)
+    text = qwen3_template("hybrid").render([{"role": "user", "content": "Hi"}], tools=tools)
     assert '\n{"type": "function", "function": {"name": "f", "description": "<größer> & \'quoted\'"}}\n</tools>' in text
 
 
@@ -83,7 +71,7 @@ def test_the_coder_template_writes_calls_and_results() -> None:
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "6"},
     ]
-    text = template("coder").render(messages, tools=tools, add_generation_prompt=True)
+    text = qwen3_template("coder").render(messages, tools=tools, add_generation_prompt=True)
     assert "<function>\n<name>add</name>\n<parameters>\n<parameter>\n<name>a</name>\n<type>number</type>" in text
     assert text.endswith(
         "<|im_start|>assistant\n<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n"

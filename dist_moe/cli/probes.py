@@ -1,0 +1,98 @@
+"""What `--debug` and `--routing` attach to a runtime, and what they print and write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+import numpy as np
+
+from dist_moe.cli.debug_options import DebugOptions
+from dist_moe.cli.npy_rows import require_writable
+from dist_moe.cli.routing_file import RoutingFile
+from dist_moe.cli.times_table import TimesTable, step_line
+from dist_moe.engine.routing_facts import routing_facts
+from dist_moe.engine.routing_record import RoutingBatch, RoutingSink, recorded_routing
+from dist_moe.engine.runtime import Runtime
+from dist_moe.errors import UsageError
+from dist_moe.model.stopwatch import StepTimes
+from dist_moe.model_config import ModelConfig
+
+Piece = Callable[[int], str]  # how a token is shown
+
+
+@dataclass
+class Probes:
+    """Checked wishes, and the times that were measured so far."""
+
+    shows_routing: bool = False
+    shows_times: bool = False
+    routing: Path | None = None
+    model_name: str = ""
+    piece: Piece = str
+    _times: TimesTable = field(default_factory=TimesTable)
+
+    @contextmanager
+    def attached(self, engine: Runtime) -> Iterator[None]:
+        """Watch what runs inside the block; the file is written at its end, unless an error leaves it."""
+        with ExitStack() as stack:
+            sinks: list[RoutingSink] = []
+            if self.shows_routing:
+                sinks.append(self._print_routing)
+            if self.routing is not None:
+                facts = routing_facts(engine.model, self.model_name)
+                sinks.append(stack.enter_context(RoutingFile(self.routing, facts)).append)
+            stack.enter_context(recorded_routing(engine.model, *sinks))
+            if self.shows_times:
+                engine.model.stopwatch.on_step = self._take_times
+            try:
+                yield
+            finally:
+                engine.model.stopwatch.on_step = None
+
+    def report(self) -> None:
+        """Print what is known only at the end."""
+        for line in self._times.lines():
+            click.echo(line, err=True)
+
+    def _take_times(self, times: StepTimes) -> None:
+        self._times.add(times)
+        click.echo(step_line(self._times.steps - 1, times), err=True)
+
+    def _print_routing(self, batch: RoutingBatch) -> None:
+        tokens = zip(batch.sequence_T.tolist(), batch.position_T.tolist(), batch.ids_T.tolist(), strict=True)
+        for t, (sequence, position, token) in enumerate(tokens):
+            where = f"sequence {sequence} position {position} {self.piece(token)}"
+            for layer in np.flatnonzero(batch.experts_TLK[t, :, 0] >= 0).tolist():
+                experts = batch.experts_TLK[t, layer].tolist()
+                weights = batch.weights_TLK[t, layer].tolist()
+                picks = " ".join(f"{e}:{weight:.4f}" for e, weight in zip(experts, weights, strict=True))
+                click.echo(f"routing: {where} layer {layer}: {picks}", err=True)
+
+
+def make_probes(
+    options: DebugOptions, config: ModelConfig, model_name: Callable[[], str], piece: Piece = str
+) -> Probes:
+    """Check what is asked for, before any weight is read.
+
+    Args:
+        options: The command's.
+        config: The model.
+        model_name: Asked only where a record of the routing needs it.
+        piece: How a token is shown; the id alone without a tokenizer.
+
+    Raises:
+        UsageError: The model has no experts, or the file cannot be written.
+    """
+    words = set((options.debug or "").split(","))
+    if config.experts == 0 and ("routing" in words or options.routing is not None):
+        option = "--debug routing" if "routing" in words else f"--routing {options.routing}"
+        raise UsageError(f"{option}: this model is dense, no layer routes tokens to experts: leave the option out")
+    path = None
+    if options.routing is not None:
+        path = Path(options.routing)
+        require_writable(path)
+    return Probes("routing" in words, "timing" in words, path, model_name() if path else "", piece)

@@ -1,0 +1,184 @@
+"""The .npz file of `--routing`: written step by step, read back in bounded memory.
+
+Arrays, one row per token that was computed, in the order of the steps: `experts` int16 [tokens, layers, K], best first,
+-1 in dense layers; `weights` float32 [tokens, layers, K]; `ids`, `positions`, `sequence` and `step` int32 [tokens].
+`facts` is a JSON text: `RoutingFacts`, and the format's version.
+
+Shape suffixes: T tokens, L layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib import format as npy_format
+
+from dist_moe import files
+from dist_moe.cli.npz_arrays import NpzArrays
+from dist_moe.engine.routing_facts import RoutingFacts
+from dist_moe.engine.routing_record import RoutingBatch
+from dist_moe.errors import UsageError
+
+FORMAT_VERSION = 1
+
+_MAKE_ONE = "make one with dist-moe run --routing OUT.npz"
+
+
+class RoutingFile:
+    """A record that is being written; a context manager, see `NpzArrays`."""
+
+    def __init__(self, path: Path, facts: RoutingFacts) -> None:
+        """Prepare an empty record.
+
+        Raises:
+            UsageError: The file cannot be written.
+        """
+        text = json.dumps({"format_version": FORMAT_VERSION, **asdict(facts)}, ensure_ascii=False)
+        self._arrays = NpzArrays(path, {"facts": np.array(text)})
+
+    def append(self, batch: RoutingBatch) -> None:
+        """Write one step (a sink of `RoutingRecorder`)."""
+        self._arrays.append(
+            {
+                "experts": batch.experts_TLK,
+                "weights": batch.weights_TLK,
+                "ids": batch.ids_T,
+                "positions": batch.position_T,
+                "sequence": batch.sequence_T,
+                "step": np.full(len(batch.ids_T), batch.step, np.int32),
+            }
+        )
+
+    def __enter__(self) -> RoutingFile:
+        """Return the record itself."""
+        self._arrays.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Write the file, or nothing after an error."""
+        self._arrays.__exit__(kind, error, trace)
+
+
+class RoutingReader:
+    """A record on disk, checked; the picks are read one step at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Read all but the picks.
+
+        Raises:
+            UsageError: The file cannot be read, or is no record of the routing.
+        """
+        if files.kind_of(path) != "file":
+            found = "there is no such file" if files.kind_of(path) is None else "it is not a file"
+            raise UsageError(f"{path}: expected the record of a run's routing (.npz), but {found}: {_MAKE_ONE}")
+        self.path = path
+        with self._reading() as archive:
+            self.facts = self._read_facts(archive)
+            self._step_T = self._read(archive, "step")
+            shape = self._open_experts(archive)[1]
+        expected = (len(self._step_T), self.facts.layers, self.facts.experts_per_token)
+        if shape != expected:
+            raise UsageError(f"{path}: experts has the shape {shape}, but its facts say {expected}: {_MAKE_ONE}")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the record."""
+        return len(self._step_T)
+
+    def steps(self) -> Iterator[npt.NDArray[Any]]:
+        """The experts of one step after the other, [T, L, K].
+
+        Raises:
+            UsageError: The file is damaged.
+        """
+        ends = [*(np.flatnonzero(np.diff(self._step_T)) + 1).tolist(), len(self._step_T)]
+        with self._reading() as archive:
+            stream, (_, layers, picks), dtype = self._open_experts(archive)
+            first = 0
+            for end in ends:
+                data = stream.read((end - first) * layers * picks * dtype.itemsize)
+                experts_TLK = np.frombuffer(data, dtype).reshape(end - first, layers, picks)
+                self._check_range(experts_TLK)
+                yield experts_TLK
+                first = end
+
+    def _check_range(self, experts_TLK: npt.NDArray[Any]) -> None:
+        routed = experts_TLK[:, list(self.facts.routed_layers)]
+        if routed.size and not 0 <= int(routed.min()) <= int(routed.max()) < self.facts.experts:
+            raise UsageError(
+                f"{self.path}: an expert {int(routed.min())} or {int(routed.max())} is not one of 0 to "
+                f"{self.facts.experts - 1}: the file is damaged: {_MAKE_ONE}"
+            )
+
+    def _read_facts(self, archive: zipfile.ZipFile) -> RoutingFacts:
+        entries: dict[str, Any] = dict(json.loads(str(self._read(archive, "facts"))))
+        version = entries.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise UsageError(
+                f"{self.path}: a record of version {version}, but this program reads {FORMAT_VERSION}: make it again"
+            )
+        known = {field.name for field in fields(RoutingFacts)}
+        facts: dict[str, Any] = {}
+        for name, value in entries.items():
+            facts[name] = tuple(value) if isinstance(value, list) else value
+        return RoutingFacts(**{name: value for name, value in facts.items() if name in known})
+
+    @staticmethod
+    def _read(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
+        with archive.open(f"{name}.npy") as stream:
+            array: npt.NDArray[Any] = npy_format.read_array(stream, allow_pickle=False)
+        return array
+
+    @staticmethod
+    def _open_experts(archive: zipfile.ZipFile) -> tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]:
+        stream = archive.open("experts.npy")
+        npy_format.read_magic(stream)
+        shape, _, dtype = npy_format.read_array_header_1_0(stream)
+        return stream, shape, dtype
+
+    @contextmanager
+    def _reading(self) -> Iterator[zipfile.ZipFile]:
+        """Turn whatever a foreign or damaged file causes into one sentence."""
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                yield archive
+        except OSError as error:
+            raise UsageError(f"{self.path}: cannot be read ({error.strerror or error}): check it") from error
+        except (zipfile.BadZipFile, LookupError, ValueError, TypeError, EOFError) as error:
+            raise UsageError(f"{self.path}: not a record of a run's routing ({error}): {_MAKE_ONE}") from error
+
+
+def read_records(paths: list[Path]) -> list[RoutingReader]:
+    """Open records of one model.
+
+    Raises:
+        UsageError: One cannot be read, is there twice, or is of another model than the first.
+    """
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UsageError("the same file is given twice: its tokens would be counted twice; give each once")
+    records = [RoutingReader(path) for path in paths]
+    for record in records[1:]:
+        if record.facts.of_the_model != records[0].facts.of_the_model:
+            raise UsageError(
+                f"{record.path} is of another model than {records[0].path} ({_describe(record.facts)}; "
+                f"{_describe(records[0].facts)}): give records of one model"
+            )
+    return records
+
+
+def _describe(facts: RoutingFacts) -> str:
+    return (
+        f"{facts.model}: {facts.layers} layers, {facts.experts} experts of {facts.chunks_per_expert} chunks, "
+        f"{facts.experts_per_token} per token"
+    )

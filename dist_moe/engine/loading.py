@@ -1,0 +1,54 @@
+"""From an open store to a model whose weights are where the first step wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dist_moe.engine.agreement import StartRecord
+from dist_moe.engine.memory import Demand, check_memory, layers_with_room
+from dist_moe.engine.options import EngineOptions
+from dist_moe.engine.read_ahead import ReadProgress, bring_in_weights
+from dist_moe.engine.startup import agreed
+from dist_moe.engine.verification import verify_together
+from dist_moe.kernels import Kernels
+from dist_moe.model.transformer import Transformer
+from dist_moe.parallel.exchange import Exchange
+from dist_moe.parallel.plan import Plan
+from dist_moe.store.reader import Store
+
+
+def load_model(
+    exchange: Exchange,
+    store: Store,
+    plans: Sequence[Plan],
+    kernels: Kernels,
+    options: EngineOptions,
+    step_tokens: int,
+    records: Sequence[StartRecord],
+    on_reading: ReadProgress | None,
+) -> Transformer:
+    """Make sure that the weights fit and are whole, map this rank's share and read or copy it; collective.
+
+    Args:
+        exchange: The collectives.
+        store: The open store.
+        plans: Every rank's share, by rank.
+        kernels: What will compute.
+        options: How the engine runs.
+        step_tokens: Tokens of the largest step.
+        records: What the ranks reported, by rank.
+        on_reading: Told while this rank's weights are read from the disk or copied.
+
+    Raises:
+        AgreedError: A host lacks memory or units, or a file is damaged or cannot be read; raised on all ranks alike.
+    """
+    world, copy = exchange.world, options.copy_weights
+    demand = Demand(options.kv, max(options.context, options.resident_positions), step_tokens, copy)
+    needs = check_memory(world, store.manifest, plans, demand, records)
+    if options.check == "full":
+        verify_together(world, store)
+    plan = plans[world.rank]
+    model = agreed(world, "load", lambda: Transformer(store, plan, exchange, kernels, options.kv, step_tokens, copy))
+    layers = layers_with_room(world, needs[world.node], records, store.config.layers)
+    bring_in_weights(world, model, routed_layers=layers, on_reading=on_reading)
+    return model

@@ -1,0 +1,46 @@
+"""What sampling options may be, so that a bad one is refused before anything is computed."""
+
+from __future__ import annotations
+
+import math
+
+from dist_moe.engine.request import SamplingOptions
+from dist_moe.engine.settings import LARGEST_SEED, MOST_BIAS, require_number, require_whole
+from dist_moe.errors import UsageError
+
+_WHOLE = {
+    "top_k": (0, 2**31 - 1),
+    "seed": (0, LARGEST_SEED),
+    "repeat_last_n": (-1, 2**31 - 1),
+    "dry_allowed_length": (1, 2**31 - 1),
+    "dry_last_n": (-1, 2**31 - 1),
+}
+_NUMBERS = {
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "typical_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+    "presence_penalty": (-100.0, 100.0),
+    "frequency_penalty": (-100.0, 100.0),
+    "dry_multiplier": (0.0, 100.0),
+    "dry_base": (1.0, 10.0),
+}
+
+
+def check_sampling(options: SamplingOptions, vocabulary: int) -> None:
+    """Refuse values that nothing can be done with.
+
+    Raises:
+        UsageError: One of them, or a biased token that the model lacks.
+    """
+    for name, limits in _WHOLE.items():
+        require_whole(name, getattr(options, name), *limits)
+    for name, (least, most) in _NUMBERS.items():
+        require_number(name, getattr(options, name), least, most)
+    for token, bias in options.logit_bias:
+        require_whole("logit_bias: a token", token, 0, vocabulary - 1)
+        if bias != -math.inf:
+            require_number(f"logit_bias of token {token}", bias, -MOST_BIAS, MOST_BIAS)
+    if any(not breaker for breaker in options.dry_breakers):
+        raise UsageError("dry_breakers: expected sequences of token ids, found an empty one")
