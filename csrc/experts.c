@@ -19,7 +19,7 @@
 /* The first bytes of the next item are asked for while this one ends. */
 #define STREAM_START_BYTES 4096
 /* Tiles of a down matrix that an item of the second pass takes if there are few threads. */
-#define STRIP_TILES 8
+#define STRIP_TILES 16
 
 /* At most DM_TOKEN_BLOCK tokens of a chunk; where a batch keeps their hidden units. */
 typedef struct expert_item {
@@ -45,8 +45,8 @@ typedef struct expert_job {
     atomic_size_t finished;
 } expert_job;
 
-static void ask_for(const uint8_t *first) {
-    for (size_t i = 0; i < STREAM_START_BYTES; i += 64) __builtin_prefetch(first + i, 0, 2);
+static void ask_for(const uint8_t *first, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + i, 0, 2);
 }
 
 static int consecutive(const int32_t *tokens, size_t n) {
@@ -119,17 +119,25 @@ static dm_rows hidden(const expert_job *job, const expert_item *item, void *at, 
     return h;
 }
 
-/* Columns [first, last) of an item's contribution, added to sums_TD. */
+/* The tiles of an item's down matrix from column `first` on. */
+static const uint8_t *down_tiles(const expert_job *job, const expert_item *item, size_t first) {
+    return item->packed + 2 * job->matrix_bytes + first / 16 * dm_tile_bytes(job->format, job->width, job->group);
+}
+
+/* Columns [first, last) of an item's contribution, added to sums_TD. Meanwhile the same tiles of the item `next`, if
+ * that is not NULL, are asked for. */
 static void down(const expert_job *job, const expert_item *item, const dm_rows *h, int64_t *sums_TD, size_t first,
-                 size_t last, dm_worker *worker) {
-    const uint8_t *packed =
-        item->packed + 2 * job->matrix_bytes + first / 16 * dm_tile_bytes(job->format, job->width, job->group);
+                 size_t last, const expert_item *next, dm_worker *worker) {
+    const uint8_t *packed = down_tiles(job, item, first);
     const size_t columns = last - first;
+    const size_t share =
+        dm_divide_up(dm_divide_up(columns, 16) * dm_tile_bytes(job->format, job->width, job->group), item->count);
     float *out = dm_scratch(worker, DM_SCRATCH_OUT, item->count * columns * sizeof(float));
     void *scratch = dm_scratch(worker, DM_SCRATCH_MATMUL, DM_MATMUL_SCRATCH(job->width));
     job->kernels->matmul[job->format](out, packed, h, item->count, columns, columns, job->group, scratch);
     for (size_t i = 0; i < item->count; i++) {
         size_t t = (size_t)job->token_N[item->first + i];
+        if (next != NULL) ask_for(down_tiles(job, next, first) + i * share, share);
         int kind = job->kernels->add_fixed(sums_TD + t * job->D + first, out + i * columns,
                                            job->weight_N[item->first + i], columns);
         dm_report_fault(job->fault_T, t, kind, job->layer);
@@ -167,8 +175,8 @@ static void chunk_item(void *argument, size_t index, dm_worker *worker) {
     job->started[worker->index] = 1;
     void *at = dm_scratch(worker, DM_SCRATCH_KEPT, operand_bytes(job->format, job->width, item->count));
     dm_rows h = hidden(job, item, at, worker);
-    if (index + job->threads < job->item_count) ask_for(item[job->threads].packed);
-    down(job, item, &h, sums_TD, 0, job->D, worker);
+    if (index + job->threads < job->item_count) ask_for(item[job->threads].packed, STREAM_START_BYTES);
+    down(job, item, &h, sums_TD, 0, job->D, NULL, worker);
     /* The last one adds up, if that is little work. */
     if (atomic_fetch_add(&job->finished, 1) + 1 == job->item_count && job->threads > 1 && job->strips == 1) {
         add_threads(job, 0, job->T * job->D);
@@ -187,7 +195,7 @@ static void hidden_item(void *argument, size_t index, dm_worker *worker) {
     const expert_job *job = argument;
     const expert_item *item = &job->items[index];
     hidden(job, item, job->kept + item->hidden_at, worker);
-    if (index + job->threads < job->item_count) ask_for(item[job->threads].packed);
+    if (index + job->threads < job->item_count) ask_for(item[job->threads].packed, STREAM_START_BYTES);
 }
 
 static void strip_item(void *argument, size_t strip, dm_worker *worker) {
@@ -202,7 +210,7 @@ static void strip_item(void *argument, size_t strip, dm_worker *worker) {
     for (size_t i = 0; i < job->item_count; i++) {
         const expert_item *item = &job->items[i];
         dm_rows h = operand_at(job->kept + item->hidden_at, job->format, job->width, item->count);
-        down(job, item, &h, job->sums_TD, first, last, worker);
+        down(job, item, &h, job->sums_TD, first, last, i + 1 < job->item_count ? item + 1 : NULL, worker);
     }
 }
 

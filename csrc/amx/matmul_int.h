@@ -36,7 +36,7 @@
 #include "tiles.h"
 #include "walk.h"
 
-/* How far ahead of the unpacking the matrix is asked for. */
+/* How far ahead of the unpacking the matrix is asked for, into L2. (512 to 16384 bytes, L1 and L2 tried.) */
 #define PREFETCH_AHEAD 4096
 
 /* The stage that unpacks; ahead of it the matrix is asked for, scales and all. */
@@ -53,8 +53,10 @@ DM_INLINE int8_t *next_in_ring(const int8_t *at, size_t ring_bytes) {
 
 DM_INLINE void unpack_group(amx_unpacker *at, const amx_job *job, int format) {
     const size_t group_bytes = format == DM_Q4 ? 256 : 512;
-    prefetch(at->wanted, group_bytes + 64);
-    at->wanted += job->bytes_per_group;
+    if (at->wanted < job->end) {
+        for (size_t i = 0; i < group_bytes + 64; i += 64) __builtin_prefetch(at->wanted + i, 0, 2);
+        at->wanted += job->bytes_per_group;
+    }
     if (format == DM_Q4) unpack_group_q4(at->weights, at->vectors);
     if (format == DM_Q8) unpack_group_q8(at->weights, at->vectors);
     at->vectors += group_bytes;
@@ -217,14 +219,18 @@ DM_INLINE void amx_rows(const amx_job *job, size_t width, int format) {
     add_group(sum, &stages.adder, job, dots[1 - odd], width);
 }
 
-/* The vector part has four sizes; what it computes beyond the tokens is not used. */
+/* The vector part has a few sizes; what it computes beyond the tokens is not used. */
 DM_INLINE void run_any(const amx_job *job, int format) {
-    if (job->tokens > 12) {
-        amx_rows(job, 16, format);
-    } else if (job->tokens > 8) {
-        amx_rows(job, 12, format);
-    } else {
-        amx_rows(job, 8, format);
+    switch (job->tokens) {
+        case 7:
+        case 8: amx_rows(job, 8, format); break;
+        case 9: amx_rows(job, 9, format); break;
+        case 10: amx_rows(job, 10, format); break;
+        case 11: amx_rows(job, 11, format); break;
+        case 12: amx_rows(job, 12, format); break;
+        case 13:
+        case 14: amx_rows(job, 14, format); break;
+        default: amx_rows(job, 16, format);
     }
 }
 
@@ -280,6 +286,7 @@ static void amx_pass(float *out_TR, const uint8_t *packed, const dm_rows *x, siz
                          .bytes_per_group = dm_tile_bytes(format, x->columns, group) / groups,
                          .scale_bytes = dm_scale_bytes(x->columns, group),
                          .tile_bytes = dm_tile_bytes(format, x->columns, group),
+                         .end = packed + dm_divide_up(rows, 16) * dm_tile_bytes(format, x->columns, group),
                          .rows = rows,
                          .out_stride = out_stride};
     for (size_t b = 0; b < blocks; b++) {

@@ -12,7 +12,7 @@ typedef struct amx_block {
 
 typedef struct amx_job {
     const amx_block *block;
-    const uint8_t *packed;
+    const uint8_t *packed, *end;
     int8_t *ring; /* of unpacked groups */
     size_t blocks, last_block, tokens, groups, total, steps, strip, ring_bytes, ahead;
     size_t groups_per_scale, scale_step, bytes_per_group, scale_bytes, tile_bytes, rows, out_stride;

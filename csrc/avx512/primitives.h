@@ -42,4 +42,10 @@ DM_INLINE float highest_f32(f32v x) {
 DM_INLINE f64v widen_f64(f32_half x) { return (f64v)_mm512_cvtps_pd((__m256)x); }
 DM_INLINE f32_half narrow_f64(f64v x) { return (f32_half)_mm512_cvtpd_ps((__m512d)x); }
 
+/* Scaling by a power of two is exact here, and the conversion rounds to even. */
+#define DM_HAS_TO_FIXED
+DM_INLINE u64v to_fixed(f32_half x) {
+    return (u64v)_mm512_cvtps_epi64(_mm256_mul_ps((__m256)x, _mm256_set1_ps(0x1p32f)));
+}
+
 #endif

@@ -18,6 +18,14 @@ DM_INLINE f64v widen_f64(f32_half x) { return __builtin_convertvector(x, f64v); 
 DM_INLINE f32_half narrow_f64(f64v x) { return __builtin_convertvector(x, f32_half); }
 #endif
 
+/* rint(x * 2^32) for |x| < 2^18. */
+#ifndef DM_HAS_TO_FIXED
+DM_INLINE u64v to_fixed(f32_half x) {
+    f64v shifted = widen_f64(x) * 0x1p32 + ROUNDING_MAGIC;
+    return (u64v)shifted - ROUNDING_MAGIC_BITS;
+}
+#endif
+
 DM_INLINE u64v load_u64(const int64_t *from) {
     u64v x;
     __builtin_memcpy(&x, from, sizeof x);
@@ -46,8 +54,7 @@ static int add_fixed(int64_t *sum_D, const float *x_D, float weight, size_t D) {
         for (; d + WIDE_LANES <= D; d += WIDE_LANES) {
             f32_half x;
             __builtin_memcpy(&x, x_D + d, sizeof x);
-            f64v shifted = widen_f64(x * weight) * 0x1p32 + ROUNDING_MAGIC;
-            u64v sum = load_u64(sum_D + d) + ((u64v)shifted - ROUNDING_MAGIC_BITS);
+            u64v sum = load_u64(sum_D + d) + to_fixed(x * weight);
             __builtin_memcpy(sum_D + d, &sum, sizeof sum);
         }
     }
