@@ -32,6 +32,8 @@ def kind_of(path: Path) -> Kind | None:
         raise UsageError(
             f"{path}: cannot be looked at ({error.strerror}): check the name and the permissions of its directories"
         ) from error
+    except ValueError as error:  # a NUL, or half a surrogate pair
+        raise UsageError(f"{str(path)!r} cannot be the name of a file ({error}): choose another one") from error
     return kind_of_mode(mode)
 
 
@@ -74,8 +76,12 @@ class NewFile:
     Used as a context manager: leaving it without `commit` removes what was written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, private: bool = False) -> None:
         """Create a temporary file beside `path`.
+
+        Args:
+            path: Where it will be.
+            private: Let its owner alone read it.
 
         Raises:
             UsageError: Nothing can be written there, or a directory or device stands there.
@@ -87,7 +93,8 @@ class NewFile:
         with self._write_errors():
             self._path = path.resolve()  # a link stays one
             self._temporary = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}.tmp")
-            self._file = self._temporary.open("xb")
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._file = os.fdopen(os.open(self._temporary, flags, 0o600 if private else 0o666), "wb")
 
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes; raises UsageError if they cannot be written."""

@@ -13,13 +13,13 @@ from dist_moe.chat.conversation import Conversation, load_conversation, to_wire
 from dist_moe.chat.display import Display
 from dist_moe.chat.protocol import Done, Generate, Note, Piece, Ready, Refused
 from dist_moe.chat.reader import Reader
+from dist_moe.engine.settings import LARGEST_SEED
 from dist_moe.errors import UsageError
 from dist_moe.text.messages import Message, ToolCall, parse_messages
 from dist_moe.text.tools import Tool, read_tools
 
 Show = Callable[[Piece | Note], None]
 _MARK = "> "
-_LARGEST_SEED = 2**63 - 1
 
 
 class Backend(Protocol):
@@ -116,12 +116,12 @@ class Chat:
         self._answer(kept)
 
     def _do_save(self, name: str) -> None:
-        path = Path(name).expanduser()
+        path = _path(name)
         self.conversation.save(path)
         self.display.say(f"saved {_count(self.conversation.turns, 'turn')} in {path}")
 
     def _do_load(self, name: str) -> None:
-        path = Path(name).expanduser()
+        path = _path(name)
         self.conversation = load_conversation(path, "/load")
         self._retries = 0
         self.display.say(f"loaded {_count(self.conversation.turns, 'turn')} from {path}")
@@ -155,7 +155,7 @@ class Chat:
         if name and name != "off" and not self.facts.knows_tools:
             raise UsageError("/tools: this model's chat template knows no tool calls")
         if name:
-            self.settings.tools = () if name == "off" else read_tools(Path(name).expanduser(), "/tools")
+            self.settings.tools = () if name == "off" else read_tools(_path(name), "/tools")
         lines = [f"{tool.name}: {tool.definition['function'].get('description', '')}" for tool in self.settings.tools]
         self.display.say("\n".join(lines) or "there are no tools; /tools FILE reads some")
 
@@ -192,7 +192,7 @@ class Chat:
         return Generate(to_wire(self.conversation.messages), tools, self.settings.thinking, self._seed())
 
     def _seed(self) -> int:
-        return (self.settings.seed + self._retries) % (_LARGEST_SEED + 1)
+        return (self.settings.seed + self._retries) % (LARGEST_SEED + 1)
 
     def _show(self, found: Piece | Note) -> None:
         if isinstance(found, Piece):
@@ -235,8 +235,8 @@ class Chat:
             if not text.startswith("@"):
                 return text
             try:
-                return Path(text[1:].strip()).expanduser().read_text(encoding="utf-8")
-            except (OSError, ValueError) as error:
+                return _path(text[1:].strip()).read_text(encoding="utf-8")
+            except (OSError, ValueError, UsageError) as error:
                 self.display.complain(f"{text}: cannot be read as text: {getattr(error, 'strerror', None) or error}")
 
     # ---- small things ----
@@ -272,6 +272,14 @@ def describe_answer(done: Done, facts: Ready) -> str:
 
 def _describe_thinking(wish: str) -> str:
     return f"at most {wish} tokens" if wish.isdecimal() else wish
+
+
+def _path(name: str) -> Path:
+    """A file as the user names it, ~ included."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{name}: there is no such user, or no home directory: write the path out") from error
 
 
 def _rate(tokens: int, seconds: float) -> float:

@@ -248,6 +248,47 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
     assert len([line for line in err.splitlines() if line.startswith("dist-moe: error: ")]) == 3
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("/save /", "/ is a directory"),
+        ("/save {here}/file/c.json", "cannot be written"),
+        (f"/save {{here}}/{'x' * 300}", "cannot be looked at"),
+        ("/save a\0b", "cannot be the name of a file"),
+        ("/save ~nobody-here/c.json", "there is no such user"),
+        ("/load ~nobody-here/c.json", "there is no such user"),
+        ("/tools ~nobody-here/c.json", "there is no such user"),
+    ],
+)
+def test_names_that_no_file_can_have_do_not_end_the_chat(tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "file").write_text("")
+    script = Script([done("x")], line.format(here=tmp_path), "still here")
+    _, err, _ = script.run()
+    assert words in err
+    assert len(script.requests) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_result_can_be_named_once_more(tmp_path: Path) -> None:
+    (tmp_path / "r").write_text("sun")
+    call = ToolCall("weather", {}, "1").to_json()
+    script = Script([done("", tool_calls=[call]), done("x")], "a", "@~nobody-here/r", f"@{tmp_path}/r")
+    _, err, _ = script.run()
+    assert "there is no such user" in err
+    assert contents(script.requests[1])[-1] == ("tool", "sun")
+
+
+def test_a_saved_conversation_is_its_owners_alone(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text("old")
+    path.chmod(0o644)
+    Conversation([Message("user", "x")]).save(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(UsageError, match="half a surrogate pair"):
+        Conversation([Message("user", "\ud800")]).save(path)
+    assert load_conversation(path, "/load").messages == [Message("user", "x")]
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
