@@ -119,7 +119,7 @@ def require_role(role: Any, where: str) -> str:
 def _arguments(value: Any, where: str) -> Mapping[str, Any]:
     try:
         found = json.loads(value) if isinstance(value, str) else {} if value is None else value
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: arguments are not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise UsageError(f"{where}: arguments: expected an object, found {value!r}")

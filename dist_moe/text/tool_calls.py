@@ -112,8 +112,9 @@ def typed(text: str, schema: Mapping[str, Any]) -> Any:
 
 
 def _types(schema: Mapping[str, Any]) -> set[str]:
-    kinds = schema.get("type", ())
-    found = {kinds} if isinstance(kinds, str) else {kind for kind in kinds if isinstance(kind, str)}
+    kinds = schema.get("type")
+    named = kinds if isinstance(kinds, list) else [kinds]
+    found = {kind for kind in named if isinstance(kind, str)}
     for choice in ("anyOf", "oneOf", "allOf"):
         options = schema.get(choice)
         for option in options if isinstance(options, list) else ():

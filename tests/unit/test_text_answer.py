@@ -153,6 +153,7 @@ def test_a_call_is_shown_only_when_it_is_whole() -> None:
         ("hybrid", '{"arguments": {}}', "name: expected 1 to 64 letters"),
         ("hybrid", "[1]", "expected"),
         ("hybrid", "[" * 100000, "not valid JSON"),
+        ("hybrid", '{"name": "f", "arguments": "' + "[" * 100000 + '"}', "f: arguments are not valid JSON"),
         ("coder", "<function=f>oh<parameter=n>1</parameter></function>", "'oh' stands outside <parameter=KEY>"),
         ("coder", "<function=f><parameter=n>1</parameter><parameter=n>2</parameter></function>", "n is given twice"),
         ("coder", "f(1)", "not of the form <function=NAME>"),
@@ -229,6 +230,12 @@ def test_parameters_are_typed_by_the_schema(key: str, text: str, value: Any) -> 
     found = parse_call(body, Dialect.CODER, TOOLS).arguments
     assert found == {key: value}
     assert type(found[key]) is type(value)
+
+
+@pytest.mark.parametrize("kind", [5, None, [["string"]], {}])
+def test_a_schema_with_a_strange_type_leaves_text(kind: Any) -> None:
+    tools = parse_tools({"name": "g", "parameters": {"properties": {"x": {"type": kind}}}}, "t")
+    assert parse_call("<function=g><parameter=x>3</parameter></function>", Dialect.CODER, tools).arguments == {"x": "3"}
 
 
 def test_forgotten_closing_tags_are_forgiven() -> None:
