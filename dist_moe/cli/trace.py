@@ -6,6 +6,7 @@ Shape suffixes: V vocabulary, R rows of a trace's logits, N rows of a step.
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +178,7 @@ def _read_ids(name: str) -> list[int]:
 def _read_json(path: Path) -> Any:
     try:
         found = json.loads(read_text(path, _TRACE))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{_TRACE} {path}: not valid JSON: {error}") from error
     ids = found.get("ids") if isinstance(found, dict) else found
     if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
@@ -201,7 +202,7 @@ def _read_rows(path: Path, ids: int, vocabulary: int) -> npt.NDArray[Any] | None
         rows_RV: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise UsageError(f"{_TRACE}: {path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"{_TRACE}: {path}: not an array: {error}") from error
     is_array = isinstance(rows_RV, np.ndarray)  # else the archive of several
     if not is_array or rows_RV.dtype.kind != "f" or rows_RV.ndim != 2 or rows_RV.shape[1] != vocabulary:
