@@ -51,6 +51,7 @@ BAD_USE = [
     ("--beams 2 --logit-bias 5=1", "--logit-bias does nothing in a beam search"),
     ("--samples 2 --logits x.npy", "--logits is about a single text: leave --samples out, or it"),
     ("--beams 2 --stop x", "--stop is about a single text: leave --beams out, or it"),
+    ("--samples 2 --prompt-cache x", "--prompt-cache is about a single text: leave --samples out, or it"),
 ]
 
 
