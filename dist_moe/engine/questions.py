@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -98,6 +98,10 @@ class Wishes:
                 require_whole(name, getattr(self, name), 0, limit)
         if self.logprobs is not None:
             require_whole("logprobs", self.logprobs, 0, MOST_LOGPROBS)
+        if self.sampling is not None and not isinstance(self.sampling, SamplingOptions):
+            raise UsageError(f"sampling: expected SamplingOptions, found {self.sampling!r:.80}")
+        if not isinstance(self.stop, Iterable):
+            raise UsageError(f"stop: expected a text or several, found {self.stop!r}")
         for string in self.stop_strings:
             if not isinstance(string, str) or not string:
                 raise UsageError(f"stop: expected a text of at least one character, or several, found {string!r}")

@@ -251,6 +251,8 @@ BAD = {
     "top_p": (ONCE, {"top_p": 1.5}, "top_p: expected a number from 0 to 1, found 1.5"),
     "seed": (ONCE, {"seed": -1}, "seed: expected a whole number from 0 to .*, found -1"),
     "stop": (ONCE, {"stop": ["a", ""]}, "stop: expected a text of at least one character, or several, found ''"),
+    "no stop": (ONCE, {"stop": 5}, "stop: expected a text or several, found 5"),
+    "sampling": (ONCE, {"sampling": {"seed": 1}}, "sampling: expected SamplingOptions, found {'seed': 1}"),
     "logprobs": (ONCE, {"logprobs": -1}, "logprobs: expected a whole number from 0 to .*, found -1"),
     "on_logits": ([ONCE, ONCE], {"on_logits": print}, "on_logits: .* give one prompt at a time"),
 }
