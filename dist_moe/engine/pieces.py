@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dist_moe.engine.request import FinishReason, TokenLogprob
+from dist_moe.engine.request import FinishReason, TokenLogprob, total_logprob
 from dist_moe.text.messages import ToolCall
 
 __all__ = ["FinishReason", "Piece", "Result", "TokenLogprob", "Usage"]
@@ -82,7 +82,7 @@ class Result:
     @property
     def logprob(self) -> float:
         """The log-probability of all tokens together; 0 if none were noted."""
-        return sum((token.logprob for token in self.logprobs), 0.0)
+        return total_logprob(self.logprobs)
 
     @classmethod
     def of_dict(cls, values: Mapping[str, Any]) -> Result:

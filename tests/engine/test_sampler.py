@@ -13,7 +13,8 @@ import pytest
 
 from dist_moe.engine.candidates import Candidates, block_sums, row_candidates
 from dist_moe.engine.dry import Dry
-from dist_moe.engine.request import Completion, Request, SamplingOptions
+from dist_moe.engine.pieces import Result, Usage
+from dist_moe.engine.request import Completion, Request, SamplingOptions, TokenLogprob
 from dist_moe.engine.sampling import Sampler
 from dist_moe.kernels import NO_FAULT, Kernels
 
@@ -246,3 +247,10 @@ def test_a_token_that_sinks_to_the_last_candidate_is_not_certain(kernels: Kernel
         assert [token] == rows.draw(request, [], logits_V, 0).ids
         drawn.add(token)
     assert drawn == {2, 3, 4, 5}
+
+
+def test_log_probabilities_are_added_one_by_one() -> None:
+    """Since Python 3.12 sum() gives -1.0000000000000002."""
+    tokens = [TokenLogprob(0, logprob) for logprob in (-1.0, -1e-16, -1e-16)]
+    assert Completion(logprobs=tokens).cumulated_logprob == -1.0
+    assert Result("", (0, 0, 0), "length", Usage(1, 3), logprobs=tuple(tokens)).logprob == -1.0
