@@ -38,7 +38,10 @@ def check_sampling(options: SamplingOptions, vocabulary: int) -> None:
         require_whole(name, getattr(options, name), *limits)
     for name, (least, most) in _NUMBERS.items():
         require_number(name, getattr(options, name), least, most)
-    for token, bias in options.logit_bias:
+    for pair in options.logit_bias:
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise UsageError(f"logit_bias: expected pairs (token, bias), found {pair!r:.80}")
+        token, bias = pair
         require_whole("logit_bias: a token", token, 0, vocabulary - 1)
         if bias != -math.inf:
             require_number(f"logit_bias of token {token}", bias, -MOST_BIAS, MOST_BIAS)

@@ -14,6 +14,7 @@ from dist_moe.engine.request import Completion, Request, check_prompt
 from dist_moe.engine.runtime import Runtime
 from dist_moe.engine.signals import interrupts_wait
 from dist_moe.engine.writer import Writer
+from dist_moe.errors import UsageError
 from dist_moe.text.messages import Message, parse_messages
 from dist_moe.text.tools import parse_tools
 
@@ -76,6 +77,9 @@ class Sequences:
             CheckpointError: The model has no chat template.
         """
         wishes.require_valid()
+        for name, value in (("messages", messages), ("tools", tools)):
+            if not isinstance(value, Sequence):
+                raise UsageError(f"{name}: expected a list, found {value!r:.80}")
         turns = [message.to_json() if isinstance(message, Message) else message for message in messages]
         functions = parse_tools(list(tools), "tools") if tools else ()
         prompt = text.chat_format.prompt(parse_messages(turns, "messages"), tools=functions, thinking=thinking)

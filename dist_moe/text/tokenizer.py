@@ -96,7 +96,8 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for; none for special tokens and for ids beyond the tokenizer."""
-        content = None if token in self._special_ids else self._backend.id_to_token(token)
+        is_text = 0 <= token < self.size and token not in self._special_ids
+        content = self._backend.id_to_token(token) if is_text else None
         if content is None:
             return b""
         try:
@@ -126,6 +127,8 @@ def _token_text(token: Any) -> str | None:
 
 
 def _require_unicode(text: str) -> None:
+    if not isinstance(text, str):
+        raise UsageError(f"expected a text, found {text!r:.80}")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -43,7 +43,7 @@ def test_pieces_make_the_result(engine: Engine) -> None:
     result = engine.complete(ONCE, max_tokens=12)
     assert joined(pieces) == (result.text, result.ids)
     assert [piece.finish_reason for piece in pieces] == [None] * 11 + ["length"]
-    assert engine.detokenize(result.ids) == result.text
+    assert engine.detokenize(result.ids) == engine.detokenize([-1, *result.ids, 2**70]) == result.text
     assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (len(engine.tokenize(ONCE)), 12)
 
 
@@ -115,6 +115,10 @@ def test_a_chat_is_framed_by_the_model_s_template(tmp_path: Path) -> None:
             chatty.chat(messages, thinking=True)
         with pytest.raises(UsageError, match="messages: message 1: role: expected one of"):
             chatty.chat([{"role": "me", "content": ""}])
+        with pytest.raises(UsageError, match="messages: expected a list, found None"):
+            chatty.chat(None)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="expected a text, found 5"):
+            chatty.tokenize(5)  # type: ignore[arg-type]
 
 
 def test_a_model_without_a_template_cannot_chat(tmp_path: Path) -> None:
