@@ -59,7 +59,7 @@ class Answerer:
         reason, fault = self._generate(engine, request.seed, prompt, writer, interrupted)
         writer.finish()
         after = engine.statistics()
-        computed = after.prefill_tokens - before.prefill_tokens - writer.forced_tokens
+        computed = after.prefill_tokens - before.prefill_tokens - writer.prefilled_tokens
         return Done(
             message=writer.stream.message.to_json(),
             finish_reason=reason,
@@ -107,9 +107,10 @@ class Answerer:
         room = self.context - len(prompt.ids)
         most = room if self.max_tokens is None else min(room, self.max_tokens)
         while True:
-            writer.take_forced(most)
+            fresh = writer.take_forced(most)
             if len(writer.ids) == most:
                 return _name_end("length", most, room), ""
+            writer.prefilled_tokens += fresh
             pieces = engine.generate(
                 [*prompt.ids, *writer.ids],
                 max_tokens=most - len(writer.ids),
@@ -140,7 +141,7 @@ class _Writer:
         self.ids: list[int] = []
         self._budget, self._show = budget, show
         self._forced = budget.start() if budget else ()
-        self.forced_tokens = 0
+        self.prefilled_tokens = 0  # of the answer, which a prefill computed
 
     @property
     def is_forced(self) -> bool:
@@ -154,12 +155,17 @@ class _Writer:
             if self._budget is not None:
                 self._forced = self._budget.push(token)
 
-    def take_forced(self, most: int) -> None:
-        """Take the tokens that must come next, as many as there is room for."""
+    def take_forced(self, most: int) -> int:
+        """Take the tokens that must come next, as many as there is room for.
+
+        Returns:
+            How many of the answer are not computed now: these, and the last one that was drawn before them.
+        """
         forced, self._forced = self._forced[: most - len(self.ids)], ()
-        self.forced_tokens += len(forced)
+        fresh = len(forced) + bool(forced and self.ids)
         for token in forced:
             self._push(token)
+        return fresh
 
     def finish(self) -> None:
         """Show what was held back."""

@@ -32,12 +32,13 @@ class Thinker:
     prompts: list[tuple[int, ...]] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     prefilled: int = 0
+    resident: int = 0
 
     def generate(
         self, prompt: list[int], *, max_tokens: int, sampling: SamplingOptions, interrupted: Callable[[], bool]
     ) -> Iterator[EnginePiece]:
-        # The second call knows all of the first one's tokens but those that were put behind them.
-        known = len(self.prompts[-1]) + 4 if self.prompts else 0
+        # The second call knows the first one's tokens, but not the last one drawn: nothing was computed with it.
+        known = len(self.prompts[-1]) + 3 if self.prompts else self.resident
         self.prompts.append(tuple(prompt))
         self.seeds.append(sampling.seed)
         self.prefilled += len(prompt) - known
@@ -77,12 +78,21 @@ def test_a_budget_ends_thinking_with_the_words_the_model_knows() -> None:
     assert "".join(piece.text for piece in shown if isinstance(piece, Piece) and piece.kind == "reasoning") == thought
     assert (found.finish_reason, found.completion_tokens) == ("stop", 4 + len(closing) + 2)
     assert (found.prompt_tokens, found.reused_tokens) == (len(first), 0)
+    again = ANSWERER.answer(Thinker(resident=5), replace(QUESTION, thinking="3"), print, lambda: False)  # type: ignore[arg-type]
+    assert isinstance(again, Done)
+    assert again.reused_tokens == 5
 
 
 def test_a_budget_has_no_say_where_the_room_ends_first() -> None:
     found, _, thinker = ask(replace(ANSWERER, max_tokens=6), replace(QUESTION, thinking="4"))
     assert isinstance(found, Done)
     assert (found.finish_reason, found.completion_tokens, len(thinker.prompts)) == ("length", 6, 1)
+
+
+def test_words_that_end_thinking_at_the_end_of_the_room_are_not_reused() -> None:
+    found, _, thinker = ask(replace(ANSWERER, max_tokens=6), replace(QUESTION, thinking="3"))
+    assert isinstance(found, Done)
+    assert (found.completion_tokens, found.reused_tokens, len(thinker.prompts)) == (6, 0, 1)
 
 
 def test_without_a_budget_the_context_ends_the_answer() -> None:
