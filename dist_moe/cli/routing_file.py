@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -155,7 +156,7 @@ class RoutingReader:
                 yield archive
         except OSError as error:
             raise UsageError(f"{self.path}: cannot be read ({error.strerror or error}): check it") from error
-        except (zipfile.BadZipFile, LookupError, ValueError, TypeError, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, LookupError, ValueError, TypeError, EOFError) as error:
             raise UsageError(f"{self.path}: not a record of a run's routing ({error}): {_MAKE_ONE}") from error
 
 

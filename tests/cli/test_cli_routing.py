@@ -228,12 +228,22 @@ def _swap(path: Path, **arrays: np.ndarray) -> None:
         np.savez(path, **(dict(npz) | arrays))
 
 
+def _garble(path: Path) -> None:
+    """Compress the archive, then damage the compressed bytes."""
+    with np.load(path) as archive:
+        np.savez_compressed(path, **dict(archive))
+    data = bytearray(path.read_bytes())
+    data[70:110] = b"\xff" * 40
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
         (lambda path: path.unlink(), "there is no such file"),
         (lambda path: path.write_bytes(b"no archive"), "not a record of a run's routing"),
         (lambda path: path.write_bytes(path.read_bytes()[:200]), "not a record of a run's routing"),
+        (lambda path: _garble(path), "not a record of a run's routing"),
         (lambda path: np.savez(path, x=np.ones(3)), "not a record of a run's routing"),
         (lambda path: _swap(path, step=np.zeros(9, np.int32)), "experts has the shape"),
         (lambda path: _swap(path, experts=np.full((3, 2, 2), 4, np.int16)), "not one of 0 to 3"),
