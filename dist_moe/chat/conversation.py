@@ -29,8 +29,8 @@ class Conversation:
 
     @system.setter
     def system(self, text: str) -> None:
-        rest = self.messages[1:] if self.system else self.messages
-        self.messages = [Message("system", text), *rest] if text else list(rest)
+        rest = [message for message in self.messages if message.role != "system"]
+        self.messages = [Message("system", text), *rest] if text else rest
 
     @property
     def turns(self) -> int:

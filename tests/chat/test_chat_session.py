@@ -278,6 +278,12 @@ def test_a_result_can_be_named_once_more(tmp_path: Path) -> None:
     assert contents(script.requests[1])[-1] == ("tool", "sun")
 
 
+def test_an_empty_system_prompt_is_replaced_by_another() -> None:
+    conversation = Conversation([Message("system", ""), Message("user", "x")])
+    conversation.system = "s"
+    assert conversation.messages == [Message("system", "s"), Message("user", "x")]
+
+
 def test_a_saved_conversation_is_its_owners_alone(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     path.write_text("old")
