@@ -115,6 +115,7 @@ class Answerer:
                 [*prompt.ids, *writer.ids],
                 max_tokens=most - len(writer.ids),
                 sampling=replace(self.sampling, seed=seed),
+                continued=len(writer.ids),
                 interrupted=interrupted,
             )
             with closing(pieces):

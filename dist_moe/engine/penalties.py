@@ -42,6 +42,7 @@ class History:
                 self._bias_V[token] += np.float32(bias)
         self._raised = np.flatnonzero(self._bias_V > 0)
         self._count_seen(0)
+        _count(self._count_V, self._ids[self._prompt_tokens - request.continued :], 1)
         if self._dry:
             self._dry.extend(self._ids)
 

@@ -38,6 +38,7 @@ class GenerateOptions(TypedDict, total=False):
         ignore_eos: Go on past the tokens that end a text.
         logprobs: Note with each token its log-probability, and so many of the best ones; the model's own, at
             temperature 1, before penalties and filters.
+        continued: So many of the last tokens of the prompt (0) count as generated, for presence and frequency penalties.
         on_logits: Told each generated token's logits, f32 [V], valid only during the call; for one prompt.
         interrupted: Asked after each step whether to end now, with the finish reason `interrupted`.
     """
@@ -52,6 +53,7 @@ class GenerateOptions(TypedDict, total=False):
     stop: str | Sequence[str]
     ignore_eos: bool
     logprobs: int | None
+    continued: int
     on_logits: LogitsCallback | None
     interrupted: Callable[[], bool] | None
 
@@ -70,6 +72,7 @@ class Wishes:
     stop: str | Sequence[str] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    continued: int = 0
     on_logits: LogitsCallback | None = None
     interrupted: Callable[[], bool] | None = None
 
@@ -96,6 +99,7 @@ class Wishes:
         for name, limit in (("top_k", 2**31 - 1), ("seed", LARGEST_SEED)):
             if getattr(self, name) is not None:
                 require_whole(name, getattr(self, name), 0, limit)
+        require_whole("continued", self.continued, 0, 2**31 - 1)
         if self.logprobs is not None:
             require_whole("logprobs", self.logprobs, 0, MOST_LOGPROBS)
         if self.sampling is not None and not isinstance(self.sampling, SamplingOptions):
@@ -213,6 +217,7 @@ class TextSide:
             stop_ids=frozenset() if wishes.ignore_eos else self.stop_ids,
             on_logits=wishes.on_logits,
             logprobs=wishes.logprobs,
+            continued=min(wishes.continued, len(ids)),
         )
 
 

@@ -116,6 +116,7 @@ class Request:
         sample: Which of several independent continuations of one prompt: it keys the random numbers with the seed.
         logprobs: How many of the best tokens to note at each place with their log-probabilities, besides the one that
             was drawn; None notes none at all.
+        continued: So many of the prompt's last tokens were generated before: penalties count them as such.
     """
 
     prompt_ids: tuple[int, ...]
@@ -125,6 +126,7 @@ class Request:
     on_logits: LogitsCallback | None = None
     sample: int = 0
     logprobs: int | None = None
+    continued: int = 0
 
 
 @dataclass(frozen=True)

@@ -35,11 +35,18 @@ class Thinker:
     resident: int = 0
 
     def generate(
-        self, prompt: list[int], *, max_tokens: int, sampling: SamplingOptions, interrupted: Callable[[], bool]
+        self,
+        prompt: list[int],
+        *,
+        max_tokens: int,
+        sampling: SamplingOptions,
+        continued: int,
+        interrupted: Callable[[], bool],
     ) -> Iterator[EnginePiece]:
         # The second call knows the first one's tokens, but not the last one drawn: nothing was computed with it.
         known = len(self.prompts[-1]) + 3 if self.prompts else self.resident
         self.prompts.append(tuple(prompt))
+        assert continued == len(prompt) - len(self.prompts[0])
         self.seeds.append(sampling.seed)
         self.prefilled += len(prompt) - known
         for count in range(1, max_tokens + 1):

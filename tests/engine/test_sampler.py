@@ -208,6 +208,18 @@ def test_a_repetition_window_moves_with_the_text(kernels: Kernels) -> None:
                 completion.ids += [1, 2]  # tokens that someone else decided
 
 
+def test_a_text_that_was_cut_is_penalized_as_a_whole(kernels: Kernels) -> None:
+    rows, drawn = Rows(kernels, 8), set()
+    options = SamplingOptions(temperature=1.0, presence_penalty=1.5, frequency_penalty=0.7)
+    for _ in range(20):
+        prompt, text, logits_V = rows.text(9), rows.text(9), rows.logits(0.3)
+        whole = rows.draw(Request(prompt, 9, options), list(text), logits_V, 30).ids[-1]
+        cut = Request((*prompt, *text), 9, options)
+        assert rows.draw(replace(cut, continued=len(text)), [], logits_V, 30).ids == [whole]
+        drawn.add(rows.draw(cut, [], logits_V, 30).ids == [whole])
+    assert drawn == {True, False}
+
+
 def test_logprobs_are_the_models_own(kernels: Kernels) -> None:
     rows = Rows(kernels, 5)
     for temperature, best in ((0.0, 0), (1.0, 5), (0.3, 20), (30.0, 3)):
