@@ -38,7 +38,7 @@ class GenerateOptions(TypedDict, total=False):
         ignore_eos: Go on past the tokens that end a text.
         logprobs: Note with each token its log-probability, and so many of the best ones; the model's own, at
             temperature 1, before penalties and filters.
-        continued: So many of the last tokens of the prompt (0) count as generated, for presence and frequency penalties.
+        continued: So many of the last tokens of the prompt (0) count as generated for presence and frequency penalties.
         on_logits: Told each generated token's logits, f32 [V], valid only during the call; for one prompt.
         interrupted: Asked after each step whether to end now, with the finish reason `interrupted`.
     """
