@@ -56,7 +56,7 @@ class NpyRows:
         standing = files.kind_of(path)
         if standing not in (None, "file"):
             what = "a directory" if standing == "directory" else "a device or pipe"
-            raise UsageError(f"{path} is {what}: give the name of a .npy file")
+            raise UsageError(f"{path} is {what}: name a file")
         self._path = path
         with write_errors(path):
             path = self._path = path.resolve()  # a link stays one

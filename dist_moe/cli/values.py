@@ -162,5 +162,6 @@ def _spelling(context: click.Context | None, parameter: click.Parameter | None) 
     if context is not None and context.get_parameter_source(name) is ParameterSource.DEFAULT_MAP:
         return str(context.meta.get(CONFIG_KEYS, {}).get(name, name))
     if isinstance(parameter, click.Argument):
-        return parameter.human_readable_name.strip("[]")
+        shown = parameter.human_readable_name
+        return shown[1:-1] if shown.startswith("[") and shown.endswith("]") else shown
     return max(parameter.opts, key=len)

@@ -121,6 +121,11 @@ def test_contradictions_are_one_line(line: str, words: str) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_an_empty_word_is_named_by_the_form() -> None:
+    with pytest.raises(UsageError, match=r"^STORE STEPS \[TRACE\]: expected the name of a file or directory"):
+        execute(["run", "", "5"])
+
+
 # ---- TRACE ----
 
 

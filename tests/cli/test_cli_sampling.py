@@ -36,6 +36,8 @@ BAD_USE = [
     ("--dry-allowed-length 0", "--dry-allowed-length: expected a whole number from 1 to 2147483647, found '0'"),
     ("--dry-last-n -2", "--dry-last-n: expected a whole number from -1 to 2147483647, found '-2'"),
     ("--dry-breakers x", "--dry-breakers: expected a JSON list of texts that are not empty, like"),
+    ('--dry-breakers ["\\ud800"]', "--dry-breakers: expected a JSON list of texts that are not empty, like"),
+    ("--dry-breakers " + "[" * 100000, "--dry-breakers: expected a JSON list of texts that are not empty, like"),
     ('--dry-breakers [""]', "--dry-breakers: expected a JSON list of texts that are not empty, like"),
     ("--logit-bias 5", "--logit-bias: expected ID=BIAS with a bias of -1e+06 to 1e+06 or -inf, like 5=+1.5, found '5'"),
     ("--logit-bias 5=inf", "--logit-bias: expected ID=BIAS with a bias of -1e+06 to 1e+06 or -inf"),
