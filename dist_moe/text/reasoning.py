@@ -1,8 +1,6 @@
-"""Thinking before the answer: soft switches in a message, and a limit on its tokens."""
+"""Thinking before the answer: a limit on its tokens."""
 
 from __future__ import annotations
-
-import re
 
 from dist_moe.text.answer import AnswerStream
 from dist_moe.text.markers import THINK_CLOSE
@@ -13,21 +11,11 @@ EARLY_STOP = (
     "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
     f"{THINK_CLOSE}\n\n"
 )
-SOFT_SWITCH = re.compile(r"(?<!\S)/(no_)?think(?!\S)")
 
 
 def closing_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokens that end thinking early: a sentence that says so, and the closing token."""
     return tuple(tokenizer.encode_trusted(EARLY_STOP))
-
-
-def soft_switch(text: str) -> bool | None:
-    """What a message's last `/think` or `/no_think` asks for; None without one.
-
-    The model reads these words itself: they stay in the message, and thinking must not be switched off by the template.
-    """
-    found = [match[1] is None for match in SOFT_SWITCH.finditer(text)]
-    return found[-1] if found else None
 
 
 class ThinkingBudget:

@@ -13,7 +13,7 @@ from dist_moe.errors import UsageError
 from dist_moe.text.answer import AnswerStream, Delta
 from dist_moe.text.markers import MarkerStream, Span
 from dist_moe.text.messages import Message, ToolCall
-from dist_moe.text.reasoning import EARLY_STOP, soft_switch
+from dist_moe.text.reasoning import EARLY_STOP
 from dist_moe.text.stream import TextStream
 from dist_moe.text.tool_calls import Dialect, parse_call
 from dist_moe.text.tools import Tool, parse_tools
@@ -269,21 +269,6 @@ def test_markers_and_text_together_are_the_whole_text(text: str) -> None:
         for part in text.replace("<t", "\0<t").replace("</t", "\0</t").replace(">", ">\0").split("\0")
         if part in ("<think>", "</think>")
     ]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Hi", None),
-        ("Hi /think", True),
-        ("/no_think Hi", False),
-        ("/no_think no, /think", True),
-        ("a/think /thinking", None),
-        ("x\n/no_think", False),
-    ],
-)
-def test_soft_switches(text: str, expected: bool | None) -> None:
-    assert soft_switch(text) is expected
 
 
 def run_budget(form: str, tokens: int, text: str, thinking: bool | None = None) -> tuple[str, int]:
