@@ -209,7 +209,7 @@ class TextSide:
     def request(self, ids: tuple[int, ...], wishes: Wishes) -> Request:
         """What the engine is asked for one prompt; UsageError if it cannot be drawn like this."""
         sampling = self.sampling(wishes)
-        check_sampling(sampling, self._config.vocabulary)
+        check_sampling(sampling, self._config.vocabulary, self.valid_vocabulary)
         return Request(
             prompt_ids=ids,
             max_tokens=wishes.max_tokens,

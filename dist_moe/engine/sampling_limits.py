@@ -28,11 +28,16 @@ _NUMBERS = {
 }
 
 
-def check_sampling(options: SamplingOptions, vocabulary: int) -> None:
+def check_sampling(options: SamplingOptions, vocabulary: int, valid_vocabulary: int) -> None:
     """Refuse values that nothing can be done with.
 
+    Args:
+        options: How tokens are drawn.
+        vocabulary: Tokens that the model has.
+        valid_vocabulary: Ids from here on are never drawn.
+
     Raises:
-        UsageError: One of them, or a biased token that the model lacks.
+        UsageError: One of them, or a biased token that the model lacks, or no token is left.
     """
     for name, limits in _WHOLE.items():
         require_whole(name, getattr(options, name), *limits)
@@ -45,5 +50,8 @@ def check_sampling(options: SamplingOptions, vocabulary: int) -> None:
         require_whole("logit_bias: a token", token, 0, vocabulary - 1)
         if bias != -math.inf:
             require_number(f"logit_bias of token {token}", bias, -MOST_BIAS, MOST_BIAS)
+    banned = {token for token, bias in options.logit_bias if bias == -math.inf and token < valid_vocabulary}
+    if len(banned) == valid_vocabulary:
+        raise UsageError("logit_bias bans every token: leave at least one")
     if any(not breaker for breaker in options.dry_breakers):
         raise UsageError("dry_breakers: expected sequences of token ids, found an empty one")

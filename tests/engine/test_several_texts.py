@@ -84,6 +84,7 @@ def test_bad_searches_are_refused(engine: Engine, options: dict[str, Any], words
         ({"repeat_last_n": -2}, "repeat_last_n: expected a whole number from -1 to 2147483647, found -2"),
         ({"dry_base": 0.5}, "dry_base: expected a number from 1 to 10, found 0.5"),
         ({"dry_breakers": frozenset({()})}, "dry_breakers: expected sequences of token ids, found an empty one"),
+        ({"logit_bias": tuple((token, -math.inf) for token in range(1024))}, "logit_bias bans every token"),
         ({"logit_bias": {5: 1.0}}, r"logit_bias: expected pairs \(token, bias\), found 5"),
         ({"logit_bias": ((99999, 1.0),)}, "logit_bias: a token: expected a whole number from 0 to"),
         (
