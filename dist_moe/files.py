@@ -74,8 +74,12 @@ class NewFile:
     Used as a context manager: leaving it without `commit` removes what was written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, private: bool = False) -> None:
         """Create a temporary file beside `path`.
+
+        Args:
+            path: The file's name.
+            private: Whether its owner alone may read it.
 
         Raises:
             UsageError: Nothing can be written there, or a directory or device stands there.
@@ -87,7 +91,8 @@ class NewFile:
         with self._write_errors():
             self._path = path.resolve()  # a link stays one
             self._temporary = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}.tmp")
-            self._file = self._temporary.open("xb")
+            descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+            self._file = os.fdopen(descriptor, "wb")
 
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes; raises UsageError if they cannot be written."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dist_moe.errors import UsageError
+from dist_moe.files import NewFile
 from dist_moe.text.messages import Message, parse_messages
 
 FILE_VERSION = 1
@@ -70,21 +70,13 @@ class Conversation:
         """Write the conversation as JSON, readable by its owner alone; an older file is replaced as a whole.
 
         Raises:
-            UsageError: It cannot be written.
+            UsageError: It cannot be written, or a directory or device stands there.
         """
         value = {"dist_moe_chat": FILE_VERSION, "messages": [message.to_json() for message in self.messages]}
         text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with os.fdopen(
-                os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
-            ) as out:
-                out.write(text)
-            partial.replace(path)
-        except (OSError, ValueError) as error:
-            partial.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or str(error)
-            raise UsageError(f"{path}: cannot be written ({reason}): choose another place") from error
+        with NewFile(path, private=True) as out:
+            out.write(text.encode())
+            out.commit()
 
     def _last_user(self) -> int | None:
         places = [place for place, message in enumerate(self.messages) if message.role == "user"]
