@@ -78,7 +78,7 @@ class TextList(click.types.StringParamType):
         text = super().convert(value, param, ctx)
         try:
             found = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, list) or not all(isinstance(item, str) and item for item in found):
             refuse('a JSON list of texts that are not empty, like ["\\n", ":"]', value, param, ctx)

@@ -177,7 +177,7 @@ def _read_ids(name: str) -> list[int]:
 def _read_json(path: Path) -> Any:
     try:
         found = json.loads(read_text(path, _TRACE))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{_TRACE} {path}: not valid JSON: {error}") from error
     ids = found.get("ids") if isinstance(found, dict) else found
     if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
