@@ -70,7 +70,7 @@ class Conversation:
         """Write the conversation as JSON, readable by its owner alone; an older file is replaced as a whole.
 
         Raises:
-            UsageError: It cannot be written.
+            UsageError: It cannot be written, or a directory or device stands there.
         """
         value = {"dist_moe_chat": FILE_VERSION, "messages": [message.to_json() for message in self.messages]}
         text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"

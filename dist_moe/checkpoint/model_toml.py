@@ -29,7 +29,7 @@ def read_model_toml(path: Path) -> ModelConfig:
         entries = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not valid TOML: {error}; see configs/ for examples") from error
     table = entries.get(TABLE)
     if not isinstance(table, dict):

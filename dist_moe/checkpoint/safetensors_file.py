@@ -180,7 +180,7 @@ def diagnosis(path: Path, error: Exception) -> str:
         expected = expected_bytes(path)
     except OSError as reason:
         return f"{path}: cannot be read ({reason.strerror}); check its permissions"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{path}: expected a safetensors file, but its header is damaged ({error}); {RECOPY}"
     if actual < expected:
         return f"{path}: truncated: expected at least {expected} bytes, actual {actual}; {RECOPY}"

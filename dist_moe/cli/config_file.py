@@ -117,7 +117,7 @@ def read_config(path: Path, known: Iterable[str], lists: Iterable[str] = ()) -> 
     text = read_text(path, "--config")
     try:
         entries = tomllib.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"--config: {path} is not valid TOML: {error}") from error
     names, seen = sorted(known), set[str]()
     if isinstance(entries.get(TABLE), dict):

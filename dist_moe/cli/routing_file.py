@@ -30,6 +30,7 @@ from dist_moe.engine.routing_record import RoutingBatch
 from dist_moe.errors import UsageError
 
 FORMAT_VERSION = 1
+LARGEST_SIZE = 32767  # experts are int16
 
 _MAKE_ONE = "make one with dist-moe run --routing OUT.npz"
 
@@ -133,7 +134,9 @@ class RoutingReader:
         facts: dict[str, Any] = {}
         for name, value in entries.items():
             facts[name] = tuple(value) if isinstance(value, list) else value
-        return RoutingFacts(**{name: value for name, value in facts.items() if name in known})
+        found = RoutingFacts(**{name: value for name, value in facts.items() if name in known})
+        _require_sizes(found)
+        return found
 
     @staticmethod
     def _read(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
@@ -146,6 +149,8 @@ class RoutingReader:
         stream = archive.open("experts.npy")
         npy_format.read_magic(stream)
         shape, _, dtype = npy_format.read_array_header_1_0(stream)
+        if dtype.kind != "i":
+            raise ValueError(f"its experts are {dtype}, not integers")
         return stream, shape, dtype
 
     @contextmanager
@@ -176,6 +181,22 @@ def read_records(paths: list[Path]) -> list[RoutingReader]:
                 f"{_describe(records[0].facts)}): give records of one model"
             )
     return records
+
+
+def _require_sizes(facts: RoutingFacts) -> None:
+    """Refuse facts that no job wrote, before arrays of those sizes are made.
+
+    Raises:
+        ValueError, TypeError: One is no number from 1 to LARGEST_SIZE, no text, or names layers that are not there.
+    """
+    for name in ("layers", "experts", "experts_per_token", "chunks_per_expert", "ranks"):
+        size = getattr(facts, name)
+        if type(size) is not int or not 1 <= size <= LARGEST_SIZE:
+            raise ValueError(f"{name}: expected a number from 1 to {LARGEST_SIZE}, found {size!r}")
+    if not isinstance(facts.model, str) or not isinstance(facts.layout, str):
+        raise TypeError(f"expected texts for model and layout, found {facts.model!r} and {facts.layout!r}")
+    if not facts.routed_layers or sorted({*facts.routed_layers} & {*range(facts.layers)}) != [*facts.routed_layers]:
+        raise ValueError(f"routed_layers: expected layers below {facts.layers}, found {facts.routed_layers!r}")
 
 
 def _describe(facts: RoutingFacts) -> str:

@@ -13,9 +13,9 @@ INTERRUPTED = 130
 
 def main() -> int:
     """Run the command line; returns the exit code."""
-    for name in ("stdout", "stderr"):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # started with it closed
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
     try:
         hold_lifeline(detect_launcher(os.environ), os.environ)
         from dist_moe.cli.main import main as run

@@ -29,7 +29,7 @@ def read_threads_file(path: str | None) -> dict[str, int]:
         entries = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--threads-file: {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"--threads-file: {path} is not valid TOML: {error}") from error
     for host, threads in entries.items():
         if type(threads) is not int or not 1 <= threads <= MOST_THREADS:

@@ -146,15 +146,23 @@ def _parse_message(value: Any, where: str) -> Message:
 
 def _content(value: Any, where: str) -> str:
     if value is None or isinstance(value, str):
-        return value or ""
+        return _unicode(value or "", f"{where}: content")
     parts = value if isinstance(value, list) else [value]
     if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
         raise UsageError(f"{where}: content: expected a text or a list of text parts")
-    return "".join(part["text"] for part in parts)
+    return _unicode("".join(part["text"] for part in parts), f"{where}: content")
 
 
 def _text(value: Mapping[str, Any], name: str, where: str) -> str | None:
     found = value.get(name)
     if found is not None and not isinstance(found, str):
         raise UsageError(f"{where}: {name}: expected a text, found {found!r}")
-    return found
+    return found if found is None else _unicode(found, f"{where}: {name}")
+
+
+def _unicode(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{where}: half a surrogate pair at character {error.start}: fix the text") from error
+    return text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,18 @@ def test_control_c_twice_leaves_and_once_does_not() -> None:
     _, err, _ = script.run()
     assert err.count("Ctrl-C again or Ctrl-D leaves") == 2
     assert len(script.requests) == 1
+
+
+def test_a_device_is_never_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UsageError, match="is a device or pipe: name a file"):
+        Conversation([]).save(pipe)
+    assert pipe.is_fifo()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    Conversation([]).save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_conversation_comes_back_from_its_file(tmp_path: Path) -> None:

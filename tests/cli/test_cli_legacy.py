@@ -194,6 +194,7 @@ def test_rows_for_every_token_begin_at_the_second(trace: Path, run: Run, tmp_pat
         ("{}", None, 7, "has 6 tokens after its prompt of 3: give 6 steps at most"),
         ("{}", (5, 7), 2, "begins with other tokens than the prompt"),
         ("{}.json", None, 2, "not valid JSON"),
+        ("{}.deep.json", None, 2, "not valid JSON"),
         ("{}.wide", None, 2, "expected floats"),
         ("{}.long", None, 2, "has 40 rows, but the trace 9 ids"),
         ("{}.empty", None, 2, "not an array"),
@@ -203,6 +204,7 @@ def test_rows_for_every_token_begin_at_the_second(trace: Path, run: Run, tmp_pat
 )
 def test_a_trace_that_does_not_fit_is_refused(name: str, prompt, steps: int, words: str, trace: Path) -> None:
     trace.with_name("q3.json").write_text("{")
+    trace.with_name("q3.deep.json").write_text("[" * 10**5)
     for kind, shape in (("wide", (6, 5)), ("long", (40, 384))):
         np.save(f"{trace}.{kind}.ids.npy", np.load(f"{trace}.ids.npy"))
         np.save(f"{trace}.{kind}.logits.npy", np.zeros(shape, np.float32))

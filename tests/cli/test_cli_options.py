@@ -147,6 +147,7 @@ def test_bad_use_is_one_line(line: str, message: str) -> None:
         ("max_token = 3", "unknown option 'max_token'; known are"),
         ("config = 'x'", "unknown option 'config'"),
         ("max_tokens = ", "is not valid TOML"),
+        ("max_tokens = " + "[" * 10**5, "is not valid TOML"),
         ("max_tokens = 3.5", "max_tokens: expected a whole number from 1 to 2147483647, found '3.5' (from config"),
         ("max-tokens = 0", "max-tokens: expected a whole number from 1"),
         ("max-tokens = 1\nmax_tokens = 2", "max_tokens is there twice"),

@@ -238,6 +238,22 @@ def test_a_log_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         start_logging(0, str(tmp_path / "no" / "run.log"), 0, "here")
 
 
+def test_a_log_on_a_full_disk_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("dist_moe")
+    state = logger.handlers[:], logger.level, logger.propagate
+    try:
+        start_logging(0, "/dev/full", 0, "here")
+        for _ in range(3):
+            logger.info("lost")
+        logger.handlers[0].close()
+    finally:
+        logger.handlers[:], logger.propagate = state[0], state[2]
+        logger.setLevel(state[1])
+    assert capsys.readouterr().err == (
+        "dist-moe: /dev/full cannot be written (No space left on device): the log ends here\n"
+    )
+
+
 def printed(capsys: pytest.CaptureFixture[str], options: RunOptions, tokenizer: Tokenizer | None) -> tuple[str, str]:
     """Stdout and stderr of a run that continues "Hé" with "llo €" and an ordinary token that happens to end a text."""
     prompt = Prompt((1, 2), "Hé" if tokenizer else "")

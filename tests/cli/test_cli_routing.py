@@ -237,6 +237,12 @@ def _garble(path: Path) -> None:
     path.write_bytes(data)
 
 
+def _change(path: Path, **facts: object) -> None:
+    with np.load(path) as npz:
+        found = json.loads(str(npz["facts"]))
+    _swap(path, facts=np.array(json.dumps(found | facts)))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -250,6 +256,13 @@ def _garble(path: Path) -> None:
         (lambda path: _swap(path, facts=np.array('{"format_version": 2}')), "of version 2"),
         (lambda path: _swap(path, facts=np.array('{"format_version": 1}')), "not a record of a run's routing"),
         (lambda path: _swap(path, facts=np.array({"a": 1})), "not a record of a run's routing"),
+        (lambda path: _swap(path, facts=np.array("[" * 10**5)), "not a record of a run's routing"),
+        (lambda path: _swap(path, experts=np.zeros((3, 2, 2))), "its experts are float64, not integers"),
+        (lambda path: _change(path, ranks=0), "ranks: expected a number from 1 to 32767, found 0"),
+        (lambda path: _change(path, experts=10**12), "experts: expected a number from 1"),
+        (lambda path: _change(path, experts=4.0), "experts: expected a number from 1"),
+        (lambda path: _change(path, model=5), "expected texts for model and layout"),
+        (lambda path: _change(path, routed_layers=[2]), "routed_layers: expected layers below 2"),
     ],
 )
 def test_what_is_no_record_is_refused(damage: Callable[[Path], object], words: str, tmp_path: Path) -> None:

@@ -70,6 +70,13 @@ def test_text_from_flag_file_and_stdin_is_the_same(alone: MpiRun, environment: d
     assert found["text"].rstrip("\n") == text.rstrip("\n")
 
 
+@pytest.mark.parametrize(("words", "code"), [(("run", "-p", "-"), 2), (("chat",), 0)])
+def test_a_closed_stdin_is_an_empty_one(words: tuple[str, ...], code: int, environment: dict[str, str]) -> None:
+    done = launching.run("sh", "-c", 'exec "$@" <&-', "sh", *PROGRAM, *words, env=environment)
+    assert done.code == code, done.output
+    assert "internal error" not in done.output
+
+
 def test_the_whole_text_and_a_summary_are_shown(alone: MpiRun) -> None:
     done = alone("run", "-p", "Once upon a time", "-n", "3")
     assert done.stdout.startswith("Once upon a time")

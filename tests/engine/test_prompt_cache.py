@@ -140,6 +140,7 @@ def test_what_does_not_fit_is_refused(make_engine: MakeRuntime, store, saved: Pa
         (lambda data: data.replace(b'"kv":"f16"', b'"kv":"f32"', 1), "is damaged"),
         (lambda data: data.replace(b'"version":"1"', b'"version":"2"', 1), "with format version 2, but here it is 1"),
         (lambda data: b"hello, this is no such file at all", "header is damaged"),
+        (lambda data: (10**5).to_bytes(8, "little") + b"[" * 10**5, "header is damaged"),
     ],
 )
 def test_damaged_files_are_refused(saved: Path, change, words: str) -> None:

@@ -51,6 +51,10 @@ def test_the_forms_of_openai_are_accepted() -> None:
             [{"role": "user", "content": [{"image": 1}]}],
             "x: message 1: content: expected a text or a list of text parts",
         ),
+        (
+            [{"role": "user", "content": "a\ud800"}],
+            "x: message 1: content: half a surrogate pair at character 1: fix the text",
+        ),
         ([{"role": "user", "tool_calls": []}], "x: message 1: tool_calls: a user message has no such field"),
         ([{"role": "assistant", "tool_calls": 3}], "x: message 1: tool_calls: expected a list, found 3"),
         ([{"role": "assistant", "reasoning": 3}], "x: message 1: reasoning: expected a text, found 3"),
@@ -69,6 +73,11 @@ def test_other_messages_are_refused(value: Any, sentence: str) -> None:
     with pytest.raises(UsageError) as error:
         parse_messages(value, "x")
     assert str(error.value) == sentence
+
+
+def test_arguments_nested_too_deeply_are_refused() -> None:
+    with pytest.raises(UsageError, match="f: arguments are not valid JSON"):
+        parse_messages([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[" * 10**5}]}], "x")
 
 
 def test_a_message_cannot_be_made_with_a_forged_role_or_name() -> None:

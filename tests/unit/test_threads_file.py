@@ -31,6 +31,7 @@ def test_hosts_are_found_by_whole_or_short_name(tmp_path: Path) -> None:
         ('node1 = "4"\n', "found '4'"),
         ("node1.cluster = 4\n", "quote a name with dots"),
         ("node1 4\n", "is not valid TOML"),
+        ("node1 = " + "[" * 10**5, "is not valid TOML"),
     ],
 )
 def test_a_file_that_is_wrong_is_explained(tmp_path: Path, text: str, message: str) -> None:
