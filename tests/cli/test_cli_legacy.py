@@ -199,7 +199,6 @@ def test_rows_for_every_token_begin_at_the_second(trace: Path, run: Run, tmp_pat
         ("{}.long", None, 2, "has 40 rows, but the trace 9 ids"),
         ("{}.empty", None, 2, "not an array"),
         ("{}.zip", None, 2, "not an array"),
-        ("{}.deep.json", None, 2, "not valid JSON"),
     ],
 )
 def test_a_trace_that_does_not_fit_is_refused(name: str, prompt, steps: int, words: str, trace: Path) -> None:
