@@ -13,7 +13,7 @@ import pytest
 
 from dist_moe.cli.main import execute
 from dist_moe.cli.token_lines import token_line
-from dist_moe.cli.trace import read_trace
+from dist_moe.cli.trace import ComparedStep, read_trace
 from dist_moe.demo import demo_model_directory
 from dist_moe.errors import UsageError
 from dist_moe.text.tokenizer import Tokenizer
@@ -248,3 +248,9 @@ def test_pieces_are_escaped() -> None:
     special = tokenizer.eos_id
     assert special is not None
     assert token_line(tokenizer, special) == f'[{special}] -> "{tokenizer.special_text(special)}"'
+
+
+def test_json_has_no_nan() -> None:
+    entries = ComparedStep(0, 5, 5, float("nan"), 0.5).entries
+    assert entries == {"step": 0, "expected": 5, "got": 5, "logit_rmse": None, "prob_mae": 0.5, "ok": True}
+    json.dumps(entries, allow_nan=False)
