@@ -6,6 +6,7 @@ Shape suffixes: V vocabulary, R rows of a trace's logits, N rows of a step.
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,12 @@ class ComparedStep:
         return self.expected == self.got
 
     @property
+    def entries(self) -> dict[str, object]:
+        """The step as JSON, which has no NaN: a trace that holds one compares as null."""
+        numbers = {name: value for name, value in vars(self).items() if value is not None and math.isfinite(value)}
+        return dict.fromkeys(vars(self)) | numbers | {"ok": self.ok}
+
+    @property
     def line(self) -> str:
         """The step as it is printed."""
         errors = {"logit rmse": self.logit_rmse, "prob mae": self.prob_mae}
@@ -108,7 +115,7 @@ class TraceTask:
         wrong = [step for step in found if not step.ok]
         verdict = f"{'FAIL' if wrong else 'PASS'}: {len(found) - len(wrong)} of {len(found)} steps as in {self.name}"
         if self.as_json:
-            steps = [vars(step) | {"ok": step.ok} for step in found]
+            steps = [step.entries for step in found]
             click.echo(json.dumps({"trace": self.name, "passed": not wrong, "steps": steps}))
         else:
             click.echo(verdict)

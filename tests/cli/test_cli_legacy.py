@@ -13,7 +13,7 @@ import pytest
 
 from dist_moe.cli.main import execute
 from dist_moe.cli.token_lines import token_line
-from dist_moe.cli.trace import read_trace
+from dist_moe.cli.trace import ComparedStep, read_trace
 from dist_moe.demo import demo_model_directory
 from dist_moe.errors import UsageError
 from dist_moe.text.tokenizer import Tokenizer
@@ -210,7 +210,6 @@ def test_a_trace_that_does_not_fit_is_refused(name: str, prompt, steps: int, wor
     for kind, data in (("empty", b""), ("zip", b"PK\x03\x04")):
         np.save(f"{trace}.{kind}.ids.npy", np.load(f"{trace}.ids.npy"))
         Path(f"{trace}.{kind}.logits.npy").write_bytes(data)
-    trace.with_name("q3.deep.json").write_text("[" * 100000)
     vocabulary = np.load(f"{trace}.logits.npy").shape[1]
     if name == "{}.long":
         np.save(f"{trace}.long.logits.npy", np.zeros((40, vocabulary), np.float32))
@@ -247,3 +246,9 @@ def test_pieces_are_escaped() -> None:
     special = tokenizer.eos_id
     assert special is not None
     assert token_line(tokenizer, special) == f'[{special}] -> "{tokenizer.special_text(special)}"'
+
+
+def test_json_has_no_nan() -> None:
+    entries = ComparedStep(0, 5, 5, float("nan"), 0.5).entries
+    assert entries == {"step": 0, "expected": 5, "got": 5, "logit_rmse": None, "prob_mae": 0.5, "ok": True}
+    json.dumps(entries, allow_nan=False)
