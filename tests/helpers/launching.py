@@ -81,6 +81,10 @@ def mpirun(
     return run(mpirun_path(), "-n", str(ranks), *command, env=env, timeout_s=timeout_s, cwd=cwd, stdin=stdin)
 
 
+# Open MPI's launcher gives up now and then (1 of some hundred starts) before it has started anything of ours.
+_NOT_STARTED = "The PMIx server's listener thread failed to start"
+
+
 def run(
     *command: str,
     env: Mapping[str, str] | None = None,
@@ -89,6 +93,15 @@ def run(
     stdin: int = subprocess.DEVNULL,
 ) -> Finished:
     """Run a command in its own session; after `timeout_s` it and all it started are killed and the test fails."""
+    finished = _run_once(*command, env=env, timeout_s=timeout_s, cwd=cwd, stdin=stdin)
+    if _NOT_STARTED in finished.stderr:
+        finished = _run_once(*command, env=env, timeout_s=timeout_s, cwd=cwd, stdin=stdin)
+    return finished
+
+
+def _run_once(
+    *command: str, env: Mapping[str, str] | None, timeout_s: float, cwd: str | Path | None, stdin: int
+) -> Finished:
     # Files, not pipes: a process that outlives the command would keep a pipe open.
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         started_s = time.monotonic()
