@@ -67,7 +67,7 @@ STUCK = """
 import ctypes, os, sys
 from dist_moe.cli.interrupts import Interrupts
 mutex = ctypes.create_string_buffer(64)
-interrupts = Interrupts(leads=True, end=lambda: os._exit(77))
+interrupts = Interrupts(leads=True, end=lambda code: os._exit(code - 53))
 def stick():
     for _ in range(2):
         print("locks", flush=True)
