@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+from dist_moe import files
 from dist_moe.engine.request import LogitsCallback, Request, SamplingOptions
 from dist_moe.engine.sampling_limits import check_sampling
 from dist_moe.engine.settings import DEFAULT_MAX_TOKENS, LARGEST_SEED, MOST_LOGPROBS, require_number, require_whole
@@ -127,22 +128,16 @@ class TextSide:
         """
         self.directory = directory
         self._config = config
-        self._tokenizer: Tokenizer | None = None
-        self._looked = False
-        self._chat_format: ChatFormat | None = None
         self.advised = read_generation_config(directory)
 
-    @property
+    @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer, or None if it has none.
 
         Raises:
             CheckpointError: It is damaged.
         """
-        if not self._looked:
-            self._tokenizer = Tokenizer(self.directory) if (self.directory / TOKENIZER_FILE).exists() else None
-            self._looked = True
-        return self._tokenizer
+        return Tokenizer(self.directory) if files.exists(self.directory / TOKENIZER_FILE) else None
 
     def require_tokenizer(self) -> Tokenizer:
         """The model's tokenizer.
@@ -152,16 +147,14 @@ class TextSide:
         """
         return self.tokenizer or Tokenizer(self.directory)
 
-    @property
+    @functools.cached_property
     def chat_format(self) -> ChatFormat:
         """How the model frames conversations.
 
         Raises:
             CheckpointError: It has no chat template.
         """
-        if self._chat_format is None:
-            self._chat_format = ChatFormat.read(self.directory, self.require_tokenizer())
-        return self._chat_format
+        return ChatFormat.read(self.directory, self.require_tokenizer())
 
     @property
     def valid_vocabulary(self) -> int:
