@@ -20,7 +20,7 @@ from dist_moe.cli.debug_options import debug_options
 from dist_moe.cli.job import EngineTask, Setting, Task, run_job
 from dist_moe.cli.legacy import legacy_values, start_ids
 from dist_moe.cli.models import find_model
-from dist_moe.cli.npy_rows import NpyRows, require_writable
+from dist_moe.cli.npy_rows import NpyRows
 from dist_moe.cli.options import RunOptions, model_options, output_options, prompt_options
 from dist_moe.cli.output import Output
 from dist_moe.cli.probes import Probes, make_probes
@@ -37,6 +37,7 @@ from dist_moe.engine.engine import Engine
 from dist_moe.engine.pieces import Result
 from dist_moe.engine.request import SamplingOptions
 from dist_moe.errors import Interrupted, UsageError
+from dist_moe.files import require_writable
 from dist_moe.kernels import KvFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.store.manifest import Manifest

@@ -12,8 +12,8 @@ from typing import Any, TypedDict
 
 from dist_moe import files
 from dist_moe.engine.request import LogitsCallback, Request, SamplingOptions
-from dist_moe.engine.sampling_limits import check_sampling
-from dist_moe.engine.settings import DEFAULT_MAX_TOKENS, LARGEST_SEED, MOST_LOGPROBS, require_number, require_whole
+from dist_moe.engine.sampling_limits import check_limits, check_sampling
+from dist_moe.engine.settings import DEFAULT_MAX_TOKENS, MOST_LOGPROBS, require_whole
 from dist_moe.errors import UsageError
 from dist_moe.model_config import ModelConfig
 from dist_moe.text.chat import ChatFormat
@@ -22,6 +22,7 @@ from dist_moe.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 Prompt = str | Sequence[int]
 logger = logging.getLogger(__name__)
+_DRAWN = ("temperature", "top_k", "top_p", "min_p", "seed")  # options that change the sampling
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -94,12 +95,7 @@ class Wishes:
         if several and self.on_logits is not None:
             raise UsageError("on_logits: it is told no prompt's index: give one prompt at a time")
         require_whole("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        for name, most in (("temperature", 100.0), ("top_p", 1.0), ("min_p", 1.0)):
-            if getattr(self, name) is not None:
-                require_number(name, getattr(self, name), 0, most)
-        for name, limit in (("top_k", 2**31 - 1), ("seed", LARGEST_SEED)):
-            if getattr(self, name) is not None:
-                require_whole(name, getattr(self, name), 0, limit)
+        check_limits({name: getattr(self, name) for name in _DRAWN if getattr(self, name) is not None})
         require_whole("continued", self.continued, 0, 2**31 - 1)
         if self.logprobs is not None:
             require_whole("logprobs", self.logprobs, 0, MOST_LOGPROBS)
@@ -174,7 +170,7 @@ class TextSide:
         else:
             names = {name for name in vars(self.advised) if hasattr(SamplingOptions, name)}
             base = SamplingOptions(**{name: getattr(self.advised, name) for name in names})
-        chosen = {name: getattr(wishes, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
+        chosen = {name: getattr(wishes, name) for name in _DRAWN}
         return replace(base, **{name: value for name, value in chosen.items() if value is not None})
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
