@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 from dist_moe.cli.interrupts import Interrupts
 from dist_moe.cli.logs import start_logging
-from dist_moe.cli.models import ModelSource, find_model
+from dist_moe.cli.models import find_model
 from dist_moe.cli.options import ModelOptions
 from dist_moe.cli.reading import ReadingProgress
 from dist_moe.cli.shard import ShardProgress
@@ -27,6 +27,7 @@ from dist_moe.parallel.launcher import Launcher
 from dist_moe.parallel.mpi import end_interrupted
 from dist_moe.parallel.world import AgreedError, UnfinishedStepError, World
 from dist_moe.store.manifest import Manifest
+from dist_moe.store.models import ModelSource
 
 Options = TypeVar("Options", bound=ModelOptions)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dist_moe.cli.logs import start_logging
-from dist_moe.cli.models import ModelSource, cache_directory, find_model
+from dist_moe.cli.models import find_model
 from dist_moe.cli.npy_rows import NpyRows
 from dist_moe.cli.options import RunOptions
 from dist_moe.cli.output import Output
@@ -30,6 +30,7 @@ from dist_moe.errors import UsageError
 from dist_moe.files import require_writable
 from dist_moe.kernels import WeightFormat
 from dist_moe.parallel.launcher import Launcher
+from dist_moe.store.models import ModelSource, cache_directory
 from dist_moe.text.generation_config import GenerationConfig
 from dist_moe.text.tokenizer import Tokenizer
 from helpers.command_options import MODEL, RUN
