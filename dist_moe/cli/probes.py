@@ -11,13 +11,13 @@ import click
 import numpy as np
 
 from dist_moe.cli.debug_options import DebugOptions
-from dist_moe.cli.npy_rows import require_writable
 from dist_moe.cli.routing_file import RoutingFile
 from dist_moe.cli.times_table import TimesTable, step_line
 from dist_moe.engine.routing_facts import routing_facts
 from dist_moe.engine.routing_record import RoutingBatch, RoutingSink, recorded_routing
 from dist_moe.engine.runtime import Runtime
 from dist_moe.errors import UsageError
+from dist_moe.files import require_writable
 from dist_moe.model.stopwatch import StepTimes
 from dist_moe.model_config import ModelConfig
 
