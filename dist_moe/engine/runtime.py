@@ -84,7 +84,7 @@ class Runtime:
         self._crew = Crew(worker, exchange, self._step_tokens, self._measure)
         self._prefixes = PrefixIndex(options.resident_positions)
         self.prompt_cache = PromptCache(self._crew, self._prefixes, store.manifest, options.kv)
-        self._clock = Clock(self.model.stopwatch)
+        self._clock = Clock(self.model.stopwatch, exchange.ledger)
         self._leader = Leader(self._crew, self.kernels, self._prefixes, self._clock, options, self.config)
         self._load_s = time.perf_counter() - started_s
 

@@ -33,7 +33,11 @@ class StepResult:
 
 
 class Worker:
-    """One rank's model and the collectives around it. Every method is collective: all ranks call it alike."""
+    """One rank's model and the collectives around it. Every method is collective: all ranks call it alike.
+
+    Attributes:
+        stopwatch, work_L2: The model's.
+    """
 
     def __init__(self, model: Transformer, exchange: Exchange, ranks: int, scrubber: Scrubber | None = None) -> None:
         """Prepare the messages that carry logits.
@@ -48,6 +52,7 @@ class Worker:
         self.kv = KvTransfer(model, exchange, ranks)
         self.health = Health(model, exchange, scrubber)
         self._exchange = exchange
+        self.stopwatch, self.work_L2 = model.stopwatch, model.work_L2
         plan, config = model.share.plan, model.config
         self._candidates = CandidateExchange(exchange, model.kernels, config.vocabulary, ranks, plan.rank)
         self._vocabulary_counts = [_vocabulary_rows(model, rank, ranks) for rank in range(ranks)]
