@@ -25,13 +25,13 @@ from dist_moe.cli.options import RunOptions, model_options, output_options, prom
 from dist_moe.cli.output import Output
 from dist_moe.cli.probes import Probes, make_probes
 from dist_moe.cli.prompt import Prompt, read_prompt, read_tokenizer, require_room
+from dist_moe.cli.reference_trace import TraceTask, read_trace
 from dist_moe.cli.sampling import advised_values
 from dist_moe.cli.sampling import sampling_options as chosen_sampling
 from dist_moe.cli.sampling_options import continuation_options, sampling_options
 from dist_moe.cli.saved_prompt import SavedPrompt, read_saved_prompt
 from dist_moe.cli.several import SeveralTask, wants_several
 from dist_moe.cli.token_lines import token_line
-from dist_moe.cli.trace import TraceTask, read_trace
 from dist_moe.cli.values import PathName, unescape
 from dist_moe.engine.engine import Engine
 from dist_moe.engine.pieces import Result
@@ -124,7 +124,7 @@ def make_task(options: RunOptions, setting: Setting) -> EngineTask | Task:
     config, advised = setting.config, read_generation_config(setting.directory)
     has_text = options.prompt is not None or options.prompt_file is not None
     tokenizer = read_tokenizer(setting.directory, required=has_text)
-    if options.trace is not None:
+    if options.expected is not None:
         return make_trace_task(options, setting, tokenizer)
     if options.greedy and not has_text and options.prompt_ids is None:
         options = replace(options, prompt_ids=start_ids(config.vocabulary))
@@ -173,12 +173,12 @@ def make_trace_task(options: RunOptions, setting: Setting, tokenizer: Tokenizer 
     prompt_ids = None
     if any(getattr(options, name) is not None for name in PROMPTS):
         prompt_ids = read_prompt(options, tokenizer, config.vocabulary, setting.launcher).ids
-    assert options.trace is not None
-    trace = read_trace(options.trace, prompt_ids, options.max_tokens, config.vocabulary)
+    assert options.expected is not None
+    trace = read_trace(options.expected, prompt_ids, options.max_tokens, config.vocabulary)
     context = context_size(options, len(trace.prompt_ids), config.max_positions)
     require_room(len(trace.prompt_ids) + options.max_tokens - 1, context, config.max_positions)
     return TraceTask(
-        name=options.trace,
+        name=options.expected,
         trace=trace,
         steps=options.max_tokens,
         context=context,
@@ -241,7 +241,7 @@ def run(
     _keep_one_prompt(context)
     if legacy:
         context.params.update(legacy_values(context))
-    names = {*values, "greedy", "trace"} if legacy else {*values}
+    names = {*values, "greedy", "expected"} if legacy else {*values}
     options = RunOptions(**{name: context.params[name] for name in names})
     if print_config:
         source = find_model(options)

@@ -1,10 +1,10 @@
 """The ranks' notes laid side by side: what each rank computed, whom it waited for, and what moving the bytes took.
 
 An exchange of all ranks cannot end before its last participant has come. On a rank, **waiting** is the time from its
-own coming until then, and **wire** the rest: moving the bytes, in shared memory or between hosts. Where rank 0 alone has
-something to say, it is waited for and nobody else. What a rank spends in a step outside of exchanges is **computing**.
-Times of one host are of one clock; between hosts an error of at most `ClockSample.error_ns` goes from waiting to wire
-or back.
+own coming until then, and **wire** the rest: moving the bytes, in shared memory or between hosts, and waking up. Where
+rank 0 alone has something to say, it is waited for and nobody else. What a rank spends in a step outside of exchanges
+is **computing**. Times of one host are of one clock and have no error; between hosts up to `ClockSample.error_ns` per
+exchange may stand as waiting that is wire, or the other way round.
 
 R ranks · N nodes · n exchanges · S steps · L layers · P phases (prefill, decode) · K kinds · W what is computed
 """
@@ -52,7 +52,8 @@ class SplitNotes:
     @property
     def is_decode_S(self) -> npt.NDArray[np.bool_]:
         """Which steps have no prompt tokens."""
-        return self.notes.prompt_S == 0
+        is_decode_S: npt.NDArray[np.bool_] = self.notes.prompt_S == 0
+        return is_decode_S
 
 
 def split_notes(notes: Notes, before: ClockSample, after: ClockSample) -> SplitNotes:

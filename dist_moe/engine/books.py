@@ -58,6 +58,7 @@ class Books:
         world = exchange.world
         self._exchange, self._stopwatch, self._work_L2 = exchange, stopwatch, work_L2
         self._ledger = exchange.ledger
+        self._ledger.take()  # the start's
         self._ledger.expect_layers(len(work_L2))
         self.accounts = Accounts(world.size, len(work_L2), world.node_of_rank)
         self.timeline: Timeline | None = None
@@ -89,7 +90,8 @@ class Books:
         if words_Rw is None:
             return
         *own, mark_RM = message.unpack(words_Rw)
-        split = split_notes(replace(notes, **dict(zip(_OWN, own, strict=True))), before, self._clocks)
+        notes = notes.of_all_ranks(dict(zip(_OWN, own, strict=True)))
+        split = split_notes(notes, before, self._clocks)
         self.accounts.add(split, self._clocks.error_ns)
         if self.timeline is not None and marks is not None:
             self.timeline.add(split, replace(marks, time_M=mark_RM), before, self._clocks)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from dist_moe.engine.accounts import Accounts
 from dist_moe.engine.books import Books
 from dist_moe.engine.kv_transfer import RowsSink, RowsSource
+from dist_moe.engine.timeline import Timeline
 from dist_moe.engine.worker import RowSink, StepResult, Worker
 from dist_moe.model.step import Step
 from dist_moe.parallel.exchange import HEADER_WORDS, Exchange
@@ -231,3 +232,22 @@ class Crew:
     def _measure(self, argument: int) -> Figures | None:
         assert self._measurer is not None
         return self._exchange.gather_equal(self._measurer(argument))
+
+
+@contextmanager
+def recorded_timeline(crew: Crew) -> Iterator[Timeline]:
+    """Keep a timeline of the steps inside the block, on rank 0; it is complete after the block."""
+    timeline = crew.books.timeline = Timeline()
+    crew.mark_steps(True)
+    try:
+        yield timeline
+    except AgreedError:
+        raise  # the other ranks are no longer there
+    except BaseException:
+        if not crew.busy:
+            crew.mark_steps(False)
+        raise
+    else:
+        crew.mark_steps(False)
+    finally:
+        crew.books.timeline = None

@@ -97,4 +97,4 @@ def summarize(load_s: float, clock: Clock, accounts: Accounts) -> EngineStatisti
 
 def _mean_s(seconds_PRX: Floats) -> float:
     """All seconds of a rank, as a mean over ranks."""
-    return float(seconds_PRX.sum()) / seconds_PRX.shape[1]
+    return float(seconds_PRX.sum()) / int(seconds_PRX.shape[1])

@@ -106,11 +106,13 @@ class MarkLog:
 
     def take(self) -> Marks:
         """Hand out the marks and begin anew."""
-        columns = [np.frombuffer(kept, np.int64, self._count).copy() for kept in (self._part, self._layer, self._time)]
+        part_M, layer_M, time_M = (
+            np.frombuffer(kept, np.int64, self._count).copy() for kept in (self._part, self._layer, self._time)
+        )
         bounds = np.array([*self._firsts, self._count], np.int64)
         self._count = 0
         self._firsts = []
-        return Marks(*columns, first_S=bounds[:-1], stop_S=bounds[1:])
+        return Marks(part_M, layer_M, time_M, first_S=bounds[:-1], stop_S=bounds[1:])
 
 
 class Stopwatch:

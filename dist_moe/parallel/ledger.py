@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import time
 from array import array
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +88,11 @@ class Notes:
     work_SL2: Int64s
     dropped: int
 
+    def of_all_ranks(self, arrays: Mapping[str, Int64s]) -> Notes:
+        """These notes with other arrays, by their names."""
+        changed: dict[str, Any] = dict(arrays)
+        return replace(self, **changed)
+
 
 def layer_of(place_n: Int64s) -> Int64s:
     """The layers of some places."""
@@ -105,12 +112,6 @@ class Ledger:
         step_tokens: Prompt and decoded tokens of the step that comes next, as rank 0 counts them; None: a step of
             more tokens than sequences is a prompt's.
     """
-
-    __slots__ = (
-        *("_begin", "_depth", "_dropped", "_end", "_kind", "_place", "_progress", "_shared", "_steps", "_wire"),
-        *("_decoded", "_drawn", "_first", "_prompt", "_step_begin", "_step_count", "_step_end", "_stop", "_work", "count"),
-        *("shared_bytes", "step_tokens", "wire_bytes"),
-    )
 
     def __init__(self, progress: Progress) -> None:
         """No notes yet.
@@ -189,6 +190,16 @@ class Ledger:
         if self._step_count:
             self._drawn[self._step_count - 1] = time.perf_counter_ns()
 
+    def last_step_ms(self) -> tuple[float, float]:
+        """Milliseconds of the last step, and of the exchanges inside it; 0 if it has been handed out since."""
+        s = self._step_count - 1
+        if s < 0:
+            return 0.0, 0.0
+        inside = range(self._first[s], self._stop[s])
+        return (self._step_end[s] - self._step_begin[s]) * 1e-6, sum(
+            self._end[n] - self._begin[n] for n in inside
+        ) * 1e-6
+
     # ---- emptying ----
 
     @property
@@ -198,12 +209,22 @@ class Ledger:
 
     def take(self) -> Notes:
         """Hand out the notes and begin anew."""
-        exchanges = (self._kind, self._place, self._begin, self._end, self._wire, self._shared)
-        steps = (self._first, self._stop, self._step_begin, self._step_end, self._prompt, self._decoded, self._drawn)
+        n, steps = self.count, self._step_count
         notes = Notes(
-            *(_copy(column, self.count) for column in exchanges),
-            *(_copy(column, self._step_count) for column in steps),
-            work_SL2=self._work[: self._step_count].copy(),
+            kind_n=_copy(self._kind, n),
+            place_n=_copy(self._place, n),
+            begin_n=_copy(self._begin, n),
+            end_n=_copy(self._end, n),
+            wire_n=_copy(self._wire, n),
+            shared_n=_copy(self._shared, n),
+            first_S=_copy(self._first, steps),
+            stop_S=_copy(self._stop, steps),
+            step_begin_S=_copy(self._step_begin, steps),
+            step_end_S=_copy(self._step_end, steps),
+            prompt_S=_copy(self._prompt, steps),
+            decoded_S=_copy(self._decoded, steps),
+            drawn_S=_copy(self._drawn, steps),
+            work_SL2=self._work[:steps].copy(),
             dropped=self._dropped,
         )
         self.count = self._step_count = self._dropped = 0
