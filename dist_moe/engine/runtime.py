@@ -33,7 +33,7 @@ from dist_moe.engine.worker import RowSink, StepResult, Worker
 from dist_moe.kernels import NO_FAULT, Kernels
 from dist_moe.model.step import MAX_LOGIT_ROWS
 from dist_moe.parallel.cores import may_spin
-from dist_moe.parallel.plan import Plan, make_plan
+from dist_moe.parallel.plan import plan_job
 from dist_moe.parallel.world import World
 from dist_moe.store.reader import Store
 
@@ -79,10 +79,10 @@ class Runtime:
             log_records(records, world.hosts)
         exchange = open_exchange(world, spin, os.environ)
         self.layout = agreed(world, "start", lambda: choose_layout(store, exchange, options.layout))
-        plans = agreed(world, "start", lambda: [self._plan(rank, world.size) for rank in range(world.size)])
-        self.model = load_model(exchange, store, plans, self.kernels, options, self._step_tokens, records, on_reading)
-        self._scrubber = start_scrub(world, self.model.weights, plans[world.rank]) if options.scrub else None
-        worker = Worker(self.model, exchange, world.size, self._scrubber)
+        job = plan_job(self.config, store.manifest.group_size, self.layout, node_of_rank=world.node_of_rank)
+        self.model = load_model(exchange, store, job, self.kernels, options, self._step_tokens, records, on_reading)
+        self._scrubber = start_scrub(world, self.model.weights, job.plans[world.rank]) if options.scrub else None
+        worker = Worker(self.model, exchange, self._scrubber)
         self._crew = Crew(worker, exchange, self._step_tokens, self._measure)
         self._prefixes = PrefixIndex(options.resident_positions)
         self.prompt_cache = PromptCache(self._crew, self._prefixes, store.manifest, options.kv)
@@ -226,18 +226,6 @@ class Runtime:
         check_prompt(ids, self._options.context, self.config)
         self._compare_after_idling()
         text_logits(self._leader, ids, sink, interrupted)
-
-    # ---- start ----
-
-    def _plan(self, rank: int, ranks: int) -> Plan:
-        return make_plan(
-            heads=self.config.heads,
-            heads_per_kv_head=self.config.heads_per_kv_head,
-            vocabulary=self.config.vocabulary,
-            rank=rank,
-            ranks=ranks,
-            layout=self.layout,
-        )
 
     # ---- steps ----
 
