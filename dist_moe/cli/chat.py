@@ -32,6 +32,7 @@ from dist_moe.cli.context_options import prompt_cache_options
 from dist_moe.cli.job import Setting, run_job
 from dist_moe.cli.models import find_model
 from dist_moe.cli.options import model_options
+from dist_moe.cli.prompt import require_context
 from dist_moe.cli.sampling import advised_values
 from dist_moe.cli.sampling import sampling_options as chosen_sampling
 from dist_moe.cli.sampling_options import sampling_options
@@ -85,12 +86,9 @@ def chat(context: click.Context, /, config: str | None, print_config: bool, **va
 
     Each option can also be set as DIST_MOE_<NAME> in the environment and in a --config file.
     """
-    chosen = config_file.strongest(context, SYSTEMS)
-    if len(chosen) > 1:
-        raise UsageError("--system and --system-file exclude each other: give one of them")
-    weaker = {name: None for name in SYSTEMS if name not in chosen}
-    values |= {"thinking": parse_thinking(values["thinking"], "--thinking"), **weaker}
-    context.params.update(values)
+    context.params["thinking"] = parse_thinking(values["thinking"], "--thinking")
+    config_file.keep_one(context, SYSTEMS)
+    values |= {name: context.params[name] for name in values}
     options, launcher = ChatOptions(**values), detect_launcher(os.environ)
     if print_config:
         advised = read_generation_config(find_model(options).text_directory())
@@ -183,10 +181,7 @@ def make_task(options: ChatOptions, setting: Setting, hold: Callable[[Engine, An
         CheckpointError: The model has no tokenizer or chat template, or one that cannot be used.
     """
     config, text = setting.config, setting.text
-    if options.ctx is not None and options.ctx > config.max_positions:
-        raise UsageError(
-            f"--ctx {options.ctx} is more than the model's maximum of {config.max_positions} positions: lower it"
-        )
+    require_context(options.ctx, config.max_positions)
     answerer = Answerer(
         format=text.chat_format,
         sampling=chosen_sampling(options, text.advised, text.tokenizer, config.vocabulary),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +9,13 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 from dist_moe.cli.interrupts import Interrupts
 from dist_moe.cli.logs import start_logging
-from dist_moe.cli.models import ModelSource, find_model
+from dist_moe.cli.models import find_model
 from dist_moe.cli.options import ModelOptions
 from dist_moe.cli.reading import ReadingProgress
 from dist_moe.cli.shard import ShardProgress
 from dist_moe.cli.threads_file import read_threads_file
 from dist_moe.engine.engine import Engine
-from dist_moe.engine.job import Job
+from dist_moe.engine.job import Job, fields_of_leader
 from dist_moe.engine.opening import Shows
 from dist_moe.engine.questions import TextSide
 from dist_moe.engine.runtime import Runtime
@@ -29,6 +27,7 @@ from dist_moe.parallel.launcher import Launcher
 from dist_moe.parallel.mpi import end_interrupted
 from dist_moe.parallel.world import AgreedError, UnfinishedStepError, World
 from dist_moe.store.manifest import Manifest
+from dist_moe.store.models import ModelSource
 
 Options = TypeVar("Options", bound=ModelOptions)
 
@@ -97,7 +96,7 @@ def run_job(
 
     def prepare(world: World) -> float:
         nonlocal options
-        options = _options_of_leader(world, options)
+        options = fields_of_leader(world, options, _OWN_OPTIONS)
         with world.together("starting the log"):
             start_logging(options.verbose, options.log_file, world.rank, world.hostname)
         return options.stall_timeout
@@ -162,9 +161,3 @@ def _setting(job: Job, engine: Engine, interrupts: Interrupts) -> Setting:
 
 def _shows(options: ModelOptions) -> Shows:
     return Shows(ShardProgress, None if getattr(options, "quiet", False) else ReadingProgress)
-
-
-def _options_of_leader(world: World, options: Options) -> Options:
-    """Rank 0's options: environments may differ between hosts, the steps may not."""
-    leader = json.loads(world.gather_texts(json.dumps(dataclasses.asdict(options)))[0])
-    return dataclasses.replace(options, **{name: leader[name] for name in leader if name not in _OWN_OPTIONS})

@@ -12,14 +12,14 @@ import numpy as np
 
 from dist_moe.cli.chrome_trace import dropped_steps_line, write_chrome_trace
 from dist_moe.cli.debug_options import DebugOptions
-from dist_moe.cli.npy_rows import require_writable
 from dist_moe.cli.ranks_table import ranks_table
 from dist_moe.cli.routing_file import RoutingFile
 from dist_moe.cli.times_table import TimesTable, step_line
 from dist_moe.engine.routing_facts import routing_facts
 from dist_moe.engine.routing_record import RoutingBatch, RoutingSink, recorded_routing
 from dist_moe.engine.runtime import Runtime
-from dist_moe.errors import UsageError
+from dist_moe.errors import Interrupted, UsageError
+from dist_moe.files import require_writable
 from dist_moe.model.stopwatch import StepTimes
 from dist_moe.model_config import ModelConfig
 
@@ -75,11 +75,18 @@ class Probes:
 
     @contextmanager
     def _traced(self, engine: Runtime, path: Path) -> Iterator[None]:
+        """Write the timeline of the block, also if Ctrl-C ends it."""
+        interrupted: Interrupted | None = None
         with engine.timeline() as timeline:
-            yield
+            try:
+                yield
+            except Interrupted as error:
+                interrupted = error
         write_chrome_trace(path, timeline, engine.hosts)
         if timeline.dropped_steps:
             click.echo(dropped_steps_line(path, timeline), err=True)
+        if interrupted is not None:
+            raise interrupted
 
     def _take_times(self, times: StepTimes) -> None:
         self._times.add(times)
