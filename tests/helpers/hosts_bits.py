@@ -12,13 +12,14 @@ from pathlib import Path
 
 from dist_moe.engine.startup import open_exchange
 from dist_moe.kernels import Kernels, KvFormat
+from dist_moe.parallel.entry import guarded
 from dist_moe.parallel.launcher import detect_launcher
 from dist_moe.parallel.world import World
 from dist_moe.store.reader import Store
 from helpers import same_bits
 
 
-def main() -> None:
+def main() -> int:
     """Print {"hosts": host of each rank, "hashes": {layout and chunk: hash}} on rank 0."""
     world = World.start(detect_launcher(os.environ))
     exchange = open_exchange(world, False, os.environ)
@@ -31,8 +32,8 @@ def main() -> None:
             hashes[f"{layout}, chunk {chunk}"] = found
     if world.is_leader:
         print(json.dumps({"hosts": world.hosts, "hashes": hashes}))
-    world.finalize()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))  # a rank without its shard ends all
