@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import socket
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -150,19 +153,27 @@ def _push(pusher: Pusher, parts: list[HostPart], jobs: int) -> None:
         Interrupted: By Ctrl-C.
     """
     failed = []
-    with ThreadPoolExecutor(jobs, "push") as pool:
+    with _stops(pusher), ThreadPoolExecutor(jobs, "push") as pool:
         running = {pool.submit(pusher.serve, part): part for part in parts}
-        try:
-            for done in as_completed(running):
-                host, outcome = running[done].host, done.result()
+        for done in as_completed(running):
+            host, outcome = running[done].host, done.result()
+            if not pusher.stopped:
                 click.echo(f"{host}: {outcome.line}", err=not outcome.served)
-                failed += [] if outcome.served else [host]
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            pusher.stop()
-            raise Interrupted("interrupted; repeat the same command to continue where it stopped") from None
+            failed += [] if outcome.served else [host]
+    if pusher.stopped:
+        raise Interrupted("interrupted; repeat the same command to continue where it stopped")
     if failed:
         raise EnvironmentMismatch(
             f"{len(failed)} of {len(parts)} hosts do not have their part ({', '.join(failed)}): mend what the lines "
             "above say and repeat the same command, it continues where it stopped"
         )
+
+
+@contextmanager
+def _stops(pusher: Pusher) -> Iterator[None]:
+    """Let Ctrl-C end the commands and raise nothing: an exception amid the waiting for threads breaks their locks."""
+    before = signal.signal(signal.SIGINT, lambda number, frame: pusher.stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

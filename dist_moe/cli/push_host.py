@@ -95,6 +95,11 @@ class Pusher:
         """End what runs."""
         self._commands.stop()
 
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._commands.stopped
+
     def describe(self, part: HostPart) -> str:
         """What a host is to have, in words."""
         numbers = ", ".join(map(str, part.shards))

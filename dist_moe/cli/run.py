@@ -25,13 +25,13 @@ from dist_moe.cli.options import RunOptions, model_options, output_options, prom
 from dist_moe.cli.output import Output
 from dist_moe.cli.probes import Probes, make_probes
 from dist_moe.cli.prompt import Prompt, read_prompt, require_context, require_room
+from dist_moe.cli.reference_trace import TraceTask, read_trace
 from dist_moe.cli.sampling import advised_values
 from dist_moe.cli.sampling import sampling_options as chosen_sampling
 from dist_moe.cli.sampling_options import continuation_options, sampling_options
 from dist_moe.cli.saved_prompt import SavedPrompt, read_saved_prompt
 from dist_moe.cli.several import SeveralTask, overflow_error, wants_several
 from dist_moe.cli.token_lines import token_line
-from dist_moe.cli.trace import TraceTask, read_trace
 from dist_moe.cli.values import PathName, unescape
 from dist_moe.engine.engine import Engine
 from dist_moe.engine.pieces import Result
@@ -122,7 +122,7 @@ def make_task(options: RunOptions, setting: Setting) -> EngineTask | Task:
     config, text = setting.config, setting.text
     has_text = options.prompt is not None or options.prompt_file is not None
     tokenizer = text.require_tokenizer() if has_text else text.tokenizer
-    if options.trace is not None:
+    if options.expected is not None:
         return make_trace_task(options, setting)
     if options.greedy and not has_text and options.prompt_ids is None:
         options = replace(options, prompt_ids=start_ids(config.vocabulary))
@@ -170,12 +170,12 @@ def make_trace_task(options: RunOptions, setting: Setting) -> TraceTask:
     config, tokenizer, prompt_ids = setting.config, setting.text.tokenizer, None
     if any(getattr(options, name) is not None for name in PROMPTS):
         prompt_ids = read_prompt(options, tokenizer, config.vocabulary, setting.launcher).ids
-    assert options.trace is not None
-    trace = read_trace(options.trace, prompt_ids, options.max_tokens, config.vocabulary)
+    assert options.expected is not None
+    trace = read_trace(options.expected, prompt_ids, options.max_tokens, config.vocabulary)
     context = context_size(options, len(trace.prompt_ids), config.max_positions)
     require_room(len(trace.prompt_ids) + options.max_tokens - 1, context, config.max_positions)
     return TraceTask(
-        name=options.trace,
+        name=options.expected,
         trace=trace,
         steps=options.max_tokens,
         context=context,
@@ -233,7 +233,7 @@ def run(
     config_file.keep_one(context, PROMPTS)
     if legacy:
         context.params.update(legacy_values(context))
-    names = {*values, "greedy", "trace"} if legacy else {*values}
+    names = {*values, "greedy", "expected"} if legacy else {*values}
     options = RunOptions(**{name: context.params[name] for name in names})
     if print_config:
         source = find_model(options)

@@ -41,7 +41,11 @@ class Outcome:
 
 
 class Commands:
-    """Runs ssh and rsync in several threads, and ends them all when the user wants no more."""
+    """Runs ssh and rsync in several threads, and ends them all when the user wants no more.
+
+    Attributes:
+        stopped: Whether `stop` was called.
+    """
 
     def __init__(self, ssh: str = SSH) -> None:
         """Reach hosts by this command; nothing is started yet.
@@ -57,7 +61,7 @@ class Commands:
             raise UsageError("--ssh: expected a command such as 'ssh -p 2222', found nothing")
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[str]] = set()
-        self._stopped = False
+        self.stopped = False
 
     def script(self, host: str, text: str, *arguments: str) -> Outcome:
         """Let a host's shell run a script with arguments, none of which another shell reads."""
@@ -94,7 +98,7 @@ class Commands:
     def stop(self) -> None:
         """End what runs; from any thread. What is started afterwards ends at once."""
         with self._lock:
-            self._stopped = True
+            self.stopped = True
             for process in self._running:
                 process.terminate()
 
@@ -110,7 +114,7 @@ class Commands:
                     errors="replace",
                 )
                 self._running.add(process)
-                if self._stopped:
+                if self.stopped:
                     process.terminate()
         except FileNotFoundError as error:
             raise EnvironmentMismatch(f"{command[0]} is not installed on this machine: install it") from error

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +80,32 @@ def test_a_part_of_a_file_is_continued(hosts: Hosts, store: Path) -> None:
     sent = float(result.stdout.split(" MB sent")[0].split()[-1])
     total = sum((store / other).stat().st_size for other in before) / 1e6
     assert sent < total - 0.5 * len(whole) / 1e6
+
+
+@needs_hosts
+def test_control_c_ends_it_with_one_line_and_the_next_one_goes_on(hosts: Hosts, store: Path) -> None:
+    command = [sys.executable, "-m", "dist_moe", "push", str(store), "--hosts", "node1", "--assign", "all"]
+    command += ["--ssh", hosts.ssh, "--to", str(hosts.there)]
+    process = subprocess.Popen(
+        [*command, "--bwlimit", "300K"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=launching.child_environment(),
+        start_new_session=True,
+    )
+    until_s = time.monotonic() + 60
+    while not list(hosts.directory("node1").glob(".*shard-*")) and time.monotonic() < until_s:
+        time.sleep(0.02)
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert stderr == "dist-moe: error: interrupted; repeat the same command to continue where it stopped\n"
+    assert not stdout
+    done = launching.run(*command)
+    assert done.code == 0, done.output
+    assert len(shards(hosts.directory("node1"))) == 2
 
 
 @needs_hosts
