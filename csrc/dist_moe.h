@@ -5,12 +5,14 @@
  * hidden units, V vocabulary, R matrix rows, C matrix columns; lower case is this rank's share.
  * Python checks shapes; C trusts them. Every number follows the numerics contract (ARCHITECTURE.md).
  *
- * Lines that begin with '#' reach the compiler only, except #define of integers.
+ * Lines that begin with '#' reach the compiler only, except #define of integers and #include of a part of this text.
  */
 #ifndef DIST_MOE_H
 #define DIST_MOE_H
 #include <stddef.h>
 #include <stdint.h>
+
+#include "token_rows.h"
 
 #define DM_NUMERICS_VERSION 1
 #define DM_TILE_ROWS 16

@@ -24,6 +24,7 @@ from dist_moe.kernels.native import Kernels
 from dist_moe.kernels.node import NODE_RANK_BYTES, NodeMemory
 from dist_moe.kernels.paging import is_absent, populate
 from dist_moe.kernels.sampling_kernels import Penalties, SamplingParameters
+from dist_moe.kernels.token_kernels import OperandRows, RoutingRows, SumRows
 
 __all__ = [
     "ALIGNMENT",
@@ -47,8 +48,11 @@ __all__ = [
     "MatrixList",
     "NodeMemory",
     "Operand",
+    "OperandRows",
     "Penalties",
+    "RoutingRows",
     "SamplingParameters",
+    "SumRows",
     "WeightFormat",
     "address_of",
     "aligned_empty",

@@ -163,6 +163,7 @@ class AttentionLayer:
             "o_units": o_units.for_columns(P, sizes.format, sizes.output_group),
         }
         self.layer = layer
+        self.norm_D: Pointer = self._kept["norm_D"]
         self.bias_D: Pointer = ffi.NULL if o_bias_D is None else F32.read(o_bias_D, D)
         values = {**self._kept, "cache_offset": cache_offset, "layer": layer}
         self.struct: Pointer = ffi.new("dm_attention_layer *", values)
@@ -211,6 +212,7 @@ class ExpertsLayer:
             "chunks": ffi.cast("void **", U64.read(addresses, len(addresses))),
             "owned": ffi.NULL if owned is None else I64.read(owned, len(owned)),
         }
+        self.norm_D: Pointer = self._kept["norm_D"]
         self.addresses = addresses
         self._owned = owned
         numbers = {
@@ -235,11 +237,14 @@ class LayerKernels(Context):
             raise TypeError(f"{view.tokens} tokens in buffers of {buffers.max_tokens}")
         lib.dm_attention_half(self._context, buffers.struct, buffers.sizes, layer.struct, view.struct, view.tokens)
 
+    def compute_experts(self, buffers: LayerBuffers, layer: ExpertsLayer, tokens: int) -> None:
+        """As `experts_half`, of the operand `normed` and of the step's choices by expert."""
+        self._check_room(buffers, layer, tokens)
+        lib.dm_compute_experts(self._context, buffers.struct, buffers.sizes, layer.struct, tokens)
+
     def experts_half(self, buffers: LayerBuffers, layer: ExpertsLayer, tokens: int) -> None:
         """sums_TD = sum of weight * down(silu(gate x) * up x) of norm(x), over this rank's chunks (rules 6, 7, 11)."""
-        fits = layer.chunk_count <= buffers.chunk_capacity and layer.experts <= buffers.experts
-        if not fits or tokens > buffers.max_tokens:
-            raise TypeError(f"{tokens} tokens and {layer.chunk_count} chunks do not fit the buffers")
+        self._check_room(buffers, layer, tokens)
         lib.dm_experts_half(self._context, buffers.struct, buffers.sizes, layer.struct, tokens)
 
     def add_sums(self, buffers: LayerBuffers, half: AttentionLayer | ExpertsLayer, tokens: int) -> None:
@@ -247,6 +252,12 @@ class LayerKernels(Context):
         assert tokens <= buffers.max_tokens
         x, fault, sums = buffers.residual
         lib.dm_add_exact(self._context, x, fault, sums, half.bias_D, tokens, buffers.model_dim, half.layer)
+
+    @staticmethod
+    def _check_room(buffers: LayerBuffers, layer: ExpertsLayer, tokens: int) -> None:
+        fits = layer.chunk_count <= buffers.chunk_capacity and layer.experts <= buffers.experts
+        if not fits or tokens > buffers.max_tokens:
+            raise TypeError(f"{tokens} tokens and {layer.chunk_count} chunks do not fit the buffers")
 
     @staticmethod
     def pick_chunks(layer: ExpertsLayer, offset_E1: I32Array, rank: int, ranks: int, read_cost: int) -> U64Array:

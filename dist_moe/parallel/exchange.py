@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dist_moe.parallel.ledger import ExchangeLedger, ExchangeTotals
 from dist_moe.parallel.progress import Progress
+from dist_moe.parallel.token_owners import TokenGroups
 from dist_moe.parallel.world import World
 
 Parameters = ParamSpec("Parameters")
@@ -100,6 +101,11 @@ class Exchange:
     def _reducing_comm(self) -> Any:
         """The ranks that reduce and broadcast by MPI."""
         return self._mpi()[0]
+
+    def token_groups(self) -> TokenGroups:
+        """Which ranks share memory, for exchanges of tokens: here none do."""
+        members = tuple((rank,) for rank in range(self.world.size))
+        return TokenGroups(members, self.world.node_of_rank, None if self._alone else self.world.comm, None)
 
     @waiting
     def post_step(self, header: NDArray[np.int64]) -> None:
