@@ -305,6 +305,7 @@ void dm_node_broadcast(dm_node *node, void *data, size_t bytes);
 /* out (first rank only) gets the ranks' bytes one after another. */
 void dm_node_gather(dm_node *node, void *out, const void *own, size_t bytes);
 
+#include "sums_wire.h"
 /* ---- integrity ---- */
 
 /* XXH64 of the floats' bytes, with every NaN as 0x7fc00000. */

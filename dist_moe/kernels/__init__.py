@@ -24,6 +24,7 @@ from dist_moe.kernels.native import Kernels
 from dist_moe.kernels.node import NODE_RANK_BYTES, NodeMemory
 from dist_moe.kernels.paging import is_absent, populate
 from dist_moe.kernels.sampling_kernels import Penalties, SamplingParameters
+from dist_moe.kernels.sums_wire import SumsCodec, WireFormat
 from dist_moe.kernels.token_kernels import OperandRows, RoutingRows, SumRows
 
 __all__ = [
@@ -53,7 +54,9 @@ __all__ = [
     "RoutingRows",
     "SamplingParameters",
     "SumRows",
+    "SumsCodec",
     "WeightFormat",
+    "WireFormat",
     "address_of",
     "aligned_empty",
     "catch_bus_errors",
