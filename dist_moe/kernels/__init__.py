@@ -23,17 +23,20 @@ from dist_moe.kernels.mapped_files import MappedFile, MappedTensor, catch_bus_er
 from dist_moe.kernels.native import Kernels
 from dist_moe.kernels.node import NODE_RANK_BYTES, NodeMemory
 from dist_moe.kernels.paging import is_absent, populate
+from dist_moe.kernels.picks import LARGEST_SPEED, ChunkHolders, Picks, Workers
 from dist_moe.kernels.sampling_kernels import Penalties, SamplingParameters
 
 __all__ = [
     "ALIGNMENT",
     "BLOCK_POSITIONS",
     "GROUP",
+    "LARGEST_SPEED",
     "NODE_RANK_BYTES",
     "NO_FAULT",
     "TILE_ROWS",
     "VOCABULARY_BLOCK",
     "AttentionLayer",
+    "ChunkHolders",
     "ChunkList",
     "ExpertsLayer",
     "FaultKind",
@@ -48,8 +51,10 @@ __all__ = [
     "NodeMemory",
     "Operand",
     "Penalties",
+    "Picks",
     "SamplingParameters",
     "WeightFormat",
+    "Workers",
     "address_of",
     "aligned_empty",
     "catch_bus_errors",
