@@ -1,7 +1,17 @@
-/* token_rows.c: some tokens' operands and sums as bytes, on their way between hosts. */
+/* token_rows.c: which hosts want which tokens, and tokens' operands and sums as bytes on their way there and back. */
 #include <string.h>
 
 #include "context.h"
+
+void dm_mark_tokens(uint8_t *marks_NT, const dm_buffers *buffers, size_t nodes, size_t T) {
+    memset(marks_NT, 0, nodes * T);
+    for (size_t i = 0; i < buffers->picks->part_count; i++) {
+        const dm_part *part = &buffers->picks->parts[i];
+        uint8_t *marks_T = marks_NT + (size_t)part->node * T;
+        const int32_t *tokens = buffers->token_N + part->first;
+        for (int32_t n = 0; n < part->count; n++) marks_T[tokens[n]] = 1;
+    }
+}
 
 size_t dm_operand_row_bytes(const dm_operand *operand, int quantized) {
     if (!quantized) return operand->columns * sizeof(float);

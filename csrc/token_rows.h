@@ -4,7 +4,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
+struct dm_buffers;
 struct dm_operand;
+
+/* marks_NT = 1 where a node computes some expert of a token, as the picks of a step say; else 0. */
+void dm_mark_tokens(uint8_t *marks_NT, const struct dm_buffers *buffers, size_t nodes, size_t T);
 
 /* Bytes of one token's operand: per 32 columns a scale and the int8, or floats. */
 size_t dm_operand_row_bytes(const struct dm_operand *operand, int quantized);

@@ -89,7 +89,9 @@ class SumsCodec:
         """Encode and decode in this form."""
         self.wire = wire
         self.rounds = wire in (WireFormat.BF16, WireFormat.Q8)
-        self.value_bytes = {WireFormat.EXACT: 4.5, WireFormat.F32: 4.0, WireFormat.BF16: 2.0, WireFormat.Q8: 34 / 32}[wire]
+        self.value_bytes = {WireFormat.EXACT: 4.5, WireFormat.F32: 4.0, WireFormat.BF16: 2.0, WireFormat.Q8: 34 / 32}[
+            wire
+        ]
 
     def bound(self, count: int) -> int:
         """Most bytes of `count` sums."""

@@ -30,9 +30,17 @@ class TokenKernels(LayerKernels):
         lib.dm_route_tokens(self._context, buffers.struct, buffers.sizes, layer.struct, own.start, len(own))
 
     def group_tokens(self, buffers: LayerBuffers, layer: ExpertsLayer, tokens: int) -> None:
-        """The step's choices, which are those of all tokens, by expert."""
-        assert tokens <= buffers.max_tokens
-        lib.dm_group_tokens(self._context, buffers.struct, buffers.sizes, layer.struct, tokens)
+        """The step's choices by expert, and which node computes what of them: a token's part of an expert on one."""
+        self._check_room(buffers, layer, tokens)
+        lib.dm_group_tokens(self._context, buffers.struct, buffers.sizes, layer.struct, True, tokens)
+
+    @staticmethod
+    def mark_tokens(buffers: LayerBuffers, nodes: int, tokens: int) -> npt.NDArray[np.uint8]:
+        """Which nodes compute some expert of which tokens, after `group_tokens`: uint8 [nodes, T], 0 or 1."""
+        marks_NT = np.empty((nodes, tokens), np.uint8)
+        assert nodes >= buffers.picks.nodes
+        lib.dm_mark_tokens(U8.write(marks_NT, nodes, tokens), buffers.struct, nodes, tokens)
+        return marks_NT
 
     def attend(self, buffers: LayerBuffers, layer: AttentionLayer, view: KvView) -> None:
         """As `attention_half`, of the operand `normed` of all tokens."""

@@ -10,18 +10,13 @@ MLP is an expert that every token picks with weight 1. Shape suffixes: T tokens,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
-import numpy.typing as npt
 
-from dist_moe.kernels import KvView, LayerBuffers, Operand, OperandRows, RoutingRows, SumRows
+from dist_moe.kernels import KvView, LayerBuffers, OperandRows, RoutingRows, SumRows
 from dist_moe.kernels.native import Kernels
 from dist_moe.model.stopwatch import Part, Stopwatch
 from dist_moe.model.weights import LayerWeights
 from dist_moe.model.workspace import Workspace
-from dist_moe.parallel.progress import Phase
 from dist_moe.parallel.token_exchange import TokenExchange
 from dist_moe.parallel.token_owners import Owners, RowNumbers, numbers
 
@@ -100,4 +95,9 @@ class TokenPass:
 
     def _wanted(self, owners: Owners) -> list[RowNumbers]:
         """The tokens that each group of ranks computes some experts of."""
-        return [numbers(range(owners.count))] * len(owners.groups)
+        nodes = self._exchange.node_of_group
+        if self._buffers.picks.nodes <= max(nodes):
+            return [numbers(range(owners.count))] * len(nodes)
+        marks_NT = self._kernels.mark_tokens(self._buffers, max(nodes) + 1, owners.count)
+        rows = [np.flatnonzero(marks_T).astype(np.int32) for marks_T in marks_NT]
+        return [rows[node] for node in nodes]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from dist_moe.kernels import NO_FAULT, Kernels, KvFormat, KvView, hash_floats
+from dist_moe.kernels import NO_FAULT, Kernels, KvFormat, KvView, Picks, hash_floats
 from dist_moe.model.kv_cache import KvCache
 from dist_moe.model.share import make_share
 from dist_moe.model.step import MAX_LOGIT_ROWS, Step
@@ -72,10 +72,11 @@ class Transformer:
         self._hashes_state = exchange.world.size > 1
         most_chunks = max(layer.experts.chunk_count for layer in self.weights.layers)
         self._workspace = make_workspace(self.share, max_tokens=max_tokens, max_chunks=most_chunks)
-        self._buffers = self._workspace.of_a_layer(self.share.sizes)
-        self._token_pass = TokenPass(
-            kernels, TokenExchange(exchange), self._workspace, self._buffers, self.stopwatch
-        )
+        experts = [layer.experts for layer in self.weights.layers]
+        nodes = len(self.share.sizes.workers.speeds)
+        self._picks = Picks(nodes, max(layer.experts for layer in experts), [layer.holders for layer in experts])
+        self._buffers = self._workspace.of_a_layer(self.share.sizes, self._picks)
+        self._token_pass = TokenPass(kernels, TokenExchange(exchange), self._workspace, self._buffers, self.stopwatch)
         self._owners: Owners | None = None  # of the last step's tokens, if it was partitioned
         self._tokens = 0  # of the last step
         self._step: Step | None = None

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_moe.parallel.exchange import Exchange, waiting
-from dist_moe.parallel.ledger import ExchangeTotals
 from dist_moe.parallel.token_owners import Owners, RowNumbers, deal_tokens, numbers, rows_within
 
 Bytes = NDArray[np.uint8]
