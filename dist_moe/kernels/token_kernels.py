@@ -147,7 +147,7 @@ class RoutingRows:
         words_NK = self._words(out, row_N)
         words_NK[:, : self._choices] = self._ids_TK[row_N]
         words_NK[:, self._choices :] = self._weights_TK.view(np.int32)[row_N]
-        return words_NK.nbytes
+        return int(words_NK.nbytes)
 
     def unpack(self, packed: U8Array, row_N: I32Array) -> None:
         """The inverse."""
