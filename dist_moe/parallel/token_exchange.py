@@ -9,14 +9,14 @@ T tokens · N rows of a list
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_moe.parallel.exchange import Exchange, waiting
+from dist_moe.parallel.exchange import Exchange, noted
+from dist_moe.parallel.ledger import Kind, Ledger
 from dist_moe.parallel.token_owners import Owners, RowNumbers, deal_tokens, numbers, rows_within
 
 Bytes = NDArray[np.uint8]
@@ -47,11 +47,17 @@ class TokenExchange:
         """Over the ranks of an exchange, whose ledger takes the costs."""
         self.world = exchange.world
         self._exchange = exchange
+        self._alone = exchange.world.size == 1
         self._groups = exchange.token_groups()
         self._buffers: dict[tuple[str, int], Bytes] = {}
         self._owners: dict[int, Owners] = {}
         self._speaks = self.world.rank in {members[0] for members in self._groups.members}
         self._channel = self._groups.channel
+
+    @property
+    def ledger(self) -> Ledger:
+        """Of all exchanges."""
+        return self._exchange.ledger
 
     @property
     def node_of_group(self) -> tuple[int, ...]:
@@ -66,7 +72,7 @@ class TokenExchange:
             self._owners[tokens] = deal_tokens(tokens, self._groups.members, self.world.rank)
         return self._owners[tokens]
 
-    @waiting
+    @noted(Kind.COLLECT)
     def gather(self, rows: TokenRows, owners: Owners) -> None:
         """Give every owner's rows to all ranks.
 
@@ -74,12 +80,9 @@ class TokenExchange:
             rows: This rank's own are filled; all are, afterwards.
             owners: Of all rows.
         """
-        started_s = time.perf_counter()
-        everywhere = [numbers(range(owners.count))] * len(owners.groups)
-        sent = self._spread(rows, owners, everywhere)
-        self._exchange.ledger.gathers.add(started_s, sent)
+        self._spread(rows, owners, [numbers(range(owners.count))] * len(owners.groups))
 
-    @waiting
+    @noted(Kind.DISPATCH)
     def dispatch(self, rows: TokenRows, owners: Owners, wanted: Sequence[RowNumbers]) -> None:
         """Give owners' rows to the groups that want them.
 
@@ -88,11 +91,9 @@ class TokenExchange:
             owners: Of all rows.
             wanted: By group, the rows that it wants, ascending.
         """
-        started_s = time.perf_counter()
-        sent = self._spread(rows, owners, wanted)
-        self._exchange.ledger.gathers.add(started_s, sent)
+        self._spread(rows, owners, wanted)
 
-    @waiting
+    @noted(Kind.SCATTER)
     def reduce_scatter(self, sums_TD: NDArray[np.int64], rows: TokenRows, owners: Owners) -> None:
         """Add up all ranks' exact sums; only owners have the result, in their rows.
 
@@ -104,7 +105,7 @@ class TokenExchange:
         everything = [numbers(range(owners.count))] * len(owners.groups)
         self._collect(sums_TD, rows, owners, everything)
 
-    @waiting
+    @noted(Kind.RETURN)
     def give_back(
         self, sums_TD: NDArray[np.int64], rows: TokenRows, owners: Owners, wanted: Sequence[RowNumbers]
     ) -> None:
@@ -119,28 +120,28 @@ class TokenExchange:
         """
         self._collect(sums_TD, rows, owners, wanted)
 
-    def _spread(self, rows: TokenRows, owners: Owners, wanted: Sequence[RowNumbers]) -> int:
-        """Inside the group to its first rank, from there to the groups, and in each group to all; returns bytes."""
+    def _spread(self, rows: TokenRows, owners: Owners, wanted: Sequence[RowNumbers]) -> None:
+        """Inside the group to its first rank, from there to the groups, and in each group to all."""
         self._bring_to_first(rows, owners)
         outgoing = [rows_within(row_N, owners.of_group) for row_N in wanted]
         incoming = [rows_within(wanted[owners.group], run) for run in owners.groups]
-        sent = self._swap(rows, outgoing, incoming)
+        self._swap(rows, outgoing, incoming)
         self._show_members(rows, wanted[owners.group])
-        return sent
 
     def _collect(
         self, sums_TD: NDArray[np.int64], rows: TokenRows, owners: Owners, wanted: Sequence[RowNumbers]
     ) -> None:
         """Inside the group to one sum, from there to the owners' groups, and there to the owners."""
-        started_s = time.perf_counter()
         if self._channel is not None:
             self._channel.sum(sums_TD)
+            self.ledger.sent(0, sums_TD.nbytes)
         outgoing = [rows_within(wanted[owners.group], run) for run in owners.groups]
         incoming = [rows_within(row_N, owners.of_group) for row_N in wanted]
-        sent = self._swap(rows, outgoing, incoming)
+        self._swap(rows, outgoing, incoming)
         if self._channel is not None and len(owners.groups) > 1:
-            self._channel.broadcast(sums_TD[owners.of_group.start : owners.of_group.stop])
-        self._exchange.ledger.sums.add(started_s, sent)
+            own_TD = sums_TD[owners.of_group.start : owners.of_group.stop]
+            self._channel.broadcast(own_TD)
+            self.ledger.sent(0, own_TD.nbytes if self._speaks else 0)
 
     # ---- inside a group ----
 
@@ -151,6 +152,7 @@ class TokenExchange:
         packed = self._buffer("own", 0, longest)
         rows.pack(packed, numbers(owners.own))
         gathered = self._channel.gather(packed)
+        self.ledger.sent(0, packed.nbytes)
         if gathered is not None:
             for run, found in list(zip(owners.members, gathered, strict=True))[1:]:
                 rows.unpack(found[: rows.bound(len(run))], numbers(run))
@@ -162,53 +164,43 @@ class TokenExchange:
         if self._speaks:
             rows.pack(packed, row_N)
         self._channel.broadcast(packed)
+        self.ledger.sent(0, packed.nbytes if self._speaks else 0)
         if not self._speaks:
             rows.unpack(packed, row_N)
 
     # ---- between groups ----
 
-    def _swap(self, rows: TokenRows, outgoing: Sequence[RowNumbers], incoming: Sequence[RowNumbers]) -> int:
-        """Send each other group its rows and take those of all others; on the first ranks. Returns the bytes sent."""
+    def _swap(self, rows: TokenRows, outgoing: Sequence[RowNumbers], incoming: Sequence[RowNumbers]) -> None:
+        """Send each other group its rows and take those of all others; on the first ranks."""
         if self._groups.firsts is None:
-            return 0
+            return
         most = max(1, PIECE_BYTES // rows.bound(1))
-        longest = max(len(row_N) for row_N in (*outgoing, *incoming))
         # Both sides of a message know how many pieces it has; a pair may be done before the others.
-        return sum(
-            self._swap_piece(
-                rows,
-                [row_N[first : first + most] for row_N in outgoing],
-                [row_N[first : first + most] for row_N in incoming],
-            )
-            for first in range(0, longest, most)
-        )
+        for first in range(0, max(len(row_N) for row_N in (*outgoing, *incoming)), most):
+            piece = slice(first, first + most)
+            self._swap_piece(rows, [row_N[piece] for row_N in outgoing], [row_N[piece] for row_N in incoming])
 
-    def _swap_piece(self, rows: TokenRows, outgoing: Sequence[RowNumbers], incoming: Sequence[RowNumbers]) -> int:
+    def _swap_piece(self, rows: TokenRows, outgoing: Sequence[RowNumbers], incoming: Sequence[RowNumbers]) -> None:
         firsts, mpi = self._groups.firsts, self.world.mpi
         assert mpi is not None
-        groups, own = firsts.size, firsts.rank
-        receiving, peers, buffers, sending = [], [], [], []
-        for distance in range(1, groups):
-            peer = (own - distance) % groups
-            if len(incoming[peer]):
-                buffer = self._buffer("in", peer, rows.bound(len(incoming[peer])))
-                receiving.append(firsts.Irecv([buffer, mpi.BYTE], peer, _TAG))
-                peers.append(peer)
-                buffers.append(buffer)
-        sent = 0
-        for distance in range(1, groups):
-            peer = (own + distance) % groups
+        peers = [(firsts.rank + distance) % firsts.size for distance in range(1, firsts.size)]
+        senders = [peer for peer in reversed(peers) if len(incoming[peer])]
+        buffers = [self._buffer("in", peer, rows.bound(len(incoming[peer]))) for peer in senders]
+        receiving = [
+            firsts.Irecv([buffer, mpi.BYTE], peer, _TAG) for peer, buffer in zip(senders, buffers, strict=True)
+        ]
+        sending = []
+        for peer in peers:
             if len(outgoing[peer]):
                 buffer = self._buffer("out", peer, rows.bound(len(outgoing[peer])))
                 used = rows.pack(buffer, outgoing[peer])
                 sending.append(firsts.Isend([buffer[:used], mpi.BYTE], peer, _TAG))
-                sent += used
+                self.ledger.sent(used)
         status = mpi.Status()
-        for _ in peers:
+        for _ in senders:
             place = mpi.Request.Waitany(receiving, status)
-            rows.unpack(buffers[place][: status.Get_count(mpi.BYTE)], incoming[peers[place]])
+            rows.unpack(buffers[place][: status.Get_count(mpi.BYTE)], incoming[senders[place]])
         mpi.Request.Waitall(sending)
-        return sent
 
     def _buffer(self, purpose: str, peer: int, size: int) -> Bytes:
         """Memory that is kept for its purpose and grows with it."""
