@@ -15,7 +15,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_moe.parallel.host_sums import HostSums
 from dist_moe.parallel.ledger import ExchangeLedger, ExchangeTotals
+from dist_moe.parallel.probe import LinkCosts
 from dist_moe.parallel.progress import Progress
 from dist_moe.parallel.world import World
 
@@ -56,11 +58,20 @@ class Exchange:
 
     Attributes:
         ledger: Totals since `reset_ledger`.
+        hosts: Exact sums between hosts, on the ranks that speak for one; None: by MPI's own sum.
+        link_costs: Of messages between hosts, equal on all ranks; None on one host.
     """
 
-    def __init__(self, world: World) -> None:
-        """Exchange over this world's ranks."""
+    def __init__(self, world: World, hosts: HostSums | None = None) -> None:
+        """Exchange over this world's ranks.
+
+        Args:
+            world: All ranks.
+            hosts: Between the ranks that sum by MPI, each of which counts as a host.
+        """
         self.world = world
+        self.hosts = hosts
+        self.link_costs: LinkCosts | None = None
         self.ledger = ExchangeLedger()
         self._alone = world.size == 1
 
@@ -76,7 +87,7 @@ class Exchange:
             sums: int64, C-contiguous, any shape; the same shape on all ranks.
         """
         if not self._alone:
-            self._allreduce(sums, np.int64, "SUM", self.ledger.sums)
+            self._sum(sums)
 
     def min_faults(self, fault_T: NDArray[np.int32]) -> None:
         """Reduce the tokens' fault flags in place to the lowest over ranks (NUMERICS 15).
@@ -86,6 +97,18 @@ class Exchange:
         """
         if not self._alone:
             self._allreduce(fault_T, np.int32, "MIN", self.ledger.faults)
+
+    @waiting
+    def _sum(self, sums: NDArray[np.int64]) -> None:
+        self._sum_between_hosts(sums)
+
+    def _sum_between_hosts(self, sums: NDArray[np.int64]) -> None:
+        if self.hosts is None:
+            self._allreduce(sums, np.int64, "SUM", self.ledger.sums)
+            return
+        started_s, sent_bytes = time.perf_counter(), self.hosts.exchange.sent_bytes
+        self.hosts.sum(sums)
+        self.ledger.sums.add(started_s, self.hosts.exchange.sent_bytes - sent_bytes)
 
     @waiting
     def _allreduce(self, array: NDArray[Any], dtype: type[np.generic], operation: str, totals: ExchangeTotals) -> None:
