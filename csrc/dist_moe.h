@@ -5,7 +5,7 @@
  * hidden units, V vocabulary, R matrix rows, C matrix columns; lower case is this rank's share.
  * Python checks shapes; C trusts them. Every number follows the numerics contract (ARCHITECTURE.md).
  *
- * Lines that begin with '#' reach the compiler only, except #define of integers.
+ * Lines that begin with '#' reach the compiler only, except #define of integers and #include of a part of this text.
  */
 #ifndef DIST_MOE_H
 #define DIST_MOE_H
@@ -304,6 +304,7 @@ void dm_node_broadcast(dm_node *node, void *data, size_t bytes);
 /* out (first rank only) gets the ranks' bytes one after another. */
 void dm_node_gather(dm_node *node, void *out, const void *own, size_t bytes);
 
+#include "sums_wire.h"
 /* ---- integrity ---- */
 
 /* XXH64 of the floats' bytes, with every NaN as 0x7fc00000. */

@@ -24,6 +24,7 @@ from dist_moe.kernels.native import Kernels
 from dist_moe.kernels.node import NODE_RANK_BYTES, NodeMemory
 from dist_moe.kernels.paging import is_absent, populate
 from dist_moe.kernels.sampling_kernels import Penalties, SamplingParameters
+from dist_moe.kernels.sums_wire import SumsCodec, WireFormat
 
 __all__ = [
     "ALIGNMENT",
@@ -49,7 +50,9 @@ __all__ = [
     "Operand",
     "Penalties",
     "SamplingParameters",
+    "SumsCodec",
     "WeightFormat",
+    "WireFormat",
     "address_of",
     "aligned_empty",
     "catch_bus_errors",

@@ -175,7 +175,7 @@ def test_one_rank_alone_computes_all_the_time() -> None:
     [
         ("compute", "decode is limited by computing"),
         ("wire", "decode is limited by moving bytes, 88% of a token's time, most of it in sums (2 per step)"),
-        ("wait", "rank 1 on b computes 1.96 times the mean, and the experts' work of a step is uneven (max/mean 1.50)"),
+        ("wait", "rank 1 on b computes 1.97 times the mean, and the experts' work of a step is uneven (max/mean 1.50)"),
         ("between", "decode is limited by what rank 0 does between steps"),
     ],
 )
