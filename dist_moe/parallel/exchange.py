@@ -35,18 +35,6 @@ _SPIN_S = 200e-6
 _LONGEST_NAP_S = 2e-3
 
 
-def noted(self: Any, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        progress: Progress = self.world.progress
-        progress.exchanges += 1
-        progress.waiting += 1
-        try:
-            return method(self, *args, **kwargs)
-        finally:
-            progress.waiting -= 1
-
-    return noted
-
-
 def noted(
     kind: Kind,
 ) -> Callable[[Callable[Concatenate[Any, Parameters], Result]], Callable[Concatenate[Any, Parameters], Result]]:
