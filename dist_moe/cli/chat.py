@@ -39,7 +39,7 @@ from dist_moe.cli.sampling_options import sampling_options
 from dist_moe.cli.saved_prompt import SavedPrompt, read_saved_prompt
 from dist_moe.cli.text_files import read_text
 from dist_moe.engine.engine import Engine
-from dist_moe.errors import UsageError
+from dist_moe.errors import Interrupted, UsageError
 from dist_moe.kernels import KvFormat
 from dist_moe.parallel.hostfile import read_hostfile
 from dist_moe.parallel.launcher import Launcher, detect_launcher
@@ -70,7 +70,14 @@ class ChatTask:
         """Hold the conversation; its end is what the prompt cache keeps."""
         if self.saved is not None:
             self.saved.restore(engine.runtime)
-        self.hold(engine, self.answerer, self.facts)
+        try:
+            self.hold(engine, self.answerer, self.facts)
+        except Interrupted:
+            self._save(engine)
+            raise
+        self._save(engine)
+
+    def _save(self, engine: Engine) -> None:
         if self.saved is not None:
             self.saved.save_latest(engine.runtime)
 
@@ -144,7 +151,8 @@ def _serve(options: ChatOptions, launcher: Launcher, address: Address) -> None:
         service.serve(facts, lambda request, show, stop: answerer.answer(engine, request, show, stop))
 
     try:
-        run_job(options, lambda options, setting: make_task(options, setting, hold))
+        # Its front end tells it when to end; what kills it is not to wait for one.
+        run_job(options, lambda options, setting: make_task(options, setting, hold), finish=False)
     finally:
         if service is not None:
             service.leave()
@@ -160,7 +168,7 @@ def _hold_under_launcher(options: ChatOptions, launcher: Launcher) -> None:
 
     def make(options: ChatOptions, setting: Setting) -> ChatTask:
         settings, conversation = _read_inputs(options)
-        once = OneInterrupt(setting.interrupted)
+        once = OneInterrupt(setting.interrupted, lambda: setting.interrupts.final)
 
         def hold(engine: Engine, answerer: Answerer, facts: Ready) -> None:
             reader = LineReader(sys.stdin.fileno(), interrupted=once.requested)

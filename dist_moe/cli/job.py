@@ -20,7 +20,7 @@ from dist_moe.engine.opening import Shows
 from dist_moe.engine.questions import TextSide
 from dist_moe.engine.runtime import Runtime
 from dist_moe.engine.settings import Settings
-from dist_moe.errors import DistMoeError
+from dist_moe.errors import DistMoeError, Interrupted
 from dist_moe.kernels import KvFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.parallel.launcher import Launcher
@@ -68,19 +68,26 @@ class StoreChecker(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a task is made from: the model's text files and sizes, the launcher, and Ctrl-C."""
+    """What a task is made from: the model's text files and sizes, the launcher, and who asks for its end."""
 
     directory: Path
     config: ModelConfig
     launcher: Launcher
-    interrupted: Callable[[], bool]
+    interrupts: Interrupts
     text: TextSide
+
+    @property
+    def interrupted(self) -> Callable[[], bool]:
+        """Whether Ctrl-C or a scheduler asks for the end; looked at after each step."""
+        return self.interrupts.requested
 
 
 def run_job(
     options: Options,
     make_task: Callable[[Options, Setting], Task | EngineTask],
     find: Callable[[Options], ModelSource] = find_model,
+    *,
+    finish: bool = True,
 ) -> None:
     """Run one task on all ranks.
 
@@ -88,6 +95,7 @@ def run_job(
         options: As parsed on this rank.
         make_task: Called on rank 0 before any weight is read: checks the input and makes the task.
         find: Which model the options name.
+        finish: Whether SIGTERM and SIGUSR1 end the task after its step, because it looks; else they kill the ranks.
 
     Raises:
         AgreedError: A planned error on some rank, raised on all ranks alike.
@@ -102,7 +110,12 @@ def run_job(
         return options.stall_timeout
 
     job = Job(options.threads, options.start_timeout, prepare)
-    interrupts = Interrupts(leads=job.world.is_leader, end=lambda: end_interrupted(job.world.mpi))
+    interrupts = Interrupts(
+        leads=job.world.is_leader,
+        end=lambda code: end_interrupted(job.world.mpi, code),
+        progress=job.world.progress,
+        finish=finish,
+    )
     try:
         table = job.on_leader(lambda: read_threads_file(options.threads_file)) or {}
         engine = Engine.join(job, settings_of(options, table), lambda: find(options), _shows(options))
@@ -136,7 +149,7 @@ def _run(job: Job, engine: Engine, make_task: Callable[[], Task | EngineTask], i
     engine.load(int(job.of_leader(str(task.context if task else "1"))), accept)
     with interrupts.orderly():
         try:
-            engine.lead(lambda _: _lead(engine, task))
+            engine.lead(lambda _: _lead(engine, task, interrupts))
         except AgreedError:
             raise  # the other ranks have left with it
         except DistMoeError as error:
@@ -147,16 +160,20 @@ def _run(job: Job, engine: Engine, make_task: Callable[[], Task | EngineTask], i
         engine.close()
 
 
-def _lead(engine: Engine, task: Task | EngineTask | None) -> None:
+def _lead(engine: Engine, task: Task | EngineTask | None, interrupts: Interrupts) -> None:
     assert task is not None
-    if isinstance(task, EngineTask):
-        task.lead_engine(engine)
-    else:
-        task.lead(engine.runtime)
+    try:
+        if isinstance(task, EngineTask):
+            task.lead_engine(engine)
+        else:
+            task.lead(engine.runtime)
+    except Interrupted as error:
+        interrupts.explain(error)
+        raise
 
 
 def _setting(job: Job, engine: Engine, interrupts: Interrupts) -> Setting:
-    return Setting(engine.text.directory, engine.config, job.launcher, interrupts.requested, engine.text)
+    return Setting(engine.text.directory, engine.config, job.launcher, interrupts, engine.text)
 
 
 def _shows(options: ModelOptions) -> Shows:
