@@ -6,7 +6,7 @@ E experts · K experts per token · N parts (nodes or ranks)
 from __future__ import annotations
 
 from functools import lru_cache
-from math import comb
+from math import comb, sqrt
 from statistics import NormalDist
 
 import numpy as np
@@ -50,7 +50,7 @@ def busiest_tokens(experts: int, picked: int, parts: int, tokens: int) -> float:
         return 1.0 / parts
     share = 1.0 / parts
     variance = picked * share * (1 - share) * (experts - picked) / max(1, experts - 1)
-    return min(1.0, share + _normal_maximum(parts) * (variance / tokens) ** 0.5 / picked)
+    return min(1.0, share + _normal_maximum(parts) * sqrt(variance / tokens) / picked)
 
 
 def expected_maximum(sizes: tuple[int, ...], drawn: int) -> float:

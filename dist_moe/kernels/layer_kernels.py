@@ -85,8 +85,9 @@ class LayerBuffers:
         token_N: I32Array,
         weight_N: F32Array,
         chunks: ChunkList,
+        work_L2: I64Array,
     ) -> None:
-        """Point at the arrays, which are kept alive; T is the length of x_TD."""
+        """Point at the arrays, which are kept alive; T is the length of x_TD, L the number of layers."""
         self.max_tokens = T = len(x_TD)
         self.experts = E = router_TE.shape[1]
         self.chunk_capacity = chunks.capacity
@@ -110,7 +111,9 @@ class LayerBuffers:
             "token_N": I32.write(token_N, T * K),
             "weight_N": F32.write(weight_N, T * K),
             "chunks": chunks.struct,
+            "work_L2": I64.write(work_L2, len(work_L2), 2),
         }
+        self.layers = len(work_L2)
         self._objects = (normed, attended, chunks)
         self.sizes: Pointer = sizes.struct()
         self._kv_of_h = sizes.kv_of_h
@@ -238,7 +241,7 @@ class LayerKernels(Context):
     def experts_half(self, buffers: LayerBuffers, layer: ExpertsLayer, tokens: int) -> None:
         """sums_TD = sum of weight * down(silu(gate x) * up x) of norm(x), over this rank's chunks (rules 6, 7, 11)."""
         fits = layer.chunk_count <= buffers.chunk_capacity and layer.experts <= buffers.experts
-        if not fits or tokens > buffers.max_tokens:
+        if not fits or tokens > buffers.max_tokens or layer.layer >= buffers.layers:
             raise TypeError(f"{tokens} tokens and {layer.chunk_count} chunks do not fit the buffers")
         lib.dm_experts_half(self._context, buffers.struct, buffers.sizes, layer.struct, tokens)
 
