@@ -16,7 +16,7 @@ from dist_moe.errors import UsageError
 from dist_moe.kernels import WeightFormat
 from dist_moe.model.step import MAX_LOGIT_ROWS
 from dist_moe.parallel.cost import EXCHANGES, ExchangeKind
-from dist_moe.parallel.plan import Plan, make_plan
+from dist_moe.parallel.plan import JobPlan, plan_job
 from dist_moe.store.manifest import MANIFEST_NAME, Manifest, read_manifest
 from dist_moe.store.models import find_model
 from dist_moe.store.plan import StoreOptions, plan_store
@@ -192,10 +192,8 @@ def node_need(manifest: Manifest, nodes: Nodes, layout: str, workload: Workload)
     """Memory of the node that needs most."""
     threads = [nodes.threads] * nodes.ranks
     demand = replace(workload.demand, step_tokens=max(workload.demand.step_tokens, MAX_LOGIT_ROWS))
-    needs = (
-        host_need(manifest, [_plan(manifest, nodes, layout, rank) for rank in ranks], threads, demand)
-        for ranks in (range(node * nodes.ranks, (node + 1) * nodes.ranks) for node in range(nodes.nodes))
-    )
+    plan = _plan(manifest, nodes, layout)
+    needs = (host_need(manifest, plan.of_node(node), threads, demand) for node in range(nodes.nodes))
     return max(needs, key=lambda need: need.full_bytes)
 
 
@@ -213,16 +211,9 @@ def _ways(manifest: Manifest, nodes: Nodes, workload: Workload) -> Iterator[Way]
         yield Way(nodes.nodes, layout, node_need(manifest, nodes, layout, workload), decode, prefill, workload)
 
 
-def _plan(manifest: Manifest, nodes: Nodes, layout: str, rank: int) -> Plan:
-    config = manifest.config
-    return make_plan(
-        heads=config.heads,
-        heads_per_kv_head=config.heads_per_kv_head,
-        vocabulary=config.vocabulary,
-        rank=rank,
-        ranks=nodes.all_ranks,
-        layout=layout,
-    )
+def _plan(manifest: Manifest, nodes: Nodes, layout: str) -> JobPlan:
+    node_of_rank = [rank // nodes.ranks for rank in range(nodes.all_ranks)]
+    return plan_job(manifest.config, manifest.group_size, layout, node_of_rank=node_of_rank)
 
 
 def _fits(need: MemoryNeed, memory_bytes: int) -> bool:
