@@ -130,6 +130,7 @@ def settings_of(options: ModelOptions, threads_by_host: dict[str, int]) -> Setti
         threads=options.threads,
         kv=options.kv,
         experts=options.experts,
+        exchange=options.exchange,
         prefill_chunk=options.prefill_chunk,
         weights=options.weights,
         check=options.check,

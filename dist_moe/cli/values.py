@@ -106,6 +106,21 @@ class SomeText(click.types.StringParamType):
         return text
 
 
+class TextPattern(click.types.StringParamType):
+    """A text of a certain form."""
+
+    def __init__(self, pattern: str, expected: str) -> None:
+        """`pattern` matches it whole; `expected` says what it is."""
+        self._pattern, self._expected = re.compile(pattern), expected
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check."""
+        text = super().convert(value, param, ctx)
+        if not self._pattern.fullmatch(text):
+            refuse(self._expected, value, param, ctx)
+        return text
+
+
 def unescape(text: str) -> str:
     r"""A text in which \n, \r, \t and \\ stand for the characters that a shell makes hard to write."""
     return re.sub(r"\\([nrt\\])", lambda found: _ESCAPES[found[1]], text)
