@@ -19,6 +19,7 @@ from dist_moe.parallel.host_sums import HostSums
 from dist_moe.parallel.ledger import Kind, Ledger
 from dist_moe.parallel.probe import LinkCosts
 from dist_moe.parallel.progress import Progress
+from dist_moe.parallel.token_owners import TokenGroups
 from dist_moe.parallel.world import World
 
 Parameters = ParamSpec("Parameters")
@@ -130,6 +131,11 @@ class Exchange:
     def _reducing_comm(self) -> Any:
         """The ranks that reduce and broadcast by MPI."""
         return self._mpi()[0]
+
+    def token_groups(self) -> TokenGroups:
+        """Which ranks share memory, for exchanges of tokens: here none do."""
+        members = tuple((rank,) for rank in range(self.world.size))
+        return TokenGroups(members, self.world.node_of_rank, None if self._alone else self.world.comm, None)
 
     @noted(Kind.HEADER)
     def post_step(self, header: NDArray[np.int64]) -> None:

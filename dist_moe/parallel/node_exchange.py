@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from dist_moe.parallel.exchange import HEADER_WORDS, Exchange, noted
 from dist_moe.parallel.host_sums import HostSums
 from dist_moe.parallel.ledger import Kind
+from dist_moe.parallel.token_owners import TokenGroups
 from dist_moe.parallel.world import World
 
 
@@ -71,6 +72,15 @@ class NodeExchange(Exchange):
 
     def _reducing_comm(self) -> Any:
         return self._firsts
+
+    def token_groups(self) -> TokenGroups:
+        """Which ranks share memory: those of a host."""
+        nodes = self.world.node_of_rank
+        members = tuple(
+            tuple(rank for rank in range(self.world.size) if nodes[rank] == node) for node in range(self.world.nodes)
+        )
+        channel = None if self.world.local_size == 1 else self._node
+        return TokenGroups(members, tuple(range(len(members))), self._firsts if self._first else None, channel)
 
     @noted(Kind.HEADER)
     def post_step(self, header: NDArray[np.int64]) -> None:
