@@ -235,6 +235,20 @@ void dm_attention_half(dm_context *context, const dm_buffers *buffers, const dm_
 void dm_experts_half(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
                      const dm_experts_layer *weights, size_t T);
 
+/* The pieces of both halves, for ranks of which each keeps the residual of some tokens only. The first two compute
+ * tokens [first, first + count): normed = norm(x), as the weights read it, and ids_TK and weights_TK of normed (nothing
+ * for a dense MLP). The others take all T: the step's choices by expert; sums_TD of normed, as the halves. */
+void dm_norm_tokens(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes, const float *norm_D,
+                    size_t first, size_t count, int32_t layer);
+void dm_route_tokens(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
+                     const dm_experts_layer *weights, size_t first, size_t count);
+void dm_group_tokens(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
+                     const dm_experts_layer *weights, size_t T);
+void dm_attend(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes, const dm_attention_layer *weights,
+               const dm_kv_view *cache, size_t T);
+void dm_compute_experts(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
+                        const dm_experts_layer *weights, size_t T);
+
 /* ---- logits and sampling (rules 13, 14) ---- */
 
 /* Per block of 128 rows: the largest logit and the sum of exp((logit - largest) / temperature). Columns from `valid`

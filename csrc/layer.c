@@ -1,26 +1,27 @@
-/* layer.c: each half of a layer as one call, from the residual to this rank's sums.
+/* layer.c: each half of a layer from the residual to this rank's sums, and the pieces that a half is made of.
  *
- *   attention   norm, q k v, norm and rotation per head, cache, attention, o_proj
- *   experts     norm, router, the step's choices by expert, this rank's chunks of them
+ *   attention   norm | q k v, norm and rotation per head, cache, attention, o_proj
+ *   experts     norm, router | the step's choices by expert, this rank's chunks of them
  *
+ * At | a half can be cut: before it each token needs its residual alone, after it the operands of all tokens.
  * A dense MLP is one expert that every token picks with weight 1.
  */
 #include "context.h"
 
-static void norm_operand(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes, const float *norm_D,
-                         size_t T, int32_t layer) {
-    dm_rmsnorm(context, buffers->normed->x, buffers->x_TD, norm_D, sizes->eps, T, sizes->D);
-    if (dm_is_quantized(sizes->format)) dm_quantize(context, buffers->normed, buffers->fault_T, T, layer);
+void dm_norm_tokens(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes, const float *norm_D,
+                    size_t first, size_t count, int32_t layer) {
+    const dm_operand normed = dm_operand_from(buffers->normed, first);
+    dm_rmsnorm(context, normed.x, buffers->x_TD + first * sizes->D, norm_D, sizes->eps, count, sizes->D);
+    if (dm_is_quantized(sizes->format)) dm_quantize(context, &normed, buffers->fault_T + first, count, layer);
 }
 
-void dm_attention_half(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
-                       const dm_attention_layer *weights, const dm_kv_view *cache, size_t T) {
+void dm_attend(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes, const dm_attention_layer *weights,
+               const dm_kv_view *cache, size_t T) {
     const size_t h = sizes->h, g = sizes->g, P = sizes->P, row = (h + 2 * g) * P;
     const int32_t layer = weights->layer;
     float *q_ThP = buffers->qkv_TR, *k_TgP = q_ThP + h * P, *v_TgP = k_TgP + g * P;
     dm_kv_view here = *cache;
     here.layer_offset = weights->cache_offset;
-    norm_operand(context, buffers, sizes, weights->norm_D, T, layer);
     dm_matmul(context, q_ThP, weights->qkv, buffers->normed, h + 2 * g, T, row, sizes->format, sizes->group);
     if (weights->qkv_bias_R != NULL) dm_add_bias(context, q_ThP, weights->qkv_bias_R, T, row, row);
     dm_norm_rope(context, q_ThP, weights->q_norm_P, buffers->cos_TP, buffers->sin_TP, sizes->eps, T, h, P, row);
@@ -42,24 +43,43 @@ static void take_all_tokens(const dm_buffers *buffers, size_t T) {
     }
 }
 
-static void route_tokens(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
-                         const dm_experts_layer *weights, size_t T) {
+void dm_route_tokens(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
+                     const dm_experts_layer *weights, size_t first, size_t count) {
+    if (weights->router == NULL) return;
     const size_t E = weights->experts, K = sizes->K;
-    dm_matmul(context, buffers->router_TE, weights->router, buffers->normed, 1, T, E, sizes->router_format, 0);
-    dm_route(context, buffers->ids_TK, buffers->weights_TK, buffers->fault_T, buffers->router_TE, T, E, K,
-             sizes->norm_topk_prob, weights->layer);
-    dm_group_by_expert(context, buffers->offset_E1, buffers->token_N, buffers->weight_N, buffers->ids_TK,
-                       buffers->weights_TK, T, E, K);
+    const dm_operand normed = dm_operand_from(buffers->normed, first);
+    float *router_TE = buffers->router_TE + first * E;
+    dm_matmul(context, router_TE, weights->router, &normed, 1, count, E, sizes->router_format, 0);
+    dm_route(context, buffers->ids_TK + first * K, buffers->weights_TK + first * K, buffers->fault_T + first, router_TE,
+             count, E, K, sizes->norm_topk_prob, weights->layer);
+}
+
+void dm_group_tokens(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
+                     const dm_experts_layer *weights, size_t T) {
+    if (weights->router == NULL)
+        take_all_tokens(buffers, T);
+    else
+        dm_group_by_expert(context, buffers->offset_E1, buffers->token_N, buffers->weight_N, buffers->ids_TK,
+                           buffers->weights_TK, T, weights->experts, sizes->K);
+}
+
+void dm_compute_experts(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
+                        const dm_experts_layer *weights, size_t T) {
+    size_t count = dm_pick_chunks(buffers->chunks, buffers->picks, weights, buffers->offset_E1, &sizes->workers);
+    dm_experts(context, buffers->sums_TD, buffers->fault_T, buffers->chunks, buffers->token_N, buffers->weight_N,
+               buffers->normed, count, T, sizes->D, weights->width, sizes->format, sizes->group, weights->layer);
+}
+
+void dm_attention_half(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
+                       const dm_attention_layer *weights, const dm_kv_view *cache, size_t T) {
+    dm_norm_tokens(context, buffers, sizes, weights->norm_D, 0, T, weights->layer);
+    dm_attend(context, buffers, sizes, weights, cache, T);
 }
 
 void dm_experts_half(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
                      const dm_experts_layer *weights, size_t T) {
-    norm_operand(context, buffers, sizes, weights->norm_D, T, weights->layer);
-    if (weights->router != NULL)
-        route_tokens(context, buffers, sizes, weights, T);
-    else
-        take_all_tokens(buffers, T);
-    size_t count = dm_pick_chunks(buffers->chunks, buffers->picks, weights, buffers->offset_E1, &sizes->workers);
-    dm_experts(context, buffers->sums_TD, buffers->fault_T, buffers->chunks, buffers->token_N, buffers->weight_N,
-               buffers->normed, count, T, sizes->D, weights->width, sizes->format, sizes->group, weights->layer);
+    dm_norm_tokens(context, buffers, sizes, weights->norm_D, 0, T, weights->layer);
+    dm_route_tokens(context, buffers, sizes, weights, 0, T);
+    dm_group_tokens(context, buffers, sizes, weights, T);
+    dm_compute_experts(context, buffers, sizes, weights, T);
 }
