@@ -165,6 +165,9 @@ def _shows(options: ModelOptions) -> Shows:
 
 
 def _options_of_leader(world: World, options: Options) -> Options:
-    """Rank 0's options: environments may differ between hosts, the steps may not."""
+    """Rank 0's options: environments may differ between hosts, the steps may not; a rank's own -m is its place."""
     leader = json.loads(world.gather_texts(json.dumps(dataclasses.asdict(options)))[0])
-    return dataclasses.replace(options, **{name: leader[name] for name in leader if name not in _OWN_OPTIONS})
+    changes = {name: leader[name] for name in leader if name not in _OWN_OPTIONS}
+    if options.model is not None and leader["model"] is not None:
+        del changes["model"]
+    return dataclasses.replace(options, **changes)

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from dist_moe.engine.agreement import StartRecord
 from dist_moe.engine.record import show_bytes
 from dist_moe.errors import UsageError
@@ -165,7 +167,7 @@ def _weights(manifest: Manifest, plans: Sequence[Plan]) -> tuple[int, int, int]:
     kinds = Counter((config.is_dense(layer), config.layer_hidden(layer)) for layer in range(config.layers))
     for layer in range(config.layers):
         count = kinds.pop((config.is_dense(layer), config.layer_hidden(layer)), 0)
-        own_bytes = count * _chunk_count(manifest, plans, layer) * _unit(manifest, "chunk", layer) if count else 0
+        own_bytes = count * _chunk_count(plans, layer) * _unit(manifest, "chunk", layer) if count else 0
         if config.is_dense(layer):
             always_bytes += own_bytes
         else:
@@ -174,12 +176,9 @@ def _weights(manifest: Manifest, plans: Sequence[Plan]) -> tuple[int, int, int]:
     return always_bytes, chunk_bytes, picked_bytes
 
 
-def _chunk_count(manifest: Manifest, plans: Sequence[Plan], layer: int) -> int:
+def _chunk_count(plans: Sequence[Plan], layer: int) -> int:
     """Chunks of one layer that these ranks may read."""
-    experts = manifest.config.layer_experts(layer)
-    chunks = chunks_per_expert(manifest.config, manifest.group_size, layer)
-    owned = [plan.owned_chunks(experts, chunks) for plan in plans]
-    return sum(experts * chunks if own is None else len(own) for own in (owned[:1] if owned[0] is None else owned))
+    return len(np.unique(np.concatenate([plan.readable_chunks(layer) for plan in plans])))
 
 
 def _unit(manifest: Manifest, kind: UnitKind, layer: int = 0) -> int:

@@ -19,7 +19,6 @@ from dist_moe.errors import UsageError
 from dist_moe.kernels import KvFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.parallel.cores import CoreShare, describe_cores, share_cores, thread_cores
-from dist_moe.parallel.plan import make_plan
 from dist_moe.store.manifest import Manifest
 from dist_moe.store.models import ModelSource
 from dist_moe.store.reader import Store
@@ -69,8 +68,9 @@ class Opening:
             with world.together("reading the model"):
                 self._source = find()
                 self._scaling = RopeScaling.parse(self.settings.rope_scaling) if self.settings.rope_scaling else None
-                self.config: ModelConfig = scale_config(self._source.read_config(), self._scaling)
-                require_heads(self.config, world.size)
+                self.config: ModelConfig = scale_config(
+                    self._source.read_config(with_text=world.is_leader), self._scaling
+                )
             self._cores = self._share_cores()
         if self._scaling is not None and world.is_leader:
             words = (
@@ -98,7 +98,7 @@ class Opening:
         directory = local_store(world, self._source, full_check=full_check, show=self._shows.packing)
         opening_since_s = time.perf_counter()
         with world.progress.loading(), world.together("opening the store"):
-            store = Store.open(directory, rope_scaling=self._scaling)
+            store = Store.open(directory, rope_scaling=self._scaling, with_text=world.is_leader)
         kv = KvFormat.parse(settings.kv)
         self._job.on_leader(lambda: accept(store.manifest, kv) if accept is not None else None)
         options = EngineOptions(
@@ -125,22 +125,6 @@ class Opening:
         settings, world = self.settings, self._job.world
         threads = threads_of_host(settings.threads_by_host, world.hostname) or settings.threads
         return share_cores(world, self._job.launcher, "keep" if settings.bind == "keep" else "auto", threads)
-
-
-def require_heads(config: ModelConfig, ranks: int) -> None:
-    """Refuse more ranks than the model can be cut into, before a long conversion.
-
-    Raises:
-        UsageError: There are more ranks than query heads.
-    """
-    make_plan(
-        heads=config.heads,
-        heads_per_kv_head=config.heads_per_kv_head,
-        vocabulary=config.vocabulary,
-        rank=0,
-        ranks=ranks,
-        layout="whole",
-    )
 
 
 def choose_context(wanted: int | None, config: ModelConfig, default: int) -> int:

@@ -15,6 +15,7 @@ from dist_moe.engine.beam_search import BeamSearch
 from dist_moe.engine.beams import BeamOptions
 from dist_moe.engine.crew import Crew
 from dist_moe.engine.generation import Drawn, Generation
+from dist_moe.engine.inventory import plan_from_inventory, take_inventory
 from dist_moe.engine.leader import Leader
 from dist_moe.engine.loading import load_model
 from dist_moe.engine.options import EngineOptions
@@ -24,14 +25,13 @@ from dist_moe.engine.read_ahead import ReadProgress
 from dist_moe.engine.request import Completion, Request, check_prompt, describe_fault
 from dist_moe.engine.schedule import Part, Schedule, count_tokens
 from dist_moe.engine.scrub import start_scrub
-from dist_moe.engine.startup import agreed, choose_layout, open_exchange
+from dist_moe.engine.startup import agreed, open_exchange
 from dist_moe.engine.statistics import Clock, EngineStatistics, summarize
 from dist_moe.engine.text_logits import text_logits
 from dist_moe.engine.worker import RowSink, StepResult, Worker
 from dist_moe.kernels import NO_FAULT, Kernels
 from dist_moe.model.step import MAX_LOGIT_ROWS
 from dist_moe.parallel.cores import may_spin
-from dist_moe.parallel.plan import Plan, make_plan
 from dist_moe.parallel.world import World
 from dist_moe.store.reader import Store
 
@@ -76,11 +76,12 @@ class Runtime:
         if world.is_leader:
             log_records(records, world.hosts)
         exchange = open_exchange(world, spin, os.environ)
-        self.layout = agreed(world, "start", lambda: choose_layout(store, exchange, options.layout))
-        plans = agreed(world, "start", lambda: [self._plan(rank, world.size) for rank in range(world.size)])
-        self.model = load_model(exchange, store, plans, self.kernels, options, self._step_tokens, records, on_reading)
-        self._scrubber = start_scrub(world, self.model.weights, plans[world.rank]) if options.scrub else None
-        worker = Worker(self.model, exchange, world.size, self._scrubber)
+        inventory = agreed(world, "start", lambda: take_inventory(world, store, records))
+        job = agreed(world, "start", lambda: plan_from_inventory(world, store.manifest, inventory, options.layout))
+        self.layout = job.layout
+        self.model = load_model(exchange, store, job, self.kernels, options, self._step_tokens, records, on_reading)
+        self._scrubber = start_scrub(world, self.model.weights, job.plans[world.rank]) if options.scrub else None
+        worker = Worker(self.model, exchange, self._scrubber)
         self._crew = Crew(worker, exchange, self._step_tokens, self._measure)
         self._prefixes = PrefixIndex(options.resident_positions)
         self.prompt_cache = PromptCache(self._crew, self._prefixes, store.manifest, options.kv)
@@ -216,18 +217,6 @@ class Runtime:
         check_prompt(ids, self._options.context, self.config)
         self._compare_after_idling()
         text_logits(self._leader, ids, sink, interrupted)
-
-    # ---- start ----
-
-    def _plan(self, rank: int, ranks: int) -> Plan:
-        return make_plan(
-            heads=self.config.heads,
-            heads_per_kv_head=self.config.heads_per_kv_head,
-            vocabulary=self.config.vocabulary,
-            rank=rank,
-            ranks=ranks,
-            layout=self.layout,
-        )
 
     # ---- steps ----
 

@@ -19,7 +19,7 @@ from dist_moe.model.stopwatch import Part, Stopwatch
 from dist_moe.model.weights import load_weights
 from dist_moe.model.workspace import make_workspace
 from dist_moe.parallel.exchange import Exchange
-from dist_moe.parallel.plan import Plan
+from dist_moe.parallel.plan import JobPlan
 from dist_moe.parallel.progress import Phase
 from dist_moe.store.reader import Store
 
@@ -35,7 +35,7 @@ class Transformer:
     def __init__(
         self,
         store: Store,
-        plan: Plan,
+        job: JobPlan,
         exchange: Exchange,
         kernels: Kernels,
         kv_format: KvFormat,
@@ -46,7 +46,7 @@ class Transformer:
 
         Args:
             store: The open store.
-            plan: This rank's share.
+            job: All ranks' shares.
             exchange: The collectives.
             kernels: An ISA level with its threads.
             kv_format: How K and V are kept.
@@ -57,10 +57,10 @@ class Transformer:
             StoreError: A unit that this rank needs is missing.
         """
         self.config = store.config
-        self.share = make_share(store, plan)
+        self.share = make_share(store, job, exchange.world.rank)
         self.kernels = kernels
         self.exchange = exchange
-        self.cache = KvCache(kv_format, self.config.layers, len(plan.kv_heads), self.config.head_dim)
+        self.cache = KvCache(kv_format, self.config.layers, len(self.share.plan.kv_heads), self.config.head_dim)
         self.weights = load_weights(store, self.share, self.cache.layer_bytes, copy_weights)
         self.observer: Observer | None = None
         self.stopwatch = Stopwatch()

@@ -103,7 +103,7 @@ def make_workspace(share: Share, *, max_tokens: int, max_chunks: int) -> Workspa
         head_x_ND=aligned_empty((MAX_LOGIT_ROWS, D), floats),
         head=Operand(MAX_LOGIT_ROWS, D, quantized),
         head_fault_N=aligned_empty((MAX_LOGIT_ROWS,), ints),
-        logits_Nv=aligned_empty((MAX_LOGIT_ROWS, len(plan.vocabulary_rows)), floats),
+        logits_Nv=aligned_empty((MAX_LOGIT_ROWS, plan.vocabulary_rows), floats),
     )
 
 
@@ -112,7 +112,7 @@ def workspace_bytes(config: ModelConfig, plan: Plan, *, quantized: bool, max_tok
     T, D, P = max_tokens, config.model_dim, config.head_dim
     E, K, N = max(config.experts, 1), max(config.experts_per_token, 1), MAX_LOGIT_ROWS
     h, g = len(plan.heads), len(plan.kv_heads)
-    floats = T * (D + (h + 2 * g) * P + 2 * (P // 2) + E + K) + T * K + N * (D + len(plan.vocabulary_rows))
+    floats = T * (D + (h + 2 * g) * P + 2 * (P // 2) + E + K) + T * K + N * (D + plan.vocabulary_rows)
     ints = T + T * K + (E + 1) + T * K + N
     operands = _operand_bytes(T, D, quantized) + _operand_bytes(T, h * P, quantized) + _operand_bytes(N, D, quantized)
     return 4 * (floats + ints) + 8 * T * D + 24 * max_chunks + operands
