@@ -99,6 +99,7 @@ typedef struct dm_buffers {
     float *weight_N;
     dm_chunk *chunks;
     dm_picks *picks;
+    int64_t *work_L2; /* written for each layer: this rank's chunks, and their products with a token */
 } dm_buffers;
 
 /* One layer's attention: h + 2 g matrices of P rows, and each head's columns of o_proj. */

@@ -63,11 +63,19 @@ void dm_group_tokens(dm_context *context, const dm_buffers *buffers, const dm_si
                            buffers->weights_TK, T, weights->experts, sizes->K);
 }
 
+static void note_work(const dm_buffers *buffers, int32_t layer, size_t count) {
+    size_t products = 0;
+    for (size_t i = 0; i < count; i++) products += buffers->chunks[i].count;
+    buffers->work_L2[2 * layer] = (int64_t)count;
+    buffers->work_L2[2 * layer + 1] = (int64_t)products;
+}
+
 void dm_compute_experts(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
                         const dm_experts_layer *weights, size_t T) {
     size_t count = dm_pick_chunks(buffers->chunks, buffers->picks, weights, buffers->offset_E1, &sizes->workers);
     dm_experts(context, buffers->sums_TD, buffers->fault_T, buffers->chunks, buffers->token_N, buffers->weight_N,
                buffers->normed, count, T, sizes->D, weights->width, sizes->format, sizes->group, weights->layer);
+    note_work(buffers, weights->layer, count);
 }
 
 void dm_attention_half(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,

@@ -42,7 +42,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class RunOptions(ModelOptions, SamplingChoices, Continuations, DebugOptions, ContextOptions):
-    """`dist-moe run`. At most one of the three prompts is set; `trace` and `greedy` come from the legacy form."""
+    """`dist-moe run`. At most one prompt is set; `expected` (a reference trace) and `greedy` are of the legacy form."""
 
     prompt: str | None
     prompt_file: str | None
@@ -56,7 +56,7 @@ class RunOptions(ModelOptions, SamplingChoices, Continuations, DebugOptions, Con
     quiet: bool
     show_tokens: bool
     greedy: bool = False
-    trace: str | None = None
+    expected: str | None = None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from dist_moe.store.manifest import NUMERICS_VERSION, Manifest
 from dist_moe.store.reader import Store
 
 # What ranks say to each other: to be raised when an order, a step, an exchange or a record changes.
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 logger = logging.getLogger(__name__)

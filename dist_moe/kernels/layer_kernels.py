@@ -85,8 +85,9 @@ class LayerBuffers:
         weight_N: F32Array,
         chunks: ChunkList,
         picks: Picks,
+        work_L2: I64Array,
     ) -> None:
-        """Point at the arrays, which are kept alive; T is the length of x_TD."""
+        """Point at the arrays, which are kept alive; T is the length of x_TD, L the number of layers."""
         self.max_tokens = T = len(x_TD)
         self.experts = E = router_TE.shape[1]
         self.chunk_capacity = chunks.capacity
@@ -111,7 +112,9 @@ class LayerBuffers:
             "weight_N": F32.write(weight_N, T * K),
             "chunks": chunks.struct,
             "picks": picks.struct,
+            "work_L2": I64.write(work_L2, len(work_L2), 2),
         }
+        self.layers = len(work_L2)
         self.picks = picks
         self.sizes: Pointer
         self.sizes, kept = sizes.struct()
@@ -247,7 +250,7 @@ class LayerKernels(Context):
         """sums_TD = sum of weight * down(silu(gate x) * up x) of norm(x), over this rank's chunks (rules 6, 7, 11)."""
         fits = layer.chunk_count <= buffers.chunk_capacity and layer.experts <= buffers.experts
         fits = fits and buffers.picks.fits(layer.experts, layer.holders)
-        if not fits or tokens > buffers.max_tokens:
+        if not fits or tokens > buffers.max_tokens or layer.layer >= buffers.layers:
             raise TypeError(f"{tokens} tokens and {layer.chunk_count} chunks do not fit the buffers")
         lib.dm_experts_half(self._context, buffers.struct, buffers.sizes, layer.struct, tokens)
 

@@ -91,6 +91,11 @@ class Transformer:
         return self._workspace.weights_TK[: self._tokens]
 
     @property
+    def work_L2(self) -> npt.NDArray[np.int64]:
+        """Chunks that this rank computed in each layer of the last step, and their products with a token."""
+        return self._workspace.work_L2
+
+    @property
     def last_step(self) -> Step:
         """The step that is being run, or was run last; for an observer."""
         assert self._step is not None

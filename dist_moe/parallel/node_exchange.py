@@ -5,7 +5,6 @@ T tokens · N columns of all ranks · n columns of one rank · W ranks
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Protocol
@@ -13,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_moe.parallel.exchange import HEADER_WORDS, Exchange, waiting
-from dist_moe.parallel.ledger import ExchangeTotals
+from dist_moe.parallel.exchange import HEADER_WORDS, Exchange, noted
+from dist_moe.parallel.ledger import Kind
 from dist_moe.parallel.world import World
 
 
@@ -50,25 +49,21 @@ class NodeExchange(Exchange):
         comm, mpi = self._mpi()
         self._firsts = comm.Split(0 if self._first else mpi.UNDEFINED, world.rank) if world.nodes > 1 else None
 
-    @waiting
-    def _allreduce(self, array: NDArray[Any], dtype: type[np.generic], operation: str, totals: ExchangeTotals) -> None:
-        started_s = time.perf_counter()
+    def _allreduce(self, array: NDArray[Any], dtype: type[np.generic], operation: str) -> None:
         if operation == "SUM":
             self._node.sum(array)
         else:
             self._node.minimum(array)
-        totals.add(started_s, array.nbytes)
+        self.ledger.sent(0, array.nbytes)
         if self._firsts is not None:
             if self._first:
-                super()._allreduce(array, dtype, operation, totals)
-            started_s = time.perf_counter()
+                super()._allreduce(array, dtype, operation)
             self._node.broadcast(array)
-            totals.add(started_s, 0)
 
     def _reducing_comm(self) -> Any:
         return self._firsts
 
-    @waiting
+    @noted(Kind.HEADER)
     def post_step(self, header: NDArray[np.int64]) -> None:
         """Leader: wake the other hosts' first ranks by one message each, and the own host's ranks from their futex.
 
@@ -79,7 +74,7 @@ class NodeExchange(Exchange):
         self._send_header(header, [rank for rank, node in self._first_ranks() if node != 0])
         self._node.broadcast(header)
 
-    @waiting
+    @noted(Kind.HEADER)
     def wait_step(self, header: NDArray[np.int64]) -> None:
         """Follower: sleep until the leader's next header; only a remote host's first rank polls for it.
 
@@ -89,11 +84,9 @@ class NodeExchange(Exchange):
         assert not self.world.is_leader
         if self._first:
             super().wait_step(header)
-        started_s = time.perf_counter()
         self._node.broadcast(header)
-        self.ledger.waiting.add(started_s, 0)
 
-    @waiting
+    @noted(Kind.BROADCAST)
     def broadcast(self, array: NDArray[Any]) -> None:
         """Give the leader's array to all ranks in place.
 
@@ -102,11 +95,10 @@ class NodeExchange(Exchange):
         """
         if self._firsts is not None and self._first:
             super().broadcast(array)
-        started_s = time.perf_counter()
         self._node.broadcast(array)
-        self.ledger.broadcasts.add(started_s, array.nbytes if self._first else 0)
+        self.ledger.sent(0, array.nbytes if self._first else 0)
 
-    @waiting
+    @noted(Kind.GATHER)
     def gather_columns(
         self, local_Tn: NDArray[np.float32], counts_W: Sequence[int], out_TN: NDArray[np.float32] | None
     ) -> NDArray[np.float32] | None:
@@ -123,14 +115,13 @@ class NodeExchange(Exchange):
             out_TN[:, stop - counts_W[rank] : stop] = gathered_WTn[rank, :, : counts_W[rank]]
         return out_TN
 
-    @waiting
+    @noted(Kind.GATHER)
     def gather_equal(self, local: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any] | None:
         """Stack the ranks' equal arrays on the leader; see Exchange."""
         if self._firsts is not None:
             return super().gather_equal(local, out)
-        started_s = time.perf_counter()
         gathered = self._node.gather(local)
-        self.ledger.gathers.add(started_s, 0 if self._first else local.nbytes)
+        self.ledger.sent(0, 0 if self._first else local.nbytes)
         if gathered is not None and out is not None:
             np.copyto(out, gathered)
         return gathered
