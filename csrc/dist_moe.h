@@ -14,6 +14,7 @@
 
 #include "mapped.h"
 #include "pick.h"
+#include "token_rows.h"
 
 #define DM_NUMERICS_VERSION 1
 #define DM_TILE_ROWS 16
@@ -239,13 +240,14 @@ void dm_experts_half(dm_context *context, const dm_buffers *buffers, const dm_si
 
 /* The pieces of both halves, for ranks of which each keeps the residual of some tokens only. The first two compute
  * tokens [first, first + count): normed = norm(x), as the weights read it, and ids_TK and weights_TK of normed (nothing
- * for a dense MLP). The others take all T: the step's choices by expert; sums_TD of normed, as the halves. */
+ * for a dense MLP). The others take all T: the step's choices by expert, and which node computes what of them; sums_TD
+ * of normed, as the halves. */
 void dm_norm_tokens(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes, const float *norm_D,
                     size_t first, size_t count, int32_t layer);
 void dm_route_tokens(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
                      const dm_experts_layer *weights, size_t first, size_t count);
 void dm_group_tokens(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
-                     const dm_experts_layer *weights, size_t T);
+                     const dm_experts_layer *weights, int keep_tokens, size_t T);
 void dm_attend(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes, const dm_attention_layer *weights,
                const dm_kv_view *cache, size_t T);
 void dm_compute_experts(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
@@ -302,6 +304,7 @@ void dm_node_broadcast(dm_node *node, void *data, size_t bytes);
 /* out (first rank only) gets the ranks' bytes one after another. */
 void dm_node_gather(dm_node *node, void *out, const void *own, size_t bytes);
 
+#include "sums_wire.h"
 /* ---- integrity ---- */
 
 /* XXH64 of the floats' bytes, with every NaN as 0x7fc00000. */

@@ -55,12 +55,13 @@ void dm_route_tokens(dm_context *context, const dm_buffers *buffers, const dm_si
 }
 
 void dm_group_tokens(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
-                     const dm_experts_layer *weights, size_t T) {
+                     const dm_experts_layer *weights, int keep_tokens, size_t T) {
     if (weights->router == NULL)
         take_all_tokens(buffers, T);
     else
         dm_group_by_expert(context, buffers->offset_E1, buffers->token_N, buffers->weight_N, buffers->ids_TK,
                            buffers->weights_TK, T, weights->experts, sizes->K);
+    dm_assign_nodes(buffers->picks, weights, buffers->offset_E1, &sizes->workers, keep_tokens);
 }
 
 static void note_work(const dm_buffers *buffers, int32_t layer, size_t count) {
@@ -72,7 +73,7 @@ static void note_work(const dm_buffers *buffers, int32_t layer, size_t count) {
 
 void dm_compute_experts(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
                         const dm_experts_layer *weights, size_t T) {
-    size_t count = dm_pick_chunks(buffers->chunks, buffers->picks, weights, buffers->offset_E1, &sizes->workers);
+    size_t count = dm_rank_chunks(buffers->chunks, buffers->picks, weights, &sizes->workers);
     dm_experts(context, buffers->sums_TD, buffers->fault_T, buffers->chunks, buffers->token_N, buffers->weight_N,
                buffers->normed, count, T, sizes->D, weights->width, sizes->format, sizes->group, weights->layer);
     note_work(buffers, weights->layer, count);
@@ -88,6 +89,6 @@ void dm_experts_half(dm_context *context, const dm_buffers *buffers, const dm_si
                      const dm_experts_layer *weights, size_t T) {
     dm_norm_tokens(context, buffers, sizes, weights->norm_D, 0, T, weights->layer);
     dm_route_tokens(context, buffers, sizes, weights, 0, T);
-    dm_group_tokens(context, buffers, sizes, weights, T);
+    dm_group_tokens(context, buffers, sizes, weights, 0, T);
     dm_compute_experts(context, buffers, sizes, weights, T);
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -104,10 +105,10 @@ def run_job(
 
     def prepare(world: World) -> float:
         nonlocal options
-        own_place = getattr(options, "model", None)  # a rank's own -m is its place
+        own_model = options.model
         options = fields_of_leader(world, options, _OWN_OPTIONS)
-        if own_place is not None and options.model is not None:
-            options = replace(options, model=own_place)
+        if own_model is not None and options.model is not None:  # a host may have its store at another place
+            options = dataclasses.replace(options, model=own_model)
         with world.together("starting the log"):
             start_logging(options.verbose, options.log_file, world.rank, world.hostname)
         return options.stall_timeout
@@ -133,6 +134,7 @@ def settings_of(options: ModelOptions, threads_by_host: dict[str, int]) -> Setti
         threads=options.threads,
         kv=options.kv,
         experts=options.experts,
+        exchange=options.exchange,
         prefill_chunk=options.prefill_chunk,
         weights=options.weights,
         check=options.check,

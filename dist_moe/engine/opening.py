@@ -103,6 +103,7 @@ class Opening:
             context=context,
             threads=self._cores.threads,
             experts=settings.experts,
+            exchange=settings.exchange,
             kv=kv,
             resident=settings.resident,
             prefill_chunk=settings.prefill_chunk,

@@ -81,7 +81,10 @@ def place_model(
     held_of: dict[int, Held] = {}
     if profile is not None:
         slots = _slots(
-            manifest, weights, budget, [_other_bytes(manifest, *parts) for parts in zip(heads, kv_heads, blocks)]
+            manifest,
+            weights,
+            budget,
+            [_other_bytes(manifest, *parts) for parts in zip(heads, kv_heads, blocks, strict=True)],
         )
         held_of = _place_layers(manifest, profile, slots, weights, progress)
     layers = [_layer_of(manifest, layer, held_of, weights) for layer in range(config.layers)]
@@ -124,7 +127,7 @@ def expected_straggling(
     """Mean over routed layers and sampled steps of `batch` tokens of the busiest node's time over the fair share."""
     config, found = manifest.config, []
     for index, layer in enumerate(profile.layers):
-        chunks = chunks_per_expert(config, manifest.group_size, layer)
+        chunks = manifest.layer_chunks_per_expert(layer)
         simulation = Simulation(judging_sets(profile, index), config.experts, chunks, weights, batch)
         found.append(simulation.straggling(held(layer)))
     return float(np.mean(found))

@@ -84,7 +84,7 @@ class Runtime:
         self.model = load_model(exchange, store, job, self.kernels, options, self._step_tokens, records, on_reading)
         self._scrubber = start_scrub(world, self.model.weights, job.plans[world.rank]) if options.scrub else None
         worker = Worker(self.model, exchange, self._scrubber)
-        self._crew = Crew(worker, exchange, self._step_tokens, self._measure)
+        self._crew = Crew(worker, exchange, self._step_tokens, self._measure, self._partitions)
         self._prefixes = PrefixIndex(options.resident_positions)
         self.prompt_cache = PromptCache(self._crew, self._prefixes, store.manifest, options.kv)
         self._clock = Clock(self.model.stopwatch, exchange.ledger)
@@ -253,6 +253,10 @@ class Runtime:
         """What was found in idle time ends the job before it spoils an answer."""
         if self._scrubber is not None:
             self._crew.compare()
+
+    def _partitions(self, tokens: int) -> bool:
+        """Whether a step of so many tokens is partitioned by them."""
+        return self._options.exchange == "alltoall"
 
     def _measure(self, argument: int) -> npt.NDArray[np.float64]:
         """This rank's part of a measurement (`bench_machine.Measurement`)."""

@@ -26,6 +26,8 @@ from dist_moe.kernels.paging import is_absent, populate
 from dist_moe.kernels.pick_kernels import WorkModel
 from dist_moe.kernels.picks import LARGEST_SPEED, ChunkHolders, Picks, Workers
 from dist_moe.kernels.sampling_kernels import Penalties, SamplingParameters
+from dist_moe.kernels.sums_wire import SumsCodec, WireFormat
+from dist_moe.kernels.token_kernels import OperandRows, RoutingRows, SumRows
 
 __all__ = [
     "ALIGNMENT",
@@ -51,10 +53,15 @@ __all__ = [
     "MatrixList",
     "NodeMemory",
     "Operand",
+    "OperandRows",
     "Penalties",
     "Picks",
+    "RoutingRows",
     "SamplingParameters",
+    "SumRows",
+    "SumsCodec",
     "WeightFormat",
+    "WireFormat",
     "WorkModel",
     "Workers",
     "address_of",

@@ -168,6 +168,7 @@ class AttentionLayer:
             "o_units": o_units.for_columns(P, sizes.format, sizes.output_group),
         }
         self.layer = layer
+        self.norm_D: Pointer = self._kept["norm_D"]
         self.bias_D: Pointer = ffi.NULL if o_bias_D is None else F32.read(o_bias_D, D)
         values = {**self._kept, "cache_offset": cache_offset, "layer": layer}
         self.struct: Pointer = ffi.new("dm_attention_layer *", values)
@@ -224,6 +225,7 @@ class ExpertsLayer:
             "own_C": ffi.NULL if owned is None else U8.read(self._own_C, len(addresses)),
             "holders": ffi.NULL if holders is None else holders.struct,
         }
+        self.norm_D: Pointer = self._kept["norm_D"]
         self.addresses = addresses
         numbers = {
             "experts": experts,
@@ -246,12 +248,14 @@ class LayerKernels(Context):
             raise TypeError(f"{view.tokens} tokens in buffers of {buffers.max_tokens}")
         lib.dm_attention_half(self._context, buffers.struct, buffers.sizes, layer.struct, view.struct, view.tokens)
 
+    def compute_experts(self, buffers: LayerBuffers, layer: ExpertsLayer, tokens: int) -> None:
+        """As `experts_half`, of the operand `normed` and of the step's choices by expert."""
+        self._check_room(buffers, layer, tokens)
+        lib.dm_compute_experts(self._context, buffers.struct, buffers.sizes, layer.struct, tokens)
+
     def experts_half(self, buffers: LayerBuffers, layer: ExpertsLayer, tokens: int) -> None:
         """sums_TD = sum of weight * down(silu(gate x) * up x) of norm(x), over this rank's chunks (rules 6, 7, 11)."""
-        fits = layer.chunk_count <= buffers.chunk_capacity and layer.experts <= buffers.experts
-        fits = fits and buffers.picks.fits(layer.experts, layer.holders)
-        if not fits or tokens > buffers.max_tokens or layer.layer >= buffers.layers:
-            raise TypeError(f"{tokens} tokens and {layer.chunk_count} chunks do not fit the buffers")
+        self._check_room(buffers, layer, tokens)
         lib.dm_experts_half(self._context, buffers.struct, buffers.sizes, layer.struct, tokens)
 
     def add_sums(self, buffers: LayerBuffers, half: AttentionLayer | ExpertsLayer, tokens: int) -> None:
@@ -259,3 +263,10 @@ class LayerKernels(Context):
         assert tokens <= buffers.max_tokens
         x, fault, sums = buffers.residual
         lib.dm_add_exact(self._context, x, fault, sums, half.bias_D, tokens, buffers.model_dim, half.layer)
+
+    @staticmethod
+    def _check_room(buffers: LayerBuffers, layer: ExpertsLayer, tokens: int) -> None:
+        fits = layer.chunk_count <= buffers.chunk_capacity and layer.experts <= buffers.experts
+        fits = fits and buffers.picks.fits(layer.experts, layer.holders)
+        if not fits or tokens > buffers.max_tokens or layer.layer >= buffers.layers:
+            raise TypeError(f"{tokens} tokens and {layer.chunk_count} chunks do not fit the buffers")
