@@ -64,8 +64,9 @@ class HostSums:
         self._finished = finished
         N = exchange.hosts
         # Three pieces are under way at most.
-        self._out = np.empty((3, N, partial.bound(PIECE_SUMS)), np.uint8)
-        self._in = np.empty((3, N, partial.bound(PIECE_SUMS)), np.uint8)
+        self._out = [list(np.empty((N, partial.bound(PIECE_SUMS)), np.uint8)) for _ in range(3)]
+        self._in = [list(np.empty((N, partial.bound(PIECE_SUMS)), np.uint8)) for _ in range(3)]
+        self._one_phase_for: dict[int, bool] = {}
 
     def is_one_phase(self, count: int) -> bool:
         """Whether `count` sums are added up on every host, which takes one phase of messages instead of two."""
@@ -83,8 +84,14 @@ class HostSums:
             sums: int64, C-contiguous, any shape; the same on all hosts.
         """
         flat = sums.reshape(-1)
+        if flat.size not in self._one_phase_for:
+            self._one_phase_for[flat.size] = self.is_one_phase(flat.size)
+        phases = self._one_phase if self._one_phase_for[flat.size] else self._two_phases
+        if flat.size <= PIECE_SUMS:
+            for _ in phases(flat, 0):
+                pass
+            return
         pieces = [flat[first : first + PIECE_SUMS] for first in range(0, flat.size, PIECE_SUMS)]
-        phases = self._one_phase if self.is_one_phase(flat.size) else self._two_phases
         under_way = [phases(piece, place % 3) for place, piece in enumerate(pieces)]
         # One step of each of three pieces in turn: the wire has work while this rank packs and adds.
         for turn in range(len(pieces) + 2):
@@ -94,38 +101,38 @@ class HostSums:
 
     def _one_phase(self, sums: Sums, slot: int) -> Iterator[None]:
         """Everyone gets everyone's own sums."""
-        own = self._encode(self._partial, self._out[slot, 0], sums)
-        swap = self.exchange.post([own] * self.exchange.hosts, list(self._in[slot]))
+        own = self._encode(self._partial, self._out[slot][0], sums)
+        swap = self.exchange.post([own] * self.exchange.hosts, self._in[slot])
         if self._partial.rounds:
             self._decode(self._partial, sums, own)
         yield
         for host, length in swap.finish():
-            self._decode(self._partial, sums, self._in[slot, host, :length], add=True)
+            self._decode(self._partial, sums, self._in[slot][host][:length], add=True)
 
     def _two_phases(self, sums: Sums, slot: int) -> Iterator[None]:
         """Everyone gets one part of everyone's own sums, adds it up, and gives it to all."""
         yield from self._reduce(sums, slot)
         parts, own = self._parts(sums), self.exchange.host
-        done = self._encode(self._finished, self._out[slot, own], parts[own])
-        swap = self.exchange.post([done] * len(parts), list(self._in[slot]))
+        done = self._encode(self._finished, self._out[slot][own], parts[own])
+        swap = self.exchange.post([done] * len(parts), self._in[slot])
         self._decode(self._finished, parts[own], done)  # the same values as everyone else
         yield
         for host, length in swap.finish():
-            self._decode(self._finished, parts[host], self._in[slot, host, :length])
+            self._decode(self._finished, parts[host], self._in[slot][host][:length])
 
     def _reduce(self, sums: Sums, slot: int) -> Iterator[None]:
         parts, own = self._parts(sums), self.exchange.host
         rounds = self._partial.rounds
         outgoing_N = [
-            self._encode(self._partial, self._out[slot, host], part) if rounds or host != own else None
+            self._encode(self._partial, self._out[slot][host], part) if rounds or host != own else None
             for host, part in enumerate(parts)
         ]
-        swap = self.exchange.post(outgoing_N, list(self._in[slot]))
+        swap = self.exchange.post(outgoing_N, self._in[slot])
         if (rounded := outgoing_N[own]) is not None:
             self._decode(self._partial, parts[own], rounded)
         yield
         for host, length in swap.finish():
-            self._decode(self._partial, parts[own], self._in[slot, host, :length], add=True)
+            self._decode(self._partial, parts[own], self._in[slot][host][:length], add=True)
 
     def _parts(self, sums: Sums) -> list[Sums]:
         """Each host's part: whole blocks, perhaps none."""
