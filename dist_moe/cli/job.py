@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -104,7 +104,10 @@ def run_job(
 
     def prepare(world: World) -> float:
         nonlocal options
+        own_place = getattr(options, "model", None)  # a rank's own -m is its place
         options = fields_of_leader(world, options, _OWN_OPTIONS)
+        if own_place is not None and options.model is not None:
+            options = replace(options, model=own_place)
         with world.together("starting the log"):
             start_logging(options.verbose, options.log_file, world.rank, world.hostname)
         return options.stall_timeout
