@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,6 +109,10 @@ def run_job(
         options = fields_of_leader(world, options, _OWN_OPTIONS)
         if own_place is not None and options.model is not None:
             options = replace(options, model=own_place)
+        own_model = options.model
+        options = fields_of_leader(world, options, _OWN_OPTIONS)
+        if own_model is not None and options.model is not None:  # a host may have its store at another place
+            options = dataclasses.replace(options, model=own_model)
         with world.together("starting the log"):
             start_logging(options.verbose, options.log_file, world.rank, world.hostname)
         return options.stall_timeout

@@ -76,6 +76,10 @@ def decode_sums(sums: Sums, encoded: Bytes, wire: WireFormat, add: bool = False)
     return int(lib.dm_decode_sums(I64.whole(sums), ffi.from_buffer("uint8_t[]", encoded), count, sums.size, wire, add))
 
 
+# Packed sums of a layer: 4 or 5 bytes as a rule, and their width.
+_VALUE_BYTES = {WireFormat.EXACT: 4.5, WireFormat.F32: 4.0, WireFormat.BF16: 2.0, WireFormat.Q8: 34 / 32}
+
+
 class SumsCodec:
     """One form of sums on the wire.
 

@@ -10,11 +10,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil, comb
-from typing import Literal
+from typing import Literal, get_args
 
 from dist_moe.model_config import ModelConfig
 
 ExchangeKind = Literal["allreduce", "alltoall"]
+EXCHANGES: tuple[ExchangeKind, ...] = get_args(ExchangeKind)
 
 SUM_BYTES = 4.5  # of a packed exact sum: one width of 4 or 5 bytes for 32 values, and the width itself
 RESULT_BYTES = 4.0  # of a sum that was converted: f32
@@ -31,6 +32,14 @@ class LinkCosts:
 
     latency_s: float
     bytes_per_s: float
+
+
+# Of MPI over TCP, or verbs for the last: latency with the software's part, and payload rate.
+PRESET_LINKS = {
+    "1gbe": LinkCosts(45e-6, 0.117e9),
+    "10gbe": LinkCosts(20e-6, 1.15e9),
+    "ib100": LinkCosts(2e-6, 11e9),
+}
 
 
 @dataclass(frozen=True)
