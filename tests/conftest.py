@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from dist_moe.parallel.exchange import Exchange
 from dist_moe.parallel.world import World
 from helpers import launching
 from helpers.mpi_session import pytest_configure, world
+from helpers.nodes import on_nodes
 
 __all__ = ["exchange", "mpirun", "pytest_configure", "world"]
 
@@ -48,12 +48,8 @@ def exchange(world: World, request: pytest.FixtureRequest) -> Exchange:
 
 def on_two_hosts(world: World) -> World:
     """The world as it would be if the upper third of the ranks were on another host."""
-    there = copy.copy(world)
     first = world.size - world.size // 3
-    there.node_of_rank = tuple(int(rank >= first) for rank in range(world.size))
-    local = [rank for rank in range(world.size) if there.node_of_rank[rank] == there.node]
-    there.local_rank, there.local_size = local.index(world.rank), len(local)
-    return there
+    return on_nodes(world, [int(rank >= first) for rank in range(world.size)])
 
 
 @pytest.fixture
