@@ -5,12 +5,15 @@
  * hidden units, V vocabulary, R matrix rows, C matrix columns; lower case is this rank's share.
  * Python checks shapes; C trusts them. Every number follows the numerics contract (ARCHITECTURE.md).
  *
- * Lines that begin with '#' reach the compiler only, except #define of integers.
+ * Lines that begin with '#' reach the compiler only, except #define of integers and #include of a part of this text.
  */
 #ifndef DIST_MOE_H
 #define DIST_MOE_H
 #include <stddef.h>
 #include <stdint.h>
+
+#include "pick.h"
+#include "token_rows.h"
 
 #define DM_NUMERICS_VERSION 1
 #define DM_TILE_ROWS 16
@@ -71,8 +74,7 @@ typedef struct dm_kv_view {
 /* What the layers of one rank's share have in common. */
 typedef struct dm_sizes {
     size_t D, h, g, P, K;
-    size_t rank, ranks;
-    size_t chunk_read_cost; /* reading a chunk's weights costs as much as multiplying them with this many tokens */
+    dm_workers workers;
     size_t group;
     size_t output_group; /* of o_proj's columns */
     int format, router_format, norm_topk_prob;
@@ -96,6 +98,8 @@ typedef struct dm_buffers {
     int32_t *token_N;
     float *weight_N;
     dm_chunk *chunks;
+    dm_picks *picks;
+    int64_t *work_L2; /* written for each layer: this rank's chunks, and their products with a token */
 } dm_buffers;
 
 /* One layer's attention: h + 2 g matrices of P rows, and each head's columns of o_proj. */
@@ -113,8 +117,8 @@ typedef struct dm_experts_layer {
     const float *norm_D;
     const dm_matrix *router;   /* NULL: a dense MLP, one expert that every token picks with weight 1 */
     const void *const *chunks; /* by number; NULL where this host has no copy */
-    const int64_t *owned;      /* numbers of this rank's chunks, ascending; NULL: each step deals them out */
-    size_t owned_count;
+    const uint8_t *own_C; /* by number: 1 for this rank's chunks; NULL: a node's chunks are dealt out in each step */
+    const dm_holders *holders; /* not read for one node */
     size_t experts, chunks_per_expert, width;
     int32_t layer;
 } dm_experts_layer;
@@ -222,11 +226,6 @@ void dm_experts(dm_context *context, int64_t *sums_TD, int32_t *fault_T, const d
                 const float *weight_N, const dm_operand *x, size_t chunk_count, size_t T, size_t D, size_t width,
                 int format, size_t group, int32_t layer);
 
-/* This rank's chunks of the experts that got tokens (offset_E1 as above), ascending: its own ones or, where chunks are
- * dealt out, its run of all of them, cut into `ranks` runs of equal work. Returns how many. */
-size_t dm_pick_chunks(dm_chunk *chunks, const dm_experts_layer *weights, const int32_t *offset_E1, size_t rank,
-                      size_t ranks, size_t read_cost);
-
 /* ---- halves of a layer: from the residual to this rank's sums, which are then summed over ranks ---- */
 
 /* buffers->sums_TD = o_proj(attend(rope(norm(q)), rope(norm(k)), v)) of norm(x), over this rank's heads. The view's
@@ -237,6 +236,21 @@ void dm_attention_half(dm_context *context, const dm_buffers *buffers, const dm_
  * that router(x) picks. */
 void dm_experts_half(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
                      const dm_experts_layer *weights, size_t T);
+
+/* The pieces of both halves, for ranks of which each keeps the residual of some tokens only. The first two compute
+ * tokens [first, first + count): normed = norm(x), as the weights read it, and ids_TK and weights_TK of normed (nothing
+ * for a dense MLP). The others take all T: the step's choices by expert, and which node computes what of them; sums_TD
+ * of normed, as the halves. */
+void dm_norm_tokens(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes, const float *norm_D,
+                    size_t first, size_t count, int32_t layer);
+void dm_route_tokens(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
+                     const dm_experts_layer *weights, size_t first, size_t count);
+void dm_group_tokens(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
+                     const dm_experts_layer *weights, int keep_tokens, size_t T);
+void dm_attend(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes, const dm_attention_layer *weights,
+               const dm_kv_view *cache, size_t T);
+void dm_compute_experts(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
+                        const dm_experts_layer *weights, size_t T);
 
 /* ---- logits and sampling (rules 13, 14) ---- */
 
@@ -289,6 +303,7 @@ void dm_node_broadcast(dm_node *node, void *data, size_t bytes);
 /* out (first rank only) gets the ranks' bytes one after another. */
 void dm_node_gather(dm_node *node, void *out, const void *own, size_t bytes);
 
+#include "sums_wire.h"
 /* ---- integrity ---- */
 
 /* XXH64 of the floats' bytes, with every NaN as 0x7fc00000. */

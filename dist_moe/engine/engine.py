@@ -54,6 +54,7 @@ class Engine(SeveralTexts):
         threads: int | None = None,
         kv: str = "f16",
         experts: str = "auto",
+        exchange: str = "auto",
         prefill_chunk: int = 256,
         weights: str = "mapped",
         isa: str | None = None,
@@ -76,6 +77,7 @@ class Engine(SeveralTexts):
             threads: Of this rank; None: its share of the host's cores.
             kv: Format of the KV cache: f32, f16 or q8.
             experts: How ranks divide the experts, with one result: auto, whole, sliced or shared.
+            exchange: What travels between ranks, with one result: auto, allreduce (sums) or alltoall (tokens).
             prefill_chunk: Prompt tokens of a step at most; the result is the same.
             weights: mapped (files as the system caches them) or copy (into huge pages of each rank).
             isa: Instruction set level of the kernels on this rank; None: the best.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dist_moe.engine.agreement import agree_on_versions
 from dist_moe.engine.startup import name_bus_errors
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from dist_moe.parallel.world import Intracomm
 
 Made = TypeVar("Made")
+Fields = TypeVar("Fields", bound=Any)
 # Shows how packing goes, unless it is told to be quiet.
 ShowPacking = Callable[[bool], AbstractContextManager[Progress]]
 
@@ -101,6 +103,18 @@ class Job:
     def of_leader(self, text: str) -> str:
         """Rank 0's text, on all ranks; collective."""
         return self.world.gather_texts(text)[0]
+
+
+def fields_of_leader(world: World, own: Fields, kept: Collection[str]) -> Fields:
+    """Rank 0's values: scripts and environments may differ between hosts, the steps may not; collective.
+
+    Args:
+        world: All ranks.
+        own: This rank's dataclass, of values that JSON can say.
+        kept: What a host may decide for its own ranks.
+    """
+    leader = json.loads(world.gather_texts(json.dumps(dataclasses.asdict(own)))[0])
+    return dataclasses.replace(own, **{name: leader[name] for name in leader if name not in kept})
 
 
 def finalize_at_exit() -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dist_moe.engine.job import Job, ShowPacking, local_store
+from dist_moe.engine.job import Job, ShowPacking, fields_of_leader, local_store
 from dist_moe.engine.options import EngineOptions
 from dist_moe.engine.questions import TextSide
 from dist_moe.engine.read_ahead import ReadProgress
@@ -64,7 +62,7 @@ class Opening:
         with world.progress.loading():
             with world.together("checking the options"):
                 settings.require_valid()
-            self.settings = _settings_of_leader(job, settings)
+            self.settings = fields_of_leader(world, settings, _OWN_SETTINGS)
             with world.together("reading the model"):
                 self._source = find()
                 self._scaling = RopeScaling.parse(self.settings.rope_scaling) if self.settings.rope_scaling else None
@@ -105,6 +103,7 @@ class Opening:
             context=context,
             threads=self._cores.threads,
             experts=settings.experts,
+            exchange=settings.exchange,
             kv=kv,
             resident=settings.resident,
             prefill_chunk=settings.prefill_chunk,
@@ -147,9 +146,3 @@ def threads_of_host(table: Mapping[str, int], host: str) -> int | None:
     """The entry of a host: by its whole name, else by the part before the first dot, on either side."""
     short = {name.partition(".")[0]: threads for name, threads in table.items()}
     return table.get(host) or table.get(host.partition(".")[0]) or (short.get(host) if "." not in host else None)
-
-
-def _settings_of_leader(job: Job, settings: Settings) -> Settings:
-    """Rank 0's settings: scripts and environments may differ between hosts, the steps may not."""
-    leader = json.loads(job.of_leader(json.dumps(dataclasses.asdict(settings))))
-    return dataclasses.replace(settings, **{name: leader[name] for name in leader if name not in _OWN_SETTINGS})

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 
 import numpy as np
 import numpy.typing as npt
 
+from dist_moe.engine.accounts import Accounts
 from dist_moe.engine.agreement import agree_on, log_records, own_record
 from dist_moe.engine.beam_search import BeamSearch
 from dist_moe.engine.beams import BeamOptions
-from dist_moe.engine.crew import Crew
+from dist_moe.engine.crew import Crew, recorded_timeline
 from dist_moe.engine.generation import Drawn, Generation
 from dist_moe.engine.inventory import plan_from_inventory, take_inventory
 from dist_moe.engine.leader import Leader
@@ -28,6 +29,7 @@ from dist_moe.engine.scrub import start_scrub
 from dist_moe.engine.startup import agreed, open_exchange
 from dist_moe.engine.statistics import Clock, EngineStatistics, summarize
 from dist_moe.engine.text_logits import text_logits
+from dist_moe.engine.timeline import Timeline
 from dist_moe.engine.worker import RowSink, StepResult, Worker
 from dist_moe.kernels import NO_FAULT, Kernels
 from dist_moe.model.step import MAX_LOGIT_ROWS
@@ -65,7 +67,7 @@ class Runtime:
         """
         started_s = time.perf_counter() if loading_since_s is None else loading_since_s
         self.config = store.config
-        self.is_leader = world.is_leader
+        self.is_leader, self.hosts = world.is_leader, world.hosts
         spin = may_spin(world, options.threads, os.environ)
         self.kernels = agreed(world, "start", lambda: Kernels(options.threads, options.isa, spin))
         if options.bind is not None:
@@ -82,10 +84,10 @@ class Runtime:
         self.model = load_model(exchange, store, job, self.kernels, options, self._step_tokens, records, on_reading)
         self._scrubber = start_scrub(world, self.model.weights, job.plans[world.rank]) if options.scrub else None
         worker = Worker(self.model, exchange, self._scrubber)
-        self._crew = Crew(worker, exchange, self._step_tokens, self._measure)
+        self._crew = Crew(worker, exchange, self._step_tokens, self._measure, self._partitions)
         self._prefixes = PrefixIndex(options.resident_positions)
         self.prompt_cache = PromptCache(self._crew, self._prefixes, store.manifest, options.kv)
-        self._clock = Clock(self.model.stopwatch)
+        self._clock = Clock(self.model.stopwatch, exchange.ledger)
         self._leader = Leader(self._crew, self.kernels, self._prefixes, self._clock, options, self.config)
         self._load_s = time.perf_counter() - started_s
 
@@ -133,6 +135,14 @@ class Runtime:
         """
         if self._scrubber is not None:
             self._crew.finish_scrub()
+
+    def accounts(self) -> Accounts:
+        """All ranks' times and bytes so far; on rank 0 alone."""
+        return self._crew.report()
+
+    def timeline(self) -> AbstractContextManager[Timeline]:
+        """Watch what each rank does inside a block; on rank 0 alone. The timeline is complete after the block."""
+        return recorded_timeline(self._crew)
 
     def statistics(self) -> EngineStatistics:
         """The run so far over all ranks; on rank 0 alone."""
@@ -243,6 +253,10 @@ class Runtime:
         """What was found in idle time ends the job before it spoils an answer."""
         if self._scrubber is not None:
             self._crew.compare()
+
+    def _partitions(self, tokens: int) -> bool:
+        """Whether a step of so many tokens is partitioned by them."""
+        return self._options.exchange == "alltoall"
 
     def _measure(self, argument: int) -> npt.NDArray[np.float64]:
         """This rank's part of a measurement (`bench_machine.Measurement`)."""

@@ -51,7 +51,7 @@ def write_rows(block_g: U8, rows: U8, kv_format: KvFormat, head_dim: int) -> Non
 def _parts(
     block_g: U8, rows: U8, kv_format: KvFormat, head_dim: int
 ) -> Iterator[tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]]:
-    """Pairs of views of the same shape: a part of the block, and its place in the rows; none of a rank without heads."""
+    """Pairs of views of the same shape: a part of the block, and its place in the rows; none without heads."""
     if not len(block_g):
         return
     place = 0
