@@ -50,7 +50,7 @@ class PlanOptions:
     "--nodes",
     type=WholeRange(1, MOST_NODES),
     metavar="N|A-B",
-    show_default="1-8, as far as the model has heads; under mpirun its hosts",
+    show_default="1-8",
     help="How many nodes: one number, or a range to compare.",
 )
 @option("--ranks-per-node", type=Whole(min=1, max=4096), default=1, help="MPI ranks on each node.")
@@ -135,30 +135,29 @@ def node_counts(options: PlanOptions, manifest: Manifest) -> range:
         first, last = ends(options.nodes)
         return range(first, last + 1)
     first, last = DEFAULT_NODES
-    return range(first, max(first, min(last, manifest.config.heads // options.ranks_per_node)) + 1)
+    return range(first, max(first, min(last, manifest.config.heads)) + 1)
 
 
 def _predict(options: PlanOptions, manifest: Manifest, workload: Workload) -> str:
     from dist_moe.cli.plan_output import Facts, render
     from dist_moe.engine.available_memory import available_memory
-    from dist_moe.engine.planning import check_request, make_report
+    from dist_moe.engine.planning import Ranks, check_request, make_report
     from dist_moe.parallel.cost import PRESET_LINKS
 
     counts = node_counts(options, manifest)
-    check_request(manifest, options.ranks_per_node, counts, workload)
-    nodes = _nodes_like_this(options, manifest, PRESET_LINKS[options.net])
     memory_bytes = available_memory().available_bytes if options.memory is None else int(options.memory * 1e9)
+    threads = options.threads or max(1, len(own_cores()) // options.ranks_per_node)
+    check_request(manifest, Ranks(1, options.ranks_per_node, threads), counts, workload, memory_bytes)
+    nodes = _nodes_like_this(options, threads, manifest, PRESET_LINKS[options.net])
     report = make_report(manifest, nodes, counts, workload, memory_bytes)
     return render(options.format, report, Facts(manifest, nodes, memory_bytes, options.net))
 
 
-def _nodes_like_this(options: PlanOptions, manifest: Manifest, link: LinkCosts) -> Nodes:
+def _nodes_like_this(options: PlanOptions, threads: int, manifest: Manifest, link: LinkCosts) -> Nodes:
     """Nodes like this machine, but for what the options say."""
     from dist_moe.engine.plan_machine import measure_machine
     from dist_moe.engine.prediction import Nodes
 
-    cores = len(own_cores())
-    threads = options.threads or max(1, cores // options.ranks_per_node)
     read = None if options.bandwidth is None else options.bandwidth * 1e9
-    machine, isa = measure_machine(min(cores, options.ranks_per_node * threads), manifest.format, read)
+    machine, isa = measure_machine(min(len(own_cores()), options.ranks_per_node * threads), manifest.format, read)
     return Nodes(1, options.ranks_per_node, threads, machine, link, isa)

@@ -41,6 +41,20 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """How many nodes, ranks on each of them, and threads of each rank."""
+
+    nodes: int
+    per_node: int
+    threads: int
+
+    @classmethod
+    def of(cls, nodes: Nodes) -> Ranks:
+        """The counts of some machines."""
+        return cls(nodes.nodes, nodes.ranks, nodes.threads)
+
+
+@dataclass(frozen=True)
 class Way:
     """One way to split the experts over nodes, and what comes of it with each exchange; `auto` takes the quicker one.
 
@@ -133,23 +147,29 @@ def describe_model(model: str, quant: str | None) -> Manifest:
     return plan_store(open_source(source.path), StoreOptions(format=source.format))
 
 
-def check_request(manifest: Manifest, ranks: int, counts: Sequence[int], workload: Workload) -> None:
-    """Refuse what no machine could run.
+def check_request(
+    manifest: Manifest, ranks: Ranks, counts: Sequence[int], workload: Workload, memory_bytes: int
+) -> None:
+    """Refuse what cannot run, before anything is measured.
+
+    Args:
+        manifest: Of the model.
+        ranks: On each node; their number of nodes is ignored.
+        counts: Numbers of nodes, ascending.
+        workload: What to run.
+        memory_bytes: What a node can hold; 0 is not known.
 
     Raises:
-        UsageError: There are more ranks than heads, or the context does not fit the model or the prompt.
+        UsageError: The context does not fit the model or the prompt, or the model none of these numbers of nodes.
     """
-    config = manifest.config
-    if counts[-1] * ranks > config.heads:
-        raise UsageError(
-            f"--nodes {counts[-1]} x --ranks-per-node {ranks}: {counts[-1] * ranks} ranks are more than the model's "
-            f"{config.heads} query heads, and each rank needs at least one: lower one of them"
-        )
-    context = workload.demand.context
-    if context > config.max_positions:
-        raise UsageError(f"--ctx {context}: the model has {config.max_positions} positions; give at most that")
+    context, most = workload.demand.context, manifest.config.max_positions
+    if context > most:
+        raise UsageError(f"--ctx {context}: the model has {most} positions; give at most that")
     if workload.prompt >= context:
         raise UsageError(f"--prompt {workload.prompt}: leaves no room to answer in {context} positions: raise --ctx")
+    needs = [least_need(manifest, replace(ranks, nodes=count), workload) for count in counts]
+    if not any(_fits(need, memory_bytes) for need in needs):
+        raise UsageError(_too_large(manifest, ranks, counts[-1], workload, memory_bytes, needs[-1]))
 
 
 def make_report(
@@ -160,14 +180,10 @@ def make_report(
     Args:
         manifest: Of the model.
         machine: A node, its ranks and the link; the number of nodes is ignored.
-        counts: Numbers of nodes, ascending.
+        counts: Numbers of nodes, ascending; `check_request` found that the model fits on some of them.
         workload: What to run.
         memory_bytes: What a node can hold; 0 is not known.
-
-    Raises:
-        UsageError: The model fits on none of these numbers of nodes, or has too few heads or positions.
     """
-    check_request(manifest, machine.ranks, counts, workload)
     ways, best, too_small = [], [], []
     for count in counts:
         nodes = replace(machine, nodes=count)
@@ -176,64 +192,66 @@ def make_report(
             ways += fits
             best.append(min(fits, key=lambda way: way.request_seconds))
         else:
-            too_small.append((count, least_need(manifest, nodes, workload).full_bytes))
-    if not best:
-        raise UsageError(_too_large(manifest, machine, counts, workload, memory_bytes))
+            too_small.append((count, least_need(manifest, Ranks.of(nodes), workload).full_bytes))
     return PlanReport(tuple(ways), tuple(best), tuple(too_small))
 
 
-def least_need(manifest: Manifest, nodes: Nodes, workload: Workload) -> MemoryNeed:
+def least_need(manifest: Manifest, ranks: Ranks, workload: Workload) -> MemoryNeed:
     """Memory of the node that needs most, in the layout that needs least."""
-    layouts = ("shared",) if nodes.nodes == 1 else ("whole", "sliced")
-    return min((node_need(manifest, nodes, layout, workload) for layout in layouts), key=lambda need: need.full_bytes)
+    needs = (node_need(manifest, ranks, layout, workload) for layout in _layouts(ranks.nodes))
+    return min(needs, key=lambda need: need.full_bytes)
 
 
-def node_need(manifest: Manifest, nodes: Nodes, layout: str, workload: Workload) -> MemoryNeed:
+def node_need(manifest: Manifest, ranks: Ranks, layout: str, workload: Workload) -> MemoryNeed:
     """Memory of the node that needs most."""
-    threads = [nodes.threads] * nodes.ranks
     demand = replace(workload.demand, step_tokens=max(workload.demand.step_tokens, MAX_LOGIT_ROWS))
-    node_of_rank = [rank // nodes.ranks for rank in range(nodes.all_ranks)]
+    node_of_rank = [node for node in range(ranks.nodes) for _ in range(ranks.per_node)]
     job = plan_job(manifest.config, manifest.group_size, layout, node_of_rank=node_of_rank)
-    needs = (host_need(manifest, job.of_node(node), threads, demand) for node in range(nodes.nodes))
+    threads = [ranks.threads] * ranks.per_node
+    needs = (host_need(manifest, job.of_node(node), threads, demand) for node in range(ranks.nodes))
     return max(needs, key=lambda need: need.full_bytes)
 
 
-def _ways(manifest: Manifest, nodes: Nodes, workload: Workload) -> Iterator[Way]:
+def _layouts(nodes: int) -> tuple[str, ...]:
     """On one node ranks share what it owns; on several, nodes own whole or sliced experts."""
+    return ("shared",) if nodes == 1 else ("whole", "sliced")
+
+
+def _ways(manifest: Manifest, nodes: Nodes, workload: Workload) -> Iterator[Way]:
     exchanges: tuple[ExchangeKind, ...] = EXCHANGES[:1] if nodes.nodes == 1 else EXCHANGES
     chunk = workload.demand.step_tokens
-    for layout in ("shared",) if nodes.nodes == 1 else ("whole", "sliced"):
+    for layout in _layouts(nodes.nodes):
         predictors = {
             exchange: Predictor(manifest, workload.demand.kv, nodes, Split(layout, True, exchange))
             for exchange in exchanges
         }
         decode = {name: one.decode(workload.prompt, workload.batch) for name, one in predictors.items()}
         prefill = {name: one.prefill(workload.prompt, chunk) for name, one in predictors.items()}
-        yield Way(nodes.nodes, layout, node_need(manifest, nodes, layout, workload), decode, prefill, workload)
+        need = node_need(manifest, Ranks.of(nodes), layout, workload)
+        yield Way(nodes.nodes, layout, need, decode, prefill, workload)
 
 
 def _fits(need: MemoryNeed, memory_bytes: int) -> bool:
     return memory_bytes == 0 or need.full_bytes <= memory_bytes
 
 
-def _too_large(manifest: Manifest, machine: Nodes, counts: Sequence[int], workload: Workload, memory_bytes: int) -> str:
+def _too_large(
+    manifest: Manifest, ranks: Ranks, count: int, workload: Workload, memory_bytes: int, need: MemoryNeed
+) -> str:
     """One sentence: what does not fit, and how many nodes would do."""
-    most = replace(machine, nodes=counts[-1])
-    need = least_need(manifest, most, workload)
-    shown = f"{counts[-1]} node{'s' if counts[-1] > 1 else ''} of {show_bytes(memory_bytes)}"
-    enough = _enough_nodes(manifest, machine, workload, memory_bytes)
-    advice = f"take --nodes {enough}" if enough else "no number of nodes is enough: take nodes with more memory"
+    enough = _enough_nodes(manifest, ranks, workload, memory_bytes)
+    advice = f"take --nodes {enough}" if enough else "no number of nodes is enough: take larger ones"
     return (
-        f"{manifest.source_name} in {manifest.format.label} does not fit on {shown}: each needs "
-        f"{show_bytes(need.full_bytes)} (weights {show_bytes(need.weights_bytes)}, KV cache "
-        f"{show_bytes(need.kv_bytes)}, buffers {show_bytes(need.buffer_bytes)}); {advice}, fewer bits (--quant), a "
-        "shorter --ctx or --kv q8"
+        f"{manifest.source_name} in {manifest.format.label} does not fit on {count} node{'s' if count > 1 else ''} of "
+        f"{show_bytes(memory_bytes)}: each needs {show_bytes(need.full_bytes)} (weights "
+        f"{show_bytes(need.weights_bytes)}, KV cache {show_bytes(need.kv_bytes)}, buffers "
+        f"{show_bytes(need.buffer_bytes)}); {advice}, fewer bits (--quant), a shorter --ctx or --kv q8"
     )
 
 
-def _enough_nodes(manifest: Manifest, machine: Nodes, workload: Workload, memory_bytes: int) -> int:
+def _enough_nodes(manifest: Manifest, ranks: Ranks, workload: Workload, memory_bytes: int) -> int:
     """The least number of nodes that hold the model; 0 if none does."""
-    for count in range(1, manifest.config.heads // machine.ranks + 1):
-        if _fits(least_need(manifest, replace(machine, nodes=count), workload), memory_bytes):
+    for count in range(1, max(manifest.config.heads, manifest.config.experts) + 1):
+        if _fits(least_need(manifest, replace(ranks, nodes=count), workload), memory_bytes):
             return count
     return 0

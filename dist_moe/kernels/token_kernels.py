@@ -140,7 +140,7 @@ class RoutingRows:
 
     def bound(self, count: int) -> int:
         """The bytes of so many rows."""
-        return count * 8 * self._choices
+        return int(count * 8 * self._choices)
 
     def pack(self, out: U8Array, row_N: I32Array) -> int:
         """Write rows row_N (int32 [N]) to `out`; returns how many bytes."""
