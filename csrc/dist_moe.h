@@ -337,6 +337,9 @@ int dm_describe_address(char *out, size_t out_bytes, const void *address);
  * unit, writes PMI-1's abort command to the file abort_fd (-1: none), and ends the process; so does a kernel that gets
  * no memory. Any other SIGBUS goes where it went before. Returns 0 with errno set on failure. */
 int dm_catch_bus_errors(const char *before, int delay_ms, int exit_code, int abort_fd);
+/* From now on a process that crashes (SIGSEGV) ends so much later, in which its other threads can speak; a handler that
+ * somebody else has set stays. Returns 0 with errno set on failure. */
+int dm_linger_after_crash(int milliseconds);
 
 /* ---- mapped files ahead of their first use ---- */
 
