@@ -55,53 +55,13 @@ void dm_route_tokens(dm_context *context, const dm_buffers *buffers, const dm_si
 }
 
 void dm_group_tokens(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
-                     const dm_experts_layer *weights, size_t T) {
+                     const dm_experts_layer *weights, int keep_tokens, size_t T) {
     if (weights->router == NULL)
         take_all_tokens(buffers, T);
     else
         dm_group_by_expert(context, buffers->offset_E1, buffers->token_N, buffers->weight_N, buffers->ids_TK,
                            buffers->weights_TK, T, weights->experts, sizes->K);
-}
-
-static size_t add_chunk(dm_chunk *chunks, size_t count, const dm_experts_layer *weights, const int32_t *offset_E1,
-                        size_t index) {
-    size_t expert = index / weights->chunks_per_expert;
-    size_t first = (size_t)offset_E1[expert], last = (size_t)offset_E1[expert + 1];
-    if (first == last) return count;
-    chunks[count] = (dm_chunk){.packed = weights->chunks[index], .first = first, .count = last - first};
-    return count + 1;
-}
-
-/* Reading a chunk costs as much as multiplying it with read_cost tokens. A chunk belongs to the run in which the middle
- * of its work lies. */
-static size_t deal_chunks(dm_chunk *chunks, const dm_experts_layer *weights, const int32_t *offset_E1, size_t rank,
-                          size_t ranks, size_t read_cost) {
-    size_t total = 0, before = 0, count = 0;
-    for (size_t e = 0; e < weights->experts; e++) {
-        size_t tokens = (size_t)(offset_E1[e + 1] - offset_E1[e]);
-        if (tokens > 0) total += (tokens + read_cost) * weights->chunks_per_expert;
-    }
-    for (size_t e = 0; e < weights->experts; e++) {
-        size_t tokens = (size_t)(offset_E1[e + 1] - offset_E1[e]);
-        if (tokens == 0) continue;
-        for (size_t c = 0; c < weights->chunks_per_expert; c++) {
-            size_t middle = 2 * before + tokens + read_cost;
-            before += tokens + read_cost;
-            if (middle * ranks / (2 * total) != rank) continue;
-            count = add_chunk(chunks, count, weights, offset_E1, e * weights->chunks_per_expert + c);
-        }
-    }
-    return count;
-}
-
-size_t dm_pick_chunks(dm_chunk *chunks, const dm_experts_layer *weights, const int32_t *offset_E1, size_t rank,
-                      size_t ranks, size_t read_cost) {
-    if (weights->owned == NULL) return deal_chunks(chunks, weights, offset_E1, rank, ranks, read_cost);
-    size_t count = 0;
-    for (size_t i = 0; i < weights->owned_count; i++) {
-        count = add_chunk(chunks, count, weights, offset_E1, (size_t)weights->owned[i]);
-    }
-    return count;
+    dm_assign_nodes(buffers->picks, weights, buffers->offset_E1, &sizes->workers, keep_tokens);
 }
 
 static void note_work(const dm_buffers *buffers, int32_t layer, size_t count) {
@@ -113,8 +73,7 @@ static void note_work(const dm_buffers *buffers, int32_t layer, size_t count) {
 
 void dm_compute_experts(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
                         const dm_experts_layer *weights, size_t T) {
-    size_t count =
-        dm_pick_chunks(buffers->chunks, weights, buffers->offset_E1, sizes->rank, sizes->ranks, sizes->chunk_read_cost);
+    size_t count = dm_rank_chunks(buffers->chunks, buffers->picks, weights, &sizes->workers);
     dm_experts(context, buffers->sums_TD, buffers->fault_T, buffers->chunks, buffers->token_N, buffers->weight_N,
                buffers->normed, count, T, sizes->D, weights->width, sizes->format, sizes->group, weights->layer);
     note_work(buffers, weights->layer, count);
@@ -130,6 +89,6 @@ void dm_experts_half(dm_context *context, const dm_buffers *buffers, const dm_si
                      const dm_experts_layer *weights, size_t T) {
     dm_norm_tokens(context, buffers, sizes, weights->norm_D, 0, T, weights->layer);
     dm_route_tokens(context, buffers, sizes, weights, 0, T);
-    dm_group_tokens(context, buffers, sizes, weights, T);
+    dm_group_tokens(context, buffers, sizes, weights, 0, T);
     dm_compute_experts(context, buffers, sizes, weights, T);
 }

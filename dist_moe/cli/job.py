@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,10 @@ def run_job(
 
     def prepare(world: World) -> float:
         nonlocal options
+        own_model = options.model
         options = fields_of_leader(world, options, _OWN_OPTIONS)
+        if own_model is not None and options.model is not None:  # a host may have its store at another place
+            options = dataclasses.replace(options, model=own_model)
         with world.together("starting the log"):
             start_logging(options.verbose, options.log_file, world.rank, world.hostname)
         return options.stall_timeout
@@ -130,6 +134,7 @@ def settings_of(options: ModelOptions, threads_by_host: dict[str, int]) -> Setti
         threads=options.threads,
         kv=options.kv,
         experts=options.experts,
+        exchange=options.exchange,
         prefill_chunk=options.prefill_chunk,
         weights=options.weights,
         check=options.check,

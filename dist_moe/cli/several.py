@@ -19,7 +19,7 @@ from dist_moe.engine.statistics import EngineStatistics
 from dist_moe.errors import Interrupted, StoreError, UsageError
 from dist_moe.text.tokenizer import Tokenizer
 
-_ONE_TEXT = ("logits", "routing", "debug", "show_tokens", "stop", "prompt_cache")
+_ONE_TEXT = ("logits", "routing", "debug", "stats", "trace", "show_tokens", "stop", "prompt_cache")
 _DRAWS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 _CHANGES = ("presence_penalty", "frequency_penalty", "dry_multiplier", "logit_bias")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import IntEnum
 
 import numpy as np
@@ -54,7 +55,14 @@ class Crew:
         busy: An order is being carried out, or was when an error left it: no other may be given.
     """
 
-    def __init__(self, worker: Worker, exchange: Exchange, step_tokens: int, measurer: Measurer | None = None) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        exchange: Exchange,
+        step_tokens: int,
+        measurer: Measurer | None = None,
+        partitions: Callable[[int], bool] = lambda tokens: False,
+    ) -> None:
         """Prepare the messages.
 
         Args:
@@ -62,9 +70,11 @@ class Crew:
             exchange: The collectives.
             step_tokens: Tokens of the largest step, for the size of its words.
             measurer: Does this rank's part of a measurement.
+            partitions: On rank 0, whether a step of so many tokens is partitioned by them.
         """
         self._worker = worker
         self._measurer = measurer
+        self._partitions = partitions
         self._exchange = exchange
         self._progress = exchange.world.progress
         self._header = np.zeros(HEADER_WORDS, dtype=np.int64)
@@ -76,6 +86,8 @@ class Crew:
 
     def run(self, step: Step, sink: RowSink | None = None) -> StepResult:
         """Run a step on all ranks; see Worker.run."""
+        if self._partitions(step.tokens):
+            step = replace(step, partitioned=True)
         words = step.pack()
         with self._working(Order.STEP):
             self._post(Order.STEP, len(words))

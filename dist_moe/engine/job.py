@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dist_moe.engine.agreement import agree_on_versions
 from dist_moe.engine.startup import name_bus_errors
-from dist_moe.errors import DistMoeError
+from dist_moe.errors import DistMoeError, UsageError
 from dist_moe.parallel.launcher import detect_launcher
 from dist_moe.parallel.lifeline import hold_lifeline, start_deadline
 from dist_moe.parallel.mpi import abort_channel, running_mpi
@@ -104,6 +104,11 @@ class Job:
         """Rank 0's text, on all ranks; collective."""
         return self.world.gather_texts(text)[0]
 
+    def own_or_leaders(self, text: str) -> str:
+        """This rank's text where rank 0 has one too, else rank 0's; collective."""
+        leader = self.of_leader(text)
+        return text if text and leader else leader
+
 
 def fields_of_leader(world: World, own: Fields, kept: Collection[str]) -> Fields:
     """Rank 0's values: scripts and environments may differ between hosts, the steps may not; collective.
@@ -142,8 +147,13 @@ def local_store(world: World, source: ModelSource, *, full_check: bool, show: Sh
         show: Shows how packing goes.
 
     Raises:
-        AgreedError: Some node could not pack it.
+        AgreedError: Some node could not pack it, or some have a store and others a checkpoint.
     """
+    kinds = world.gather_texts("a store" if source.format is None else f"a checkpoint to pack as {source.format.label}")
+    for rank, kind in enumerate(kinds):
+        if kind != kinds[0]:
+            where = f"{world.hosts[0]} has {kinds[0]}, {world.hosts[rank]} {kind}"
+            raise AgreedError((f"{where}: give every host the model in one form",), UsageError.exit_code)
     if source.format is None:
         return source.path
     directory, error = Path(), None

@@ -20,6 +20,7 @@ from dist_moe.model.step import MAX_LOGIT_ROWS
 from dist_moe.model.workspace import workspace_bytes
 from dist_moe.parallel.plan import Plan
 from dist_moe.parallel.world import AgreedError, World
+from dist_moe.store.layout import weight_layout
 from dist_moe.store.manifest import COMMON_NAME, Manifest
 from dist_moe.store.units import UnitKind, chunks_per_expert, unit_bytes
 
@@ -127,7 +128,7 @@ def host_need(manifest: Manifest, plans: Sequence[Plan], threads: Sequence[int],
     """What the ranks of one host need together.
 
     Args:
-        manifest: The store's.
+        manifest: The store's; that of one which is not written yet has no files.
         plans: These ranks' shares.
         threads: Compute threads of each of them.
         demand: The options that count.
@@ -136,7 +137,7 @@ def host_need(manifest: Manifest, plans: Sequence[Plan], threads: Sequence[int],
     always_bytes, chunk_bytes, picked_bytes = _weights(manifest, plans)
     embedding_bytes = config.vocabulary * config.model_dim * (2 if manifest.embedding_format.label == "bf16" else 4)
     common = manifest.file(COMMON_NAME)
-    common_bytes = common.file_bytes if common else embedding_bytes
+    common_bytes = common.file_bytes if common else weight_layout(manifest, COMMON_NAME).file_bytes
     blocks = -(-demand.context // BLOCK_POSITIONS)
     kv_heads = sum(len(plan.kv_heads) for plan in plans)
     copied_bytes = 0

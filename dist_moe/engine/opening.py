@@ -66,7 +66,9 @@ class Opening:
             with world.together("reading the model"):
                 self._source = find()
                 self._scaling = RopeScaling.parse(self.settings.rope_scaling) if self.settings.rope_scaling else None
-                self.config: ModelConfig = scale_config(self._source.read_config(), self._scaling)
+                self.config: ModelConfig = scale_config(
+                    self._source.read_config(with_text=world.is_leader), self._scaling
+                )
             self._cores = self._share_cores()
         if self._scaling is not None and world.is_leader:
             words = (
@@ -94,13 +96,14 @@ class Opening:
         directory = local_store(world, self._source, full_check=full_check, show=self._shows.packing)
         opening_since_s = time.perf_counter()
         with world.progress.loading(), world.together("opening the store"):
-            store = Store.open(directory, rope_scaling=self._scaling)
+            store = Store.open(directory, rope_scaling=self._scaling, with_text=world.is_leader)
         kv = KvFormat.parse(settings.kv)
         self._job.on_leader(lambda: accept(store.manifest, kv) if accept is not None else None)
         options = EngineOptions(
             context=context,
             threads=self._cores.threads,
             experts=settings.experts,
+            exchange=settings.exchange,
             kv=kv,
             resident=settings.resident,
             prefill_chunk=settings.prefill_chunk,

@@ -1,8 +1,8 @@
 """How fast a model will run on a number of nodes: from what a node reads and computes, and what a link takes.
 
 The bytes and operations are those that bench compares with (bench_bound.py), cut to the busiest rank's part. What the
-kernels make of a machine's walls stands in `Kernel` constants below: found once, by benchmarks/predictions.py's cases
-on different machines' levels, and the same for every case.
+kernels make of a machine's walls are the constants below: found once from steps whose parts were timed (`run --stats`),
+on one and two threads and two levels of kernels, and the same for every model, case and machine.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import hypot
 
 from dist_moe.engine.bench_bound import (
     Machine,
@@ -29,23 +30,33 @@ from dist_moe.split import contiguous, head_range_kv_heads
 from dist_moe.store.manifest import Manifest
 from dist_moe.store.units import unit_count
 
-# Reading and computing overlap partly: a phase takes (read^p + compute^p)^(1/p); p = 1 is not at all.
-OVERLAP = 1.2
-# Shares of our matmul's speed in the L1 cache (of bare f32 for attention) that whole phases reach.
-PROJECTION_SHARE = 0.45
-EXPERT_SHARE = 0.45
-LOGITS_SHARE = 1.0
-ATTENTION_SHARE = 0.5  # of many queries against one KV head
+# Reading and computing overlap partly: a phase takes the root of the sum of both times' squares.
+READ_SHARE = 0.76  # of the reading loop's speed that a layer's weights are read with, unit by unit
+LOGITS_READ_SHARE = 0.92  # lm_head is one long run
+LOGITS_SHARE = 0.8  # of our matmul's speed in the L1 cache; PHASE_SHARES has the layers'
+ATTENTION_SHARE = 0.5  # of bare f32 arithmetic: many queries against one KV head
 QUERY_SHARE = 0.25  # of a single token's
 
-HALF_LAYER_S = 20e-6  # calls from Python, norms and residual of half a layer
-WAKE_S = 130e-6  # threads of a rank waiting for each other in half a layer
-STEP_S = 150e-6  # Python and messages of a step
-TOKEN_S = 10e-6  # embedding, rotary angles and norms of one token in all layers
-CANDIDATE_S = 2.3e-9  # to look at one logit when a token is drawn
+HALF_LAYER_S = 70e-6  # calls from Python, norms, residual, and threads waiting for each other in half a layer
+STEP_S = 200e-6  # Python and messages of a step
+TOKEN_S = 10e-6  # embedding and rotary angles of one token
+CANDIDATE_S = 2.6e-9  # to look at one logit when a token is drawn
 NODE_SUM_S = 4e-6  # ranks of a node waiting for each other in half a layer
 NODE_SUM_BYTES_PER_S = 4e9  # sums through a node's shared memory
 STEP_PHASES = 3  # between nodes, beside the layers: header, words, candidates
+
+
+@dataclass(frozen=True)
+class PhaseShares:
+    """Shares of our matmul's speed in the L1 cache that projections and experts reach as a whole."""
+
+    projections: float
+    experts: float
+
+
+VECTOR_SHARES = PhaseShares(0.62, 0.70)
+# Tiles compute so fast that unpacking the weights for them decides.
+PHASE_SHARES = {"amx": PhaseShares(0.50, 0.42)}
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,7 @@ class Nodes:
         threads: Of each rank.
         machine: What one node allows: bytes/s, operations/s of our int8 matmul in L1, and of bare f32.
         link: Between any two of them.
+        isa: Level of the kernels.
     """
 
     nodes: int
@@ -65,6 +77,7 @@ class Nodes:
     threads: int
     machine: Machine
     link: LinkCosts
+    isa: str
 
     @property
     def all_ranks(self) -> int:
@@ -127,6 +140,7 @@ class Predictor:
         self._kv = kv
         self._nodes = nodes
         self._split = split
+        self._shares = PHASE_SHARES.get(nodes.isa, VECTOR_SHARES)
         self._shape = WireShape.of(manifest.config, manifest.format.quantized)
 
     def decode(self, depth: int, batch: int) -> StepCost:
@@ -163,7 +177,7 @@ class Predictor:
         """The attention half of one layer."""
         heads, kv_heads = self._busiest_heads()
         machine = self._nodes.rank_machine
-        seconds = phase_seconds(projections_work(self._manifest, T, heads, kv_heads), machine, PROJECTION_SHARE)
+        seconds = phase_seconds(projections_work(self._manifest, T, heads, kv_heads), machine, self._shares.projections)
         for single, share in ((True, QUERY_SHARE), (False, ATTENTION_SHARE)):
             some = [part for part in slices if (len(part.ids) == 1) == single]
             if some:
@@ -193,9 +207,8 @@ class Predictor:
         chunks = self._manifest.layer_chunks_per_expert(layer)
         if config.is_dense(layer):
             share = busiest_share(split.experts, 1, chunks, parts, 1)
-            return phase_seconds(
-                _scaled(experts_work(self._manifest, layer, T, 1), share, share), machine, EXPERT_SHARE
-            )
+            work = _scaled(experts_work(self._manifest, layer, T, 1), share, share)
+            return phase_seconds(work, machine, self._shares.experts)
         E, K = config.experts, config.experts_per_token
         distinct = distinct_experts(E, K, T)
         read_share = busiest_share(split.experts, E, chunks, parts, distinct)
@@ -203,7 +216,7 @@ class Predictor:
         work = _scaled(experts_work(self._manifest, layer, T * K, distinct), read_share, token_share)
         routed = T if split.exchange == "allreduce" or nodes.nodes == 1 else -(-T // nodes.nodes)
         router_s = phase_seconds(router_work(self._manifest, routed), nodes.rank_machine, 1.0)
-        return phase_seconds(work, machine, EXPERT_SHARE) + router_s
+        return phase_seconds(work, machine, self._shares.experts) + router_s
 
     def _logits_s(self, rows: int) -> float:
         """The rows of logits, and drawing from them."""
@@ -212,24 +225,23 @@ class Predictor:
         config, ranks = self._config, self._nodes.all_ranks
         blocks = -(-unit_count(config, self._manifest.group_size, "vocabulary", 0) // ranks)
         work = logits_work(self._manifest, rows, blocks)
-        seconds = phase_seconds(work, self._nodes.rank_machine, LOGITS_SHARE)
+        seconds = phase_seconds(work, self._nodes.rank_machine, LOGITS_SHARE, LOGITS_READ_SHARE)
         return seconds + rows * CANDIDATE_S * config.vocabulary / ranks
 
     def _half_layer_wait_s(self, T: int) -> float:
         """What half a layer costs beside its arithmetic and the wire."""
         nodes = self._nodes
-        seconds = HALF_LAYER_S + (WAKE_S if nodes.threads > 1 else 0.0)
+        seconds = HALF_LAYER_S
         if nodes.ranks > 1:
             sums_bytes = 8 * T * self._config.model_dim * nodes.ranks
             seconds += NODE_SUM_S + sums_bytes / NODE_SUM_BYTES_PER_S
         return seconds
 
 
-def phase_seconds(work: Work, machine: Machine, share: float) -> float:
-    """The time of a phase that reaches a share of the machine's arithmetic, reading and computing partly overlapped."""
-    read_s = work.bytes / machine.read
+def phase_seconds(work: Work, machine: Machine, share: float, read_share: float = READ_SHARE) -> float:
+    """The time of a phase that reaches these shares of the machine's arithmetic and reading, partly overlapped."""
     compute_s = (work.int8 / machine.int8 + work.f32 / machine.f32) / share
-    return float((read_s**OVERLAP + compute_s**OVERLAP) ** (1 / OVERLAP))
+    return hypot(work.bytes / machine.read / read_share, compute_s)
 
 
 def _scaled(work: Work, bytes_share: float, operations_share: float) -> Work:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-import numpy as np
-
-from dist_moe.errors import EnvironmentMismatch, StoreError, UsageError
-from dist_moe.kernels import NodeMemory, catch_bus_errors
+from dist_moe.errors import EnvironmentMismatch, StoreError
+from dist_moe.kernels import NodeMemory, SumsCodec, WireFormat, catch_bus_errors, linger_after_crash
 from dist_moe.parallel.exchange import Exchange
+from dist_moe.parallel.host_exchange import HostExchange
+from dist_moe.parallel.host_sums import HostSums
 from dist_moe.parallel.node_exchange import NodeExchange
-from dist_moe.parallel.plan import EXPERT_LAYOUTS
+from dist_moe.parallel.probe import DEFAULT_COSTS, LinkCosts, probe_links
 from dist_moe.parallel.world import World
-from dist_moe.store.reader import Store
 
 Made = TypeVar("Made")
 logger = logging.getLogger(__name__)
@@ -25,6 +25,8 @@ WAITING_SPINS = 2000
 
 _BUS_DELAY_PER_RANK_S = 1.0
 _LONGEST_BUS_DELAY_S = 5.0
+# MPICH's UCX crashes in a rank whose peer on another host was killed, before the watchdog has said who that was.
+_LAST_WORDS_S = 1.0
 
 
 def agreed(world: World, phase: str, make: Callable[[], Made]) -> Made:
@@ -39,16 +41,42 @@ def agreed(world: World, phase: str, make: Callable[[], Made]) -> Made:
     return made[0]
 
 
-def open_exchange(world: World, spin: bool, environ: Mapping[str, str]) -> Exchange:
+def open_exchange(world: World, spin: bool, environ: Mapping[str, str], wire: str = "exact") -> Exchange:
     """Through shared memory inside each host where all hosts allow it, else by MPI alone; collective.
 
     Args:
         world: All ranks.
         spin: Whether waiting ranks of this host may spin (`parallel.cores.may_spin`).
-        environ: DIST_MOE_SHARED_MEMORY=0 asks for MPI alone.
+        environ: DIST_MOE_SHARED_MEMORY=0 asks for no shared memory, DIST_MOE_MPI_SUM=1 for MPI's own sum between hosts.
+        wire: How sums travel between hosts: exact, bf16 or q8.
     """
-    if world.nodes == world.size:
-        return Exchange(world)
+    node = _open_node_memory(world, spin, environ) if world.nodes < world.size else None
+    if world.nodes == 1:
+        return Exchange(world) if node is None else NodeExchange(world, node)
+    assert world.comm is not None
+    assert world.mpi is not None
+    speaks = node is None or world.local_rank == 0
+    speakers = world.comm.Split(0 if speaks else world.mpi.UNDEFINED, world.rank)
+    links = HostExchange(speakers, world.mpi, world.progress, spin) if speaks else None
+    costs = _agreed_costs(world, links)
+    hosts = None
+    if links is not None and environ.get("DIST_MOE_MPI_SUM") != "1":
+        partial = SumsCodec(WireFormat[wire.upper()])
+        hosts = HostSums(links, partial, partial if partial.rounds else SumsCodec(WireFormat.F32), costs)
+    exchange = Exchange(world, hosts) if node is None else NodeExchange(world, node, speakers, hosts)
+    exchange.link_costs = costs
+    return exchange
+
+
+def _agreed_costs(world: World, links: HostExchange | None) -> LinkCosts:
+    """What rank 0 measured, on all ranks; collective."""
+    costs = DEFAULT_COSTS if links is None else probe_links(links)
+    latency_s, bytes_per_s = json.loads(world.gather_texts(json.dumps([costs.latency_s, costs.bytes_per_s]))[0])
+    return LinkCosts(latency_s, bytes_per_s)
+
+
+def _open_node_memory(world: World, spin: bool, environ: Mapping[str, str]) -> NodeMemory | None:
+    """This host's shared memory, or None on all hosts where one has none; collective."""
     first = world.node_of_rank.index(world.node)
     name = f"dist-moe-{world.gather_texts(secrets.token_hex(8))[first]}"
     node, path, failure = None, "", "off" if environ.get("DIST_MOE_SHARED_MEMORY") == "0" else ""
@@ -65,8 +93,8 @@ def open_exchange(world: World, spin: bool, environ: Mapping[str, str]) -> Excha
         node.close_file()
     if failures or node is None:
         logger.info("ranks of one host exchange by MPI, not through shared memory: %s", failures[0])
-        return Exchange(world)
-    return NodeExchange(world, node)
+        return None
+    return node
 
 
 def name_bus_errors(world: World, channel: int | None) -> None:
@@ -80,14 +108,5 @@ def name_bus_errors(world: World, channel: int | None) -> None:
     # Ranks of a host meet the same fault: the first prints and ends the others.
     delay_s = min(_BUS_DELAY_PER_RANK_S * world.rank, _LONGEST_BUS_DELAY_S)
     catch_bus_errors(f"dist-moe: error: {place}", delay_s, StoreError.exit_code, channel)
-
-
-def choose_layout(store: Store, exchange: Exchange, wanted: str) -> str:
-    """Turn `auto` into a layout: shared if every rank can read every chunk, else whole; collective."""
-    if wanted != "auto":
-        if wanted not in EXPERT_LAYOUTS:
-            raise UsageError(f"--experts {wanted}: expected auto, {', '.join(EXPERT_LAYOUTS)}")
-        return wanted
-    complete = np.array([not store.missing_files], dtype=np.int32)
-    exchange.min_faults(complete)
-    return "shared" if complete[0] else "whole"
+    if world.size > 1:
+        linger_after_crash(_LAST_WORDS_S)

@@ -37,9 +37,8 @@ def busiest_share(layout: str, experts: int, chunks_per_expert: int, parts: int,
     if layout == "shared":
         return 1.0 / parts
     low = max(1, int(distinct))
-    shares = [_drawn_share(layout, experts, chunks_per_expert, parts, min(n, experts)) for n in (low, low + 1)]
-    above = max(0.0, distinct - low)
-    return shares[0] * (1.0 - above) + shares[1] * above
+    lower, upper = (_drawn_share(layout, experts, chunks_per_expert, parts, min(n, experts)) for n in (low, low + 1))
+    return lower + max(0.0, distinct - low) * (upper - lower)
 
 
 def busiest_tokens(experts: int, picked: int, parts: int, tokens: int) -> float:
@@ -59,8 +58,8 @@ def expected_maximum(sizes: tuple[int, ...], drawn: int) -> float:
 
     Exact: the number of draws with at most m items on each part is a coefficient of a product of polynomials.
     """
-    whole = comb(sum(sizes), drawn)
-    return float(sum(1.0 - _draws_up_to(sizes, drawn, most) / whole for most in range(drawn)))
+    draws = comb(sum(sizes), drawn)
+    return sum(1.0 - _draws_up_to(sizes, drawn, most) / draws for most in range(drawn))
 
 
 def _draws_up_to(sizes: tuple[int, ...], drawn: int, most: int) -> int:

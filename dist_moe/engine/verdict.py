@@ -8,6 +8,8 @@ import numpy.typing as npt
 from dist_moe.engine.accounts import PHASES, WORK, Accounts
 from dist_moe.parallel.ledger import Kind
 
+# Whoever waits, another rank computes: waiting hardly exceeds computing, so from this share on it is what limits.
+_MUCH_WAITING = 0.25
 # From this max/mean of the experts' work on, it is the work that makes ranks wait, not their speed.
 _UNEVEN_WORK = 1.1
 
@@ -38,6 +40,8 @@ def verdict(accounts: Accounts, hosts: tuple[str, ...]) -> str:
     phase = phases[0]
     shares = token_shares(accounts, phase)
     most = max(shares, key=lambda name: shares[name])
+    if most == "compute" and shares["wait"] >= _MUCH_WAITING:
+        most = "wait"
     tell = {"compute": _computing, "wait": _waiting, "wire": _moving, "between": _between}[most]
     return f"{phase} is limited by {tell(accounts, PHASES.index(phase), hosts, f'{shares[most]:.0%}')}"
 

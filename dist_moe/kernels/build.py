@@ -1,4 +1,4 @@
-"""Build the C extension: cffi in API mode, with csrc/dist_moe.h as the only declaration of what Python may call."""
+"""Build the C extension: cffi in API mode; csrc/dist_moe.h and its parts alone declare what Python may call."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ NUMERICS_FLAGS = ["-ffp-contract=off", "-fno-fast-math", "-fno-associative-math"
 FLAGS = ["-std=c11", "-O3", "-Wall", "-Wextra", "-Wno-psabi", "-pthread", "-fvisibility=hidden"]
 
 
-def declarations(header: str) -> str:
-    """The part of dist_moe.h that cffi parses: everything but preprocessor lines, of which integer constants stay."""
+def declarations(header: str, folder: Path) -> str:
+    """The part of dist_moe.h that cffi parses.
+
+    Preprocessor lines are left out, except for integer constants; the headers in quotes are read in their place.
+    """
     lines = []
     for line in header.splitlines():
-        if not line.startswith("#") or re.fullmatch(r"#define \w+ (0x)?[0-9a-fA-F]+", line):
+        part = re.fullmatch(r'#include "(\w+\.h)"', line)
+        if part is not None:
+            lines.append(declarations((folder / part[1]).read_text(encoding="utf-8"), folder))
+        elif not line.startswith("#") or re.fullmatch(r"#define \w+ (0x)?[0-9a-fA-F]+", line):
             lines.append(line)
     return "\n".join(lines)
 
@@ -39,7 +45,7 @@ def builder() -> FFI:
     """The FFI object that setuptools compiles into dist_moe.kernels._native."""
     werror = ["-Werror"] if os.environ.get("DIST_MOE_WERROR") == "1" else []
     ffi = FFI()
-    ffi.cdef(declarations((SOURCES / "dist_moe.h").read_text(encoding="utf-8")))
+    ffi.cdef(declarations((SOURCES / "dist_moe.h").read_text(encoding="utf-8"), SOURCES))
     ffi.set_source(
         "dist_moe.kernels._native",
         '#include "dist_moe.h"',

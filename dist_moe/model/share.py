@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dist_moe.kernels import LayerSizes, WeightFormat
+from dist_moe.kernels import LayerSizes, WeightFormat, Workers
 from dist_moe.model_config import ModelConfig
 from dist_moe.parallel.plan import CHUNK_READ_COST_TOKENS, JobPlan, Plan
 from dist_moe.store.reader import Store
@@ -40,9 +40,7 @@ def make_share(store: Store, job: JobPlan, rank: int) -> Share:
         kv_heads=len(plan.kv_heads),
         head_dim=config.head_dim,
         experts_per_token=config.experts_per_token,
-        rank=plan.rank,
-        ranks=plan.ranks,
-        chunk_read_cost=CHUNK_READ_COST_TOKENS,
+        workers=Workers(plan.node, plan.local_rank, plan.local_ranks, CHUNK_READ_COST_TOKENS, job.speeds),
         format=manifest.format,
         group=manifest.group_size,
         output_group=output_group(config, manifest.group_size),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dist_moe.kernels import GROUP, ChunkList, LayerBuffers, LayerSizes, Operand, aligned_empty
+from dist_moe.kernels import GROUP, ChunkList, LayerBuffers, LayerSizes, Operand, Picks, aligned_empty
 from dist_moe.model.share import Share
 from dist_moe.model.step import MAX_LOGIT_ROWS
 from dist_moe.model_config import ModelConfig
@@ -48,7 +48,7 @@ class Workspace:
     head_fault_N: Int32s
     logits_Nv: Floats
 
-    def of_a_layer(self, sizes: LayerSizes) -> LayerBuffers:
+    def of_a_layer(self, sizes: LayerSizes, picks: Picks) -> LayerBuffers:
         """What a layer works in, as its kernels take it."""
         return LayerBuffers(
             sizes,
@@ -67,6 +67,7 @@ class Workspace:
             token_N=self.token_N,
             weight_N=self.weight_N,
             chunks=self.chunks,
+            picks=picks,
             work_L2=self.work_L2,
         )
 

@@ -15,8 +15,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_moe.parallel.host_sums import HostSums
 from dist_moe.parallel.ledger import Kind, Ledger
+from dist_moe.parallel.probe import LinkCosts
 from dist_moe.parallel.progress import Progress
+from dist_moe.parallel.token_owners import TokenGroups
 from dist_moe.parallel.world import World
 
 Parameters = ParamSpec("Parameters")
@@ -33,28 +36,13 @@ _SPIN_S = 200e-6
 _LONGEST_NAP_S = 2e-3
 
 
-def waiting(
-    method: Callable[Concatenate[Any, Parameters], Result],
-) -> Callable[Concatenate[Any, Parameters], Result]:
-    """Let the watchdog know that a rank inside this exchange waits for others and does not compute."""
-
-    @functools.wraps(method)
-    def noted(self: Any, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        progress: Progress = self.world.progress
-        progress.exchanges += 1
-        progress.waiting += 1
-        try:
-            return method(self, *args, **kwargs)
-        finally:
-            progress.waiting -= 1
-
-    return noted
-
-
 def noted(
     kind: Kind,
 ) -> Callable[[Callable[Concatenate[Any, Parameters], Result]], Callable[Concatenate[Any, Parameters], Result]]:
-    """Like `waiting`, for a whole exchange that all ranks take part in: its two ends go into the ledger."""
+    """Decorate an exchange of all ranks: its two ends go into the ledger.
+
+    The watchdog learns that the rank waits for others and does not compute.
+    """
 
     def decorate(
         method: Callable[Concatenate[Any, Parameters], Result],
@@ -84,11 +72,20 @@ class Exchange:
 
     Attributes:
         ledger: When each exchange of this rank began and ended, and what it sent.
+        hosts: Exact sums between hosts, on the ranks that speak for one; None: by MPI's own sum.
+        link_costs: Of messages between hosts, equal on all ranks; None on one host.
     """
 
-    def __init__(self, world: World) -> None:
-        """Exchange over this world's ranks."""
+    def __init__(self, world: World, hosts: HostSums | None = None) -> None:
+        """Exchange over this world's ranks.
+
+        Args:
+            world: All ranks.
+            hosts: Between the ranks that sum by MPI, each of which counts as a host.
+        """
         self.world = world
+        self.hosts = hosts
+        self.link_costs: LinkCosts | None = None
         self.ledger = Ledger(world.progress)
         self._alone = world.size == 1
 
@@ -100,7 +97,7 @@ class Exchange:
             sums: int64, C-contiguous, any shape; the same shape on all ranks.
         """
         if not self._alone:
-            self._allreduce(sums, np.int64, "SUM")
+            self._sum(sums)
 
     @noted(Kind.FAULTS)
     def min_faults(self, fault_T: NDArray[np.int32]) -> None:
@@ -111,6 +108,17 @@ class Exchange:
         """
         if not self._alone:
             self._allreduce(fault_T, np.int32, "MIN")
+
+    def _sum(self, sums: NDArray[np.int64]) -> None:
+        self._sum_between_hosts(sums)
+
+    def _sum_between_hosts(self, sums: NDArray[np.int64]) -> None:
+        if self.hosts is None:
+            self._allreduce(sums, np.int64, "SUM")
+            return
+        sent_bytes = self.hosts.exchange.sent_bytes
+        self.hosts.sum(sums)
+        self.ledger.sent(self.hosts.exchange.sent_bytes - sent_bytes)
 
     def _allreduce(self, array: NDArray[Any], dtype: type[np.generic], operation: str) -> None:
         _, mpi = self._mpi()
@@ -123,6 +131,11 @@ class Exchange:
     def _reducing_comm(self) -> Any:
         """The ranks that reduce and broadcast by MPI."""
         return self._mpi()[0]
+
+    def token_groups(self) -> TokenGroups:
+        """Which ranks share memory, for exchanges of tokens: here none do."""
+        members = tuple((rank,) for rank in range(self.world.size))
+        return TokenGroups(members, self.world.node_of_rank, None if self._alone else self.world.comm, None)
 
     @noted(Kind.HEADER)
     def post_step(self, header: NDArray[np.int64]) -> None:

@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_moe.parallel.exchange import HEADER_WORDS, Exchange, noted
+from dist_moe.parallel.host_sums import HostSums
 from dist_moe.parallel.ledger import Kind
+from dist_moe.parallel.token_owners import TokenGroups
 from dist_moe.parallel.world import World
 
 
@@ -36,32 +38,49 @@ class NodeChannel(Protocol):
 class NodeExchange(Exchange):
     """Exchanges over all ranks, of which those of one host meet in shared memory; no MPI call inside a host."""
 
-    def __init__(self, world: World, node: NodeChannel) -> None:
+    def __init__(self, world: World, node: NodeChannel, firsts: Any = None, hosts: HostSums | None = None) -> None:
         """Exchange over this world's ranks; collective.
 
         Args:
             world: All ranks; rank 0 is the first of its host.
             node: This host's shared memory.
+            firsts: The communicator of the hosts' first ranks; None on one host, and MPI's null on other ranks.
+            hosts: On first ranks, exact sums between hosts; None: by MPI's own sum.
         """
-        super().__init__(world)
+        super().__init__(world, hosts)
         self._node = node
         self._first = world.local_rank == 0
-        comm, mpi = self._mpi()
-        self._firsts = comm.Split(0 if self._first else mpi.UNDEFINED, world.rank) if world.nodes > 1 else None
+        self._firsts = firsts
 
-    def _allreduce(self, array: NDArray[Any], dtype: type[np.generic], operation: str) -> None:
-        if operation == "SUM":
-            self._node.sum(array)
-        else:
-            self._node.minimum(array)
-        self.ledger.sent(0, array.nbytes)
+    def _sum(self, sums: NDArray[np.int64]) -> None:
+        self._node.sum(sums)
+        self.ledger.sent(0, sums.nbytes)
         if self._firsts is not None:
             if self._first:
-                super()._allreduce(array, dtype, operation)
-            self._node.broadcast(array)
+                self._sum_between_hosts(sums)
+            self._node.broadcast(sums)
+
+    @noted(Kind.FAULTS)
+    def min_faults(self, fault_T: NDArray[np.int32]) -> None:
+        """Reduce the tokens' fault flags in place to the lowest over ranks; see Exchange."""
+        self._node.minimum(fault_T)
+        self.ledger.sent(0, fault_T.nbytes)
+        if self._firsts is not None:
+            if self._first:
+                super().min_faults(fault_T)
+            self._node.broadcast(fault_T)
 
     def _reducing_comm(self) -> Any:
         return self._firsts
+
+    def token_groups(self) -> TokenGroups:
+        """Which ranks share memory: those of a host."""
+        nodes = self.world.node_of_rank
+        members = tuple(
+            tuple(rank for rank in range(self.world.size) if nodes[rank] == node) for node in range(self.world.nodes)
+        )
+        channel = None if self.world.local_size == 1 else self._node
+        return TokenGroups(members, tuple(range(len(members))), self._firsts if self._first else None, channel)
 
     @noted(Kind.HEADER)
     def post_step(self, header: NDArray[np.int64]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from dist_moe.engine.routing_facts import RoutingFacts
 from dist_moe.engine.routing_load import LoadCounter, layer_loads, total_load
-from dist_moe.kernels import ExpertsLayer, Kernels, LayerSizes, WeightFormat
+from dist_moe.kernels import ExpertsLayer, Kernels, LayerSizes, Picks, WeightFormat, Workers
 from dist_moe.parallel.chunk_owners import sliced_owners, whole_owners
 from dist_moe.parallel.plan import CHUNK_READ_COST_TOKENS as READ_COST
 
@@ -30,9 +30,7 @@ SIZES = LayerSizes(
     kv_heads=1,
     head_dim=32,
     experts_per_token=3,
-    rank=0,
-    ranks=1,
-    chunk_read_cost=READ_COST,
+    workers=Workers(node=0, rank=0, ranks=1, read_cost=READ_COST),
     format=WeightFormat.Q4,
     group=32,
     output_group=32,
@@ -73,7 +71,7 @@ def work_of_ranks(layout: str, tokens_E: np.ndarray, ranks: int) -> list[int]:
             width=32,
         )
         offset_E1 = np.concatenate([[0], np.cumsum(tokens_E)]).astype(np.int32)
-        words = Kernels.pick_chunks(layer, offset_E1, rank, ranks, READ_COST).astype(np.int64)
+        words = Kernels.pick_chunks(Picks(1, 12), layer, offset_E1, Workers(0, rank, ranks, READ_COST)).astype(np.int64)
         work.append(int((words[:, 2][words[:, 2] > 0] + READ_COST).sum()))
     return work
 

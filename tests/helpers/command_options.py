@@ -12,6 +12,7 @@ MODEL = ModelOptions(
     threads_file=None,
     bind="auto",
     experts="auto",
+    exchange="auto",
     prefill_chunk=256,
     check="fast",
     stall_timeout=60,
