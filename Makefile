@@ -24,12 +24,13 @@ NEON_RUN := qemu-aarch64
 NEON_CC_HERE := $(shell command -v $(NEON_CC))
 NEON_HERE := $(and $(NEON_CC_HERE),$(shell command -v $(NEON_RUN)))
 
-.PHONY: help demo test test-unit test-openmpi test-faults test-sanitize test-neon lint format wheel clean
+.PHONY: help demo test test-unit test-openmpi test-faults test-cluster test-sanitize test-neon lint format wheel clean
 
 help:
 	@echo "make demo   set everything up and tell a story on four ranks"
 	@echo "make test   set everything up and run every test, under MPICH and Open MPI"
 	@echo "make test-faults  kill, stop and interrupt jobs, then kill 200 at random, under both MPIs (half an hour)"
+	@echo "make test-cluster  jobs over hosts that are network namespaces of this machine (root and iproute2)"
 	@echo "make test-neon    the AArch64 kernels under qemu, against the bits of this machine"
 	@echo "make lint   ruff, mypy, clang-format, codespell, and the C compiler with -Werror"
 	@echo "make wheel  build dist/*.whl, which runs without a compiler"
@@ -43,7 +44,7 @@ test: test-unit test-openmpi
 	$(MAKE) -j 2 test-sanitize test-neon
 
 test-unit: $(VENV)/installed
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" pytest -m "not faults"
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" pytest -m "not faults and not cluster"
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" mpirun -n 4 pytest --with-mpi
 
 # What starts jobs; tests of a single process are the same under either MPI.
@@ -57,6 +58,11 @@ test-faults: $(VENV)/installed $(OPENMPI_VENV)/installed
 	PATH="$(CURDIR)/$(OPENMPI_VENV)/bin:$$PATH" pytest -m faults
 	PYTHONPATH=tests $(VENV)/bin/python tests/helpers/random_kills.py 200
 	PYTHONPATH=tests $(OPENMPI_VENV)/bin/python tests/helpers/random_kills.py 200
+
+# Hosts that are network namespaces, each with its own address, name and disk.
+test-cluster: $(VENV)/installed $(OPENMPI_VENV)/installed
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" pytest -m cluster tests/cluster
+	PATH="$(CURDIR)/$(OPENMPI_VENV)/bin:$$PATH" pytest -m cluster tests/cluster
 
 test-sanitize:
 	mkdir -p build

@@ -110,4 +110,15 @@ static inline dm_rows dm_rows_from(dm_rows rows, size_t t) {
     return rows;
 }
 
+/* The operand of tokens t and later. */
+static inline dm_operand dm_operand_from(const dm_operand *operand, size_t t) {
+    size_t groups = dm_divide_up(operand->columns, DM_GROUP);
+    dm_operand rest = {.x = operand->x + t * operand->columns, .columns = operand->columns};
+    if (operand->q == NULL) return rest;
+    rest.q = operand->q + t * groups * DM_GROUP;
+    rest.scale = operand->scale + t * groups;
+    rest.sum = operand->sum + t * groups;
+    return rest;
+}
+
 #endif

@@ -12,6 +12,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "mapped.h"
+#include "pick.h"
+#include "token_rows.h"
+
 #define DM_NUMERICS_VERSION 1
 #define DM_TILE_ROWS 16
 #define DM_GROUP 32
@@ -71,8 +75,7 @@ typedef struct dm_kv_view {
 /* What the layers of one rank's share have in common. */
 typedef struct dm_sizes {
     size_t D, h, g, P, K;
-    size_t rank, ranks;
-    size_t chunk_read_cost; /* reading a chunk's weights costs as much as multiplying them with this many tokens */
+    dm_workers workers;
     size_t group;
     size_t output_group; /* of o_proj's columns */
     int format, router_format, norm_topk_prob;
@@ -96,6 +99,8 @@ typedef struct dm_buffers {
     int32_t *token_N;
     float *weight_N;
     dm_chunk *chunks;
+    dm_picks *picks;
+    int64_t *work_L2; /* written for each layer: this rank's chunks, and their products with a token */
 } dm_buffers;
 
 /* One layer's attention: h + 2 g matrices of P rows, and each head's columns of o_proj. */
@@ -113,8 +118,8 @@ typedef struct dm_experts_layer {
     const float *norm_D;
     const dm_matrix *router;   /* NULL: a dense MLP, one expert that every token picks with weight 1 */
     const void *const *chunks; /* by number; NULL where this host has no copy */
-    const int64_t *owned;      /* numbers of this rank's chunks, ascending; NULL: each step deals them out */
-    size_t owned_count;
+    const uint8_t *own_C; /* by number: 1 for this rank's chunks; NULL: a node's chunks are dealt out in each step */
+    const dm_holders *holders; /* not read for one node */
     size_t experts, chunks_per_expert, width;
     int32_t layer;
 } dm_experts_layer;
@@ -222,11 +227,6 @@ void dm_experts(dm_context *context, int64_t *sums_TD, int32_t *fault_T, const d
                 const float *weight_N, const dm_operand *x, size_t chunk_count, size_t T, size_t D, size_t width,
                 int format, size_t group, int32_t layer);
 
-/* This rank's chunks of the experts that got tokens (offset_E1 as above), ascending: its own ones or, where chunks are
- * dealt out, its run of all of them, cut into `ranks` runs of equal work. Returns how many. */
-size_t dm_pick_chunks(dm_chunk *chunks, const dm_experts_layer *weights, const int32_t *offset_E1, size_t rank,
-                      size_t ranks, size_t read_cost);
-
 /* ---- halves of a layer: from the residual to this rank's sums, which are then summed over ranks ---- */
 
 /* buffers->sums_TD = o_proj(attend(rope(norm(q)), rope(norm(k)), v)) of norm(x), over this rank's heads. The view's
@@ -237,6 +237,21 @@ void dm_attention_half(dm_context *context, const dm_buffers *buffers, const dm_
  * that router(x) picks. */
 void dm_experts_half(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
                      const dm_experts_layer *weights, size_t T);
+
+/* The pieces of both halves, for ranks of which each keeps the residual of some tokens only. The first two compute
+ * tokens [first, first + count): normed = norm(x), as the weights read it, and ids_TK and weights_TK of normed (nothing
+ * for a dense MLP). The others take all T: the step's choices by expert, and which node computes what of them; sums_TD
+ * of normed, as the halves. */
+void dm_norm_tokens(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes, const float *norm_D,
+                    size_t first, size_t count, int32_t layer);
+void dm_route_tokens(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
+                     const dm_experts_layer *weights, size_t first, size_t count);
+void dm_group_tokens(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
+                     const dm_experts_layer *weights, int keep_tokens, size_t T);
+void dm_attend(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes, const dm_attention_layer *weights,
+               const dm_kv_view *cache, size_t T);
+void dm_compute_experts(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
+                        const dm_experts_layer *weights, size_t T);
 
 /* ---- logits and sampling (rules 13, 14) ---- */
 
@@ -294,45 +309,6 @@ void dm_node_gather(dm_node *node, void *out, const void *own, size_t bytes);
 
 /* XXH64 of the floats' bytes, with every NaN as 0x7fc00000. */
 uint64_t dm_hash_floats(const float *values, size_t count, uint64_t seed);
-
-/* A tensor of a mapped file, and how to name what is in it. */
-typedef struct dm_mapped_tensor {
-    const void *first;
-    size_t bytes;
-    size_t row_bytes;
-    const int64_t *unit_R; /* the unit in each row; NULL: the tensor is named as a whole */
-    uint64_t units_per_expert;
-    const char *label; /* each % is a number: unit / units_per_expert, then the remainder */
-} dm_mapped_tensor;
-
-typedef struct dm_mapped_file {
-    struct dm_mapped_file *next; /* the list's own */
-    const char *path;
-    const void *first;
-    size_t bytes;
-    const dm_mapped_tensor *tensors;
-    size_t tensor_count;
-} dm_mapped_file;
-
-/* Remember a mapped file and all that it points at, which must live until it is removed. */
-void dm_mapped_file_add(dm_mapped_file *file);
-void dm_mapped_file_remove(dm_mapped_file *file);
-/* Which file and unit an address belongs to, as text that ends with 0; returns 0 if it is in none. */
-int dm_describe_address(char *out, size_t out_bytes, const void *address);
-/* From now on a SIGBUS in a remembered file waits for delay_ms, prints `before` and a sentence that names file and
- * unit, writes PMI-1's abort command to the file abort_fd (-1: none), and ends the process; so does a kernel that gets
- * no memory. Any other SIGBUS goes where it went before. Returns 0 with errno set on failure. */
-int dm_catch_bus_errors(const char *before, int delay_ms, int exit_code, int abort_fd);
-
-/* ---- mapped files ahead of their first use ---- */
-
-/* 1 if some page of a run of mapped bytes is not in memory, of which one in every `stride` bytes is looked at: each
- * look takes 0.4 us. 0 if the system does not tell; to a user who neither owns the file nor may write it, Linux calls
- * every page present. */
-int dm_is_absent(const void *first, size_t bytes, size_t stride);
-/* Read the pages of a run of bytes and enter them into this process's page table. Returns 0, or an error number: EFAULT
- * where the file cannot be read (before Linux 5.14 that is a SIGBUS). */
-int dm_populate(const void *first, size_t bytes);
 
 /* ---- measuring the machine (dist-moe bench); all threads work, and the clock runs from start to end ---- */
 

@@ -42,9 +42,22 @@ class EnvironmentMismatch(DistMoeError):
 
 
 class Interrupted(DistMoeError):
-    """The user stopped the job (exit code 130)."""
+    """The user stopped the job (exit code 130), or a scheduler (143 by SIGTERM, 138 by SIGUSR1)."""
 
     exit_code = 130
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGUSR1 came where there is no step to finish.
+
+    Attributes:
+        exit_code: 128 + the signal's number, as shells report it.
+    """
+
+    def __init__(self, number: int) -> None:
+        """By the signal of this number."""
+        super().__init__(f"signal {number}")
+        self.exit_code = 128 + number
 
 
 class BoundError(DistMoeError):

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from dist_moe.errors import UsageError
 
@@ -70,10 +70,28 @@ def read_bytes(path: Path) -> bytes:
         raise UsageError(f"{path}: cannot be read ({error.strerror}): check its permissions") from error
 
 
+def require_writable(path: Path) -> None:
+    """Find out before a long run whether a file can be written; leaves nothing behind; UsageError as `NewFile`."""
+    NewFile(path).discard()
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn the system's refusals to write a file into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"{path}: cannot be written ({reason}): make room or choose another place") from error
+
+
 class NewFile:
     """A file that appears under its name when it is whole; until then, and after an error, what stood there stays.
 
     Used as a context manager: leaving it without `commit` removes what was written.
+
+    Attributes:
+        stream: For those who write by other means; inside `write_errors`.
     """
 
     def __init__(self, path: Path, *, private: bool = False) -> None:
@@ -89,27 +107,32 @@ class NewFile:
         standing = kind_of(path)
         if standing not in (None, "file"):
             raise UsageError(f"{path} is a {standing if standing == 'directory' else 'device or pipe'}: name a file")
-        self._path = path
-        with self._write_errors():
+        with write_errors(path):
             self._path = path.resolve()  # a link stays one
             self._temporary = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}.tmp")
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._file = os.fdopen(os.open(self._temporary, flags, 0o600 if private else 0o666), "wb")
+            self.stream: BinaryIO = os.fdopen(os.open(self._temporary, flags, 0o600 if private else 0o666), "wb")
 
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes; raises UsageError if they cannot be written."""
-        with self._write_errors():
-            self._file.write(data)
+        with write_errors(self._path):
+            self.stream.write(data)
 
     def commit(self, header: bytes = b"") -> None:
         """Overwrite the first bytes by `header`, sync, and give the file its name; raises UsageError if that fails."""
-        with self._write_errors():
-            self._file.seek(0)
-            self._file.write(header)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+        with write_errors(self._path):
+            self.stream.seek(0)
+            self.stream.write(header)
+            self.stream.flush()
+            os.fsync(self.stream.fileno())
+            self.stream.close()
             self._temporary.replace(self._path)
+
+    def discard(self) -> None:
+        """Remove what was not committed."""
+        with contextlib.suppress(OSError):  # a full disk refuses what is still buffered
+            self.stream.close()
+        self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> NewFile:
         """Return the file itself."""
@@ -119,16 +142,4 @@ class NewFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Remove what was not committed."""
-        with contextlib.suppress(OSError):  # a full disk refuses what is still buffered
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _write_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or error
-            raise UsageError(
-                f"{self._path}: cannot be written ({reason}): make room or choose another place"
-            ) from error
+        self.discard()

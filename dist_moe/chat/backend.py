@@ -67,14 +67,15 @@ class RemoteBackend:
 class OneInterrupt:
     """A Ctrl-C that raised nothing: the first one ends an answer, or the chat where there is none."""
 
-    def __init__(self, requested: Callable[[], bool]) -> None:
-        """`requested` stays true once it was."""
+    def __init__(self, requested: Callable[[], bool], final: Callable[[], bool] = lambda: False) -> None:
+        """`requested` stays true once it was; `final` if it is to end the chat whatever it finds."""
         self._requested = requested
+        self._final = final
         self._used = False
 
     def requested(self) -> bool:
         """Whether there was one that has not ended an answer."""
-        return self._requested() and not self._used
+        return self._final() or (self._requested() and not self._used)
 
     def use_up(self) -> None:
         """An answer has ended: it may have been by this."""

@@ -16,7 +16,7 @@ from dist_moe.cli import config_file
 from dist_moe.cli.bench_output import Facts, render
 from dist_moe.cli.config_file import option
 from dist_moe.cli.job import Setting, run_job
-from dist_moe.cli.models import ModelSource, find_model, synthetic_source
+from dist_moe.cli.models import find_model
 from dist_moe.cli.options import BenchOptions, model_options
 from dist_moe.cli.values import Number, OneOf, PathName, Whole, WholeList, numbers
 from dist_moe.engine.bench import LARGEST_SHARE, Bench, BenchPlan, BenchReport, Case
@@ -24,6 +24,7 @@ from dist_moe.engine.runtime import Runtime
 from dist_moe.errors import BoundError, UsageError
 from dist_moe.kernels import BLOCK_POSITIONS, KvFormat, WeightFormat
 from dist_moe.model_config import ModelConfig, round_up
+from dist_moe.store.models import ModelSource, synthetic_source
 from dist_moe.store.synthetic import synthetic_model
 
 DEFAULT_DEPTHS = (0, 4096)

@@ -110,8 +110,8 @@ def remove_models(names: tuple[str, ...], everything: bool, yes: bool) -> None:
 
 
 def _models() -> tuple[Path, list[CachedModel]]:
-    from dist_moe.cli.models import cache_directory
     from dist_moe.store.cached import cached_models
+    from dist_moe.store.models import cache_directory
 
     directory = cache_directory()
     return directory, cached_models(directory)

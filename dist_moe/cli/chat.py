@@ -32,13 +32,14 @@ from dist_moe.cli.context_options import prompt_cache_options
 from dist_moe.cli.job import Setting, run_job
 from dist_moe.cli.models import find_model
 from dist_moe.cli.options import model_options
+from dist_moe.cli.prompt import require_context
 from dist_moe.cli.sampling import advised_values
 from dist_moe.cli.sampling import sampling_options as chosen_sampling
 from dist_moe.cli.sampling_options import sampling_options
 from dist_moe.cli.saved_prompt import SavedPrompt, read_saved_prompt
 from dist_moe.cli.text_files import read_text
 from dist_moe.engine.engine import Engine
-from dist_moe.errors import UsageError
+from dist_moe.errors import Interrupted, UsageError
 from dist_moe.kernels import KvFormat
 from dist_moe.parallel.hostfile import read_hostfile
 from dist_moe.parallel.launcher import Launcher, detect_launcher
@@ -69,7 +70,14 @@ class ChatTask:
         """Hold the conversation; its end is what the prompt cache keeps."""
         if self.saved is not None:
             self.saved.restore(engine.runtime)
-        self.hold(engine, self.answerer, self.facts)
+        try:
+            self.hold(engine, self.answerer, self.facts)
+        except Interrupted:
+            self._save(engine)
+            raise
+        self._save(engine)
+
+    def _save(self, engine: Engine) -> None:
         if self.saved is not None:
             self.saved.save_latest(engine.runtime)
 
@@ -85,12 +93,9 @@ def chat(context: click.Context, /, config: str | None, print_config: bool, **va
 
     Each option can also be set as DIST_MOE_<NAME> in the environment and in a --config file.
     """
-    chosen = config_file.strongest(context, SYSTEMS)
-    if len(chosen) > 1:
-        raise UsageError("--system and --system-file exclude each other: give one of them")
-    weaker = {name: None for name in SYSTEMS if name not in chosen}
-    values |= {"thinking": parse_thinking(values["thinking"], "--thinking"), **weaker}
-    context.params.update(values)
+    context.params["thinking"] = parse_thinking(values["thinking"], "--thinking")
+    config_file.keep_one(context, SYSTEMS)
+    values |= {name: context.params[name] for name in values}
     options, launcher = ChatOptions(**values), detect_launcher(os.environ)
     if print_config:
         advised = read_generation_config(find_model(options).text_directory())
@@ -146,7 +151,8 @@ def _serve(options: ChatOptions, launcher: Launcher, address: Address) -> None:
         service.serve(facts, lambda request, show, stop: answerer.answer(engine, request, show, stop))
 
     try:
-        run_job(options, lambda options, setting: make_task(options, setting, hold))
+        # Its front end tells it when to end; what kills it is not to wait for one.
+        run_job(options, lambda options, setting: make_task(options, setting, hold), finish=False)
     finally:
         if service is not None:
             service.leave()
@@ -162,7 +168,7 @@ def _hold_under_launcher(options: ChatOptions, launcher: Launcher) -> None:
 
     def make(options: ChatOptions, setting: Setting) -> ChatTask:
         settings, conversation = _read_inputs(options)
-        once = OneInterrupt(setting.interrupted)
+        once = OneInterrupt(setting.interrupted, lambda: setting.interrupts.final)
 
         def hold(engine: Engine, answerer: Answerer, facts: Ready) -> None:
             reader = LineReader(sys.stdin.fileno(), interrupted=once.requested)
@@ -183,10 +189,7 @@ def make_task(options: ChatOptions, setting: Setting, hold: Callable[[Engine, An
         CheckpointError: The model has no tokenizer or chat template, or one that cannot be used.
     """
     config, text = setting.config, setting.text
-    if options.ctx is not None and options.ctx > config.max_positions:
-        raise UsageError(
-            f"--ctx {options.ctx} is more than the model's maximum of {config.max_positions} positions: lower it"
-        )
+    require_context(options.ctx, config.max_positions)
     answerer = Answerer(
         format=text.chat_format,
         sampling=chosen_sampling(options, text.advised, text.tokenizer, config.vocabulary),

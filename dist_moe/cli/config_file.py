@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -171,8 +171,24 @@ def origin_of(context: click.Context, parameter: click.Parameter) -> str:
     return "flag" if source is ParameterSource.COMMANDLINE else "default"
 
 
-def strongest(context: click.Context, names: Iterable[str]) -> list[str]:
-    """Those of some mutually exclusive options that were set in the strongest place: flags, environment or config."""
+def keep_one(context: click.Context, names: Sequence[str]) -> None:
+    """Of some mutually exclusive options, forget those of weaker places: a flag replaces what a config file names.
+
+    Raises:
+        UsageError: Two are set in the strongest place.
+    """
+    chosen = _strongest(context, names)
+    if len(chosen) > 1:
+        raise UsageError(f"{' and '.join(map(_spelled, chosen))} exclude each other: give one of them")
+    context.params.update({name: None for name in names if name not in chosen})
+
+
+def _spelled(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _strongest(context: click.Context, names: Iterable[str]) -> list[str]:
+    """Those that were set in the strongest place: flags, environment or config."""
     order = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)
     for source in order:
         found = [name for name in names if context.get_parameter_source(name) is source]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from dist_moe.cli.config_file import flag, option
+from dist_moe.cli.config_file import apply, flag, option
 from dist_moe.cli.values import PathName, refuse
 from dist_moe.errors import UsageError
 from dist_moe.store.rope_scaling import FORM, RopeScaling
@@ -74,6 +74,4 @@ def prompt_cache_options(command: Decorated) -> Decorated:
         ),
         flag("--prompt-cache-ro", "Read the --prompt-cache, and leave it as it is."),
     )
-    for decorate in reversed(decorators):
-        command = decorate(command)
-    return command
+    return apply(command, decorators)

@@ -1,4 +1,4 @@
-"""The options that look into a run: which experts its tokens pick, and where its time goes."""
+"""The options that look into a run: which experts its tokens pick, and where its time and its bytes go."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 import click.shell_completion
 
-from dist_moe.cli.config_file import option
+from dist_moe.cli.config_file import flag, option
 from dist_moe.cli.values import PathName, refuse
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -23,6 +23,8 @@ class DebugOptions:
 
     debug: str | None
     routing: str | None
+    stats: bool
+    trace: str | None
 
 
 class _Words(click.types.StringParamType):
@@ -56,7 +58,19 @@ class _Repeatable(click.Option):
 
 
 def debug_options(command: Decorated) -> Decorated:
-    """`--debug` and `--routing`."""
+    """`--debug`, `--routing`, `--stats` and `--trace`."""
+    command = flag(
+        "--stats",
+        "Print at the end, on stderr, what each rank computed, waited for and sent per token, how unevenly the experts "
+        "fell on the ranks, and what limits.",
+    )(command)
+    command = option(
+        "--trace",
+        type=PathName(),
+        metavar="FILE.json",
+        show_default=False,
+        help="Write what each rank did when, as a Chrome trace; ui.perfetto.dev shows it.",
+    )(command)
     command = option(
         "--routing",
         type=PathName(),

@@ -39,9 +39,9 @@ def doctor(context: click.Context, model: Path | None, hostfile: Path | None, cl
 
     Alone it looks at this machine; under mpirun at every host of the job.
     """
-    from dist_moe.cli.models import cache_directory
     from dist_moe.engine.doctor import examine
     from dist_moe.parallel.hostfile import read_hostfile
+    from dist_moe.store.models import cache_directory
 
     hosts = None if hostfile is None else read_hostfile(hostfile)
     found = None if model is None else _look_at(model)
@@ -57,12 +57,12 @@ def doctor(context: click.Context, model: Path | None, hostfile: Path | None, cl
 def _look_at(path: Path) -> StoreFacts:
     """A store, or the one that was packed of a model, as it is; else how large the model's store will be."""
     from dist_moe.checkpoint.source import open_source
-    from dist_moe.cli.models import is_source, packed_directory
     from dist_moe.engine.host_facts import StoreFacts, look_at_store
     from dist_moe.errors import DistMoeError
     from dist_moe.store.carry import default_format
     from dist_moe.store.layout import weight_files, weight_layout
     from dist_moe.store.manifest import MANIFEST_NAME
+    from dist_moe.store.models import is_source, packed_directory
     from dist_moe.store.plan import StoreOptions, plan_store
 
     try:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from dist_moe.cli.npy_rows import temporary_beside, write_errors
 from dist_moe.errors import UsageError
+from dist_moe.files import NewFile, write_errors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,13 +52,10 @@ def draw_heat_map(path: Path, counts_LE: npt.NDArray[np.int64], layers: Sequence
     shown = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), _MOST_TICKS)).astype(int))
     axes.set_yticks(shown, [str(layers[row]) for row in shown])
     figure.colorbar(picture, label="picks / mean of the layer")
-    temporary = temporary_beside(path)
-    try:
+    with NewFile(path) as file:
         with write_errors(path):
-            figure.savefig(temporary, format=path.suffix.lstrip(".").lower(), dpi=150)
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            figure.savefig(file.stream, format=path.suffix.lstrip(".").lower(), dpi=150)
+        file.commit()
 
 
 def _new_figure() -> Figure:

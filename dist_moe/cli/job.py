@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,24 +10,25 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 from dist_moe.cli.interrupts import Interrupts
 from dist_moe.cli.logs import start_logging
-from dist_moe.cli.models import ModelSource, find_model
+from dist_moe.cli.models import find_model
 from dist_moe.cli.options import ModelOptions
 from dist_moe.cli.reading import ReadingProgress
 from dist_moe.cli.shard import ShardProgress
 from dist_moe.cli.threads_file import read_threads_file
 from dist_moe.engine.engine import Engine
-from dist_moe.engine.job import Job
+from dist_moe.engine.job import Job, fields_of_leader
 from dist_moe.engine.opening import Shows
 from dist_moe.engine.questions import TextSide
 from dist_moe.engine.runtime import Runtime
 from dist_moe.engine.settings import Settings
-from dist_moe.errors import DistMoeError
+from dist_moe.errors import DistMoeError, Interrupted
 from dist_moe.kernels import KvFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.parallel.launcher import Launcher
 from dist_moe.parallel.mpi import end_interrupted
 from dist_moe.parallel.world import AgreedError, UnfinishedStepError, World
 from dist_moe.store.manifest import Manifest
+from dist_moe.store.models import ModelSource
 
 Options = TypeVar("Options", bound=ModelOptions)
 
@@ -69,19 +69,26 @@ class StoreChecker(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a task is made from: the model's text files and sizes, the launcher, and Ctrl-C."""
+    """What a task is made from: the model's text files and sizes, the launcher, and who asks for its end."""
 
     directory: Path
     config: ModelConfig
     launcher: Launcher
-    interrupted: Callable[[], bool]
+    interrupts: Interrupts
     text: TextSide
+
+    @property
+    def interrupted(self) -> Callable[[], bool]:
+        """Whether Ctrl-C or a scheduler asks for the end; looked at after each step."""
+        return self.interrupts.requested
 
 
 def run_job(
     options: Options,
     make_task: Callable[[Options, Setting], Task | EngineTask],
     find: Callable[[Options], ModelSource] = find_model,
+    *,
+    finish: bool = True,
 ) -> None:
     """Run one task on all ranks.
 
@@ -89,6 +96,7 @@ def run_job(
         options: As parsed on this rank.
         make_task: Called on rank 0 before any weight is read: checks the input and makes the task.
         find: Which model the options name.
+        finish: Whether SIGTERM and SIGUSR1 end the task after its step, because it looks; else they kill the ranks.
 
     Raises:
         AgreedError: A planned error on some rank, raised on all ranks alike.
@@ -97,13 +105,21 @@ def run_job(
 
     def prepare(world: World) -> float:
         nonlocal options
-        options = _options_of_leader(world, options)
+        own_model = options.model
+        options = fields_of_leader(world, options, _OWN_OPTIONS)
+        if own_model is not None and options.model is not None:  # a host may have its store at another place
+            options = dataclasses.replace(options, model=own_model)
         with world.together("starting the log"):
             start_logging(options.verbose, options.log_file, world.rank, world.hostname)
         return options.stall_timeout
 
     job = Job(options.threads, options.start_timeout, prepare)
-    interrupts = Interrupts(leads=job.world.is_leader, end=lambda: end_interrupted(job.world.mpi))
+    interrupts = Interrupts(
+        leads=job.world.is_leader,
+        end=lambda code: end_interrupted(job.world.mpi, code),
+        progress=job.world.progress,
+        finish=finish,
+    )
     try:
         table = job.on_leader(lambda: read_threads_file(options.threads_file)) or {}
         engine = Engine.join(job, settings_of(options, table), lambda: find(options), _shows(options))
@@ -118,6 +134,7 @@ def settings_of(options: ModelOptions, threads_by_host: dict[str, int]) -> Setti
         threads=options.threads,
         kv=options.kv,
         experts=options.experts,
+        exchange=options.exchange,
         prefill_chunk=options.prefill_chunk,
         weights=options.weights,
         check=options.check,
@@ -137,7 +154,7 @@ def _run(job: Job, engine: Engine, make_task: Callable[[], Task | EngineTask], i
     engine.load(int(job.of_leader(str(task.context if task else "1"))), accept)
     with interrupts.orderly():
         try:
-            engine.lead(lambda _: _lead(engine, task))
+            engine.lead(lambda _: _lead(engine, task, interrupts))
         except AgreedError:
             raise  # the other ranks have left with it
         except DistMoeError as error:
@@ -148,23 +165,21 @@ def _run(job: Job, engine: Engine, make_task: Callable[[], Task | EngineTask], i
         engine.close()
 
 
-def _lead(engine: Engine, task: Task | EngineTask | None) -> None:
+def _lead(engine: Engine, task: Task | EngineTask | None, interrupts: Interrupts) -> None:
     assert task is not None
-    if isinstance(task, EngineTask):
-        task.lead_engine(engine)
-    else:
-        task.lead(engine.runtime)
+    try:
+        if isinstance(task, EngineTask):
+            task.lead_engine(engine)
+        else:
+            task.lead(engine.runtime)
+    except Interrupted as error:
+        interrupts.explain(error)
+        raise
 
 
 def _setting(job: Job, engine: Engine, interrupts: Interrupts) -> Setting:
-    return Setting(engine.text.directory, engine.config, job.launcher, interrupts.requested, engine.text)
+    return Setting(engine.text.directory, engine.config, job.launcher, interrupts, engine.text)
 
 
 def _shows(options: ModelOptions) -> Shows:
     return Shows(ShardProgress, None if getattr(options, "quiet", False) else ReadingProgress)
-
-
-def _options_of_leader(world: World, options: Options) -> Options:
-    """Rank 0's options: environments may differ between hosts, the steps may not."""
-    leader = json.loads(world.gather_texts(json.dumps(dataclasses.asdict(options)))[0])
-    return dataclasses.replace(options, **{name: leader[name] for name in leader if name not in _OWN_OPTIONS})

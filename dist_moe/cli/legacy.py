@@ -53,7 +53,7 @@ def legacy_values(context: click.Context) -> dict[str, Any]:
         "max_tokens": int(steps),
         "ignore_eos": True,
         "greedy": True,
-        "trace": trace,
+        "expected": trace,
     }
 
 

@@ -14,13 +14,14 @@ from dist_moe.cli.config_file import option
 from dist_moe.cli.debug_options import debug_options
 from dist_moe.cli.job import Setting, run_job
 from dist_moe.cli.models import find_model
-from dist_moe.cli.npy_rows import NpyRows, require_writable
+from dist_moe.cli.npy_rows import NpyRows
 from dist_moe.cli.options import LogitsOptions, model_options
 from dist_moe.cli.probes import Probes, make_probes
 from dist_moe.cli.prompt import require_room
 from dist_moe.cli.token_ids import read_ids, require_ids
 from dist_moe.cli.values import PathName
 from dist_moe.engine.engine import Engine
+from dist_moe.files import require_writable
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ COMMANDS = {
     "chat": "Talk with a model, alone or on ranks that it starts itself.",
     "logits": "Write the logits at every position of a list of tokens.",
     "shard": "Make a store, in shards for one or more nodes, from a Hugging Face directory.",
+    "plan": "Predict memory, bytes on the wire and speed of a model on a number of nodes.",
+    "push": "Bring each host of a cluster its shard of a store, and verify it there.",
     "routing": "Show how tokens spread over experts and ranks, from what run --routing wrote.",
     "cache": "List or remove packed models in the cache directory.",
     "bench": "Measure prefill and decode, each as a share of what the machine allows.",

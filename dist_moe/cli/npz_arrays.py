@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 import zipfile
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib import format as npy_format
 
-from dist_moe.cli.npy_rows import require_writable, temporary_beside, write_errors
+from dist_moe.files import NewFile, require_writable, write_errors
 
 
 class NpzArrays:
@@ -65,16 +64,10 @@ class NpzArrays:
                 part.close()
 
     def _write(self) -> None:
-        temporary = temporary_beside(self._path)
-        try:
+        with NewFile(self._path) as file:
             with write_errors(self._path):
-                with temporary.open("xb") as file:
-                    self._write_archive(file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(self._path)
-        finally:
-            temporary.unlink(missing_ok=True)
+                self._write_archive(file.stream)
+            file.commit()
 
     def _write_archive(self, file: IO[bytes]) -> None:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:

@@ -29,6 +29,7 @@ class ModelOptions:
     threads_file: str | None
     bind: Literal["auto", "keep"]
     experts: str
+    exchange: str
     prefill_chunk: int
     check: Literal["fast", "full"]
     stall_timeout: float
@@ -42,7 +43,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class RunOptions(ModelOptions, SamplingChoices, Continuations, DebugOptions, ContextOptions):
-    """`dist-moe run`. At most one of the three prompts is set; `trace` and `greedy` come from the legacy form."""
+    """`dist-moe run`. At most one prompt is set; `expected` (a reference trace) and `greedy` are of the legacy form."""
 
     prompt: str | None
     prompt_file: str | None
@@ -56,7 +57,7 @@ class RunOptions(ModelOptions, SamplingChoices, Continuations, DebugOptions, Con
     quiet: bool
     show_tokens: bool
     greedy: bool = False
-    trace: str | None = None
+    expected: str | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,13 @@ def model_options(command: Decorated) -> Decorated:
             type=OneOf(["auto", "whole", "sliced", "shared"]),
             default="auto",
             help="How ranks divide the experts; the result is the same.",
+        ),
+        option(
+            "--exchange",
+            type=OneOf(["auto", "allreduce", "alltoall"]),
+            default="auto",
+            help="What travels between ranks: exact sums to all (allreduce), or tokens to their experts and back "
+            "(alltoall), which is less for many tokens; auto chooses for each step. The result is the same.",
         ),
         option(
             "--prefill-chunk",

@@ -1,4 +1,4 @@
-"""What `--debug` and `--routing` attach to a runtime, and what they print and write."""
+"""What `--debug`, `--routing`, `--stats` and `--trace` attach to a runtime, and what they print and write."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from pathlib import Path
 import click
 import numpy as np
 
+from dist_moe.cli.chrome_trace import dropped_steps_line, write_chrome_trace
 from dist_moe.cli.debug_options import DebugOptions
-from dist_moe.cli.npy_rows import require_writable
+from dist_moe.cli.ranks_table import ranks_table
 from dist_moe.cli.routing_file import RoutingFile
 from dist_moe.cli.times_table import TimesTable, step_line
 from dist_moe.engine.routing_facts import routing_facts
 from dist_moe.engine.routing_record import RoutingBatch, RoutingSink, recorded_routing
 from dist_moe.engine.runtime import Runtime
-from dist_moe.errors import UsageError
+from dist_moe.errors import Interrupted, UsageError
+from dist_moe.files import require_writable
 from dist_moe.model.stopwatch import StepTimes
 from dist_moe.model_config import ModelConfig
 
@@ -30,15 +32,22 @@ class Probes:
 
     shows_routing: bool = False
     shows_times: bool = False
+    shows_ranks: bool = False
     routing: Path | None = None
+    trace: Path | None = None
     model_name: str = ""
     piece: Piece = str
     _times: TimesTable = field(default_factory=TimesTable)
+    _ranks: list[str] = field(default_factory=list)
 
     @contextmanager
     def attached(self, engine: Runtime) -> Iterator[None]:
-        """Watch what runs inside the block; the file is written at its end, unless an error leaves it."""
+        """Watch what runs inside the block; files are written at its end, unless an error leaves it."""
         with ExitStack() as stack:
+            if self.shows_ranks:
+                stack.enter_context(self._watched_ranks(engine))
+            if self.trace is not None:
+                stack.enter_context(self._traced(engine, self.trace))
             sinks: list[RoutingSink] = []
             if self.shows_routing:
                 sinks.append(self._print_routing)
@@ -55,8 +64,29 @@ class Probes:
 
     def report(self) -> None:
         """Print what is known only at the end."""
-        for line in self._times.lines():
+        for line in (*self._times.lines(), *self._ranks):
             click.echo(line, err=True)
+
+    @contextmanager
+    def _watched_ranks(self, engine: Runtime) -> Iterator[None]:
+        """Keep the table of what runs inside the block."""
+        yield
+        self._ranks = ranks_table(engine.accounts(), engine.hosts)
+
+    @contextmanager
+    def _traced(self, engine: Runtime, path: Path) -> Iterator[None]:
+        """Write the timeline of the block, also if Ctrl-C ends it."""
+        interrupted: Interrupted | None = None
+        with engine.timeline() as timeline:
+            try:
+                yield
+            except Interrupted as error:
+                interrupted = error
+        write_chrome_trace(path, timeline, engine.hosts)
+        if timeline.dropped_steps:
+            click.echo(dropped_steps_line(path, timeline), err=True)
+        if interrupted is not None:
+            raise interrupted
 
     def _take_times(self, times: StepTimes) -> None:
         self._times.add(times)
@@ -85,14 +115,26 @@ def make_probes(
         piece: How a token is shown; the id alone without a tokenizer.
 
     Raises:
-        UsageError: The model has no experts, or the file cannot be written.
+        UsageError: The model has no experts, or a file cannot be written.
     """
     words = set((options.debug or "").split(","))
     if config.experts == 0 and ("routing" in words or options.routing is not None):
         option = "--debug routing" if "routing" in words else f"--routing {options.routing}"
         raise UsageError(f"{option}: this model is dense, no layer routes tokens to experts: leave the option out")
-    path = None
-    if options.routing is not None:
-        path = Path(options.routing)
-        require_writable(path)
-    return Probes("routing" in words, "timing" in words, path, model_name() if path else "", piece)
+    return Probes(
+        shows_routing="routing" in words,
+        shows_times="timing" in words,
+        shows_ranks=options.stats,
+        routing=_writable(options.routing),
+        trace=_writable(options.trace),
+        model_name=model_name() if options.routing is not None else "",
+        piece=piece,
+    )
+
+
+def _writable(name: str | None) -> Path | None:
+    if name is None:
+        return None
+    path = Path(name)
+    require_writable(path)
+    return path

@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_moe import files
 from dist_moe.cli.options import RunOptions
 from dist_moe.cli.text_files import decode, read_limited, read_text
 from dist_moe.cli.token_ids import parse_ids, require_ids
@@ -52,15 +51,14 @@ def read_prompt(options: RunOptions, tokenizer: Tokenizer | None, vocabulary: in
     return Prompt(tuple(ids), text)
 
 
-def read_tokenizer(directory: Path, *, required: bool) -> Tokenizer | None:
-    """The model's tokenizer; without one, None where text can be done without.
+def require_context(ctx: int | None, max_positions: int) -> None:
+    """Refuse a context beyond the model's.
 
     Raises:
-        CheckpointError: The tokenizer is damaged, or missing and required.
+        UsageError: --ctx is more than the model's maximum.
     """
-    if not required and not files.exists(directory / TOKENIZER_FILE):
-        return None
-    return Tokenizer(directory)
+    if ctx is not None and ctx > max_positions:
+        raise UsageError(f"--ctx {ctx} is more than the model's maximum of {max_positions} positions: lower it")
 
 
 def require_room(prompt_tokens: int, context: int, max_positions: int) -> None:

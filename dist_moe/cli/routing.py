@@ -43,9 +43,9 @@ def routing(records: tuple[str, ...], ranks: int | None, plot: str | None, as_js
     if not detect_launcher(os.environ).is_first:
         return
     from dist_moe.cli.heat_map import draw_heat_map, require_matplotlib
-    from dist_moe.cli.npy_rows import require_writable
     from dist_moe.cli.routing_file import read_records
     from dist_moe.engine.routing_load import LoadCounter
+    from dist_moe.files import require_writable
 
     if plot is not None:
         require_matplotlib(Path(plot))

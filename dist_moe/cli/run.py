@@ -20,23 +20,24 @@ from dist_moe.cli.debug_options import debug_options
 from dist_moe.cli.job import EngineTask, Setting, Task, run_job
 from dist_moe.cli.legacy import legacy_values, start_ids
 from dist_moe.cli.models import find_model
-from dist_moe.cli.npy_rows import NpyRows, require_writable
+from dist_moe.cli.npy_rows import NpyRows
 from dist_moe.cli.options import RunOptions, model_options, output_options, prompt_options
 from dist_moe.cli.output import Output
 from dist_moe.cli.probes import Probes, make_probes
-from dist_moe.cli.prompt import Prompt, read_prompt, read_tokenizer, require_room
+from dist_moe.cli.prompt import Prompt, read_prompt, require_context, require_room
+from dist_moe.cli.reference_trace import TraceTask, read_trace
 from dist_moe.cli.sampling import advised_values
 from dist_moe.cli.sampling import sampling_options as chosen_sampling
 from dist_moe.cli.sampling_options import continuation_options, sampling_options
 from dist_moe.cli.saved_prompt import SavedPrompt, read_saved_prompt
-from dist_moe.cli.several import SeveralTask, wants_several
+from dist_moe.cli.several import SeveralTask, overflow_error, wants_several
 from dist_moe.cli.token_lines import token_line
-from dist_moe.cli.trace import TraceTask, read_trace
 from dist_moe.cli.values import PathName, unescape
 from dist_moe.engine.engine import Engine
 from dist_moe.engine.pieces import Result
 from dist_moe.engine.request import SamplingOptions
-from dist_moe.errors import Interrupted, StoreError, UsageError
+from dist_moe.errors import Interrupted, UsageError
+from dist_moe.files import require_writable
 from dist_moe.kernels import KvFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.store.manifest import Manifest
@@ -86,10 +87,7 @@ class RunTask:
         if result.finish_reason == "interrupted":
             raise Interrupted(f"interrupted after {len(result.ids)} tokens")
         if result.finish_reason == "error":
-            raise StoreError(
-                f"the text ended after {len(result.ids)} tokens: {result.error}: "
-                "the weights are damaged (see dist-moe inspect --verify) or this text overflows the model"
-            )
+            raise overflow_error(result, len(result.ids))
 
     def _generate(self, engine: Engine) -> Result:
         with ExitStack() as stack:
@@ -121,18 +119,18 @@ def make_task(options: RunOptions, setting: Setting) -> EngineTask | Task:
         UsageError: The prompt or an option does not fit the model.
         CheckpointError: The model's tokenizer or generation settings cannot be used.
     """
-    config, advised = setting.config, read_generation_config(setting.directory)
+    config, text = setting.config, setting.text
     has_text = options.prompt is not None or options.prompt_file is not None
-    tokenizer = read_tokenizer(setting.directory, required=has_text)
-    if options.trace is not None:
-        return make_trace_task(options, setting, tokenizer)
+    tokenizer = text.require_tokenizer() if has_text else text.tokenizer
+    if options.expected is not None:
+        return make_trace_task(options, setting)
     if options.greedy and not has_text and options.prompt_ids is None:
         options = replace(options, prompt_ids=start_ids(config.vocabulary))
     prompt = read_prompt(options, tokenizer, config.vocabulary, setting.launcher)
     context = context_size(options, len(prompt.ids), config.max_positions)
     sampling = SamplingOptions()
     if not options.greedy:
-        sampling = chosen_sampling(options, advised, tokenizer, config.vocabulary)
+        sampling = chosen_sampling(options, text.advised, tokenizer, config.vocabulary)
     if wants_several(options):
         return SeveralTask(options, prompt, sampling, context, tokenizer, setting.interrupted)
     if options.logits is not None:
@@ -163,34 +161,29 @@ def stop_strings(options: RunOptions, tokenizer: Tokenizer | None) -> tuple[str,
     return tuple(unescape(text) for text in options.stop)
 
 
-def make_trace_task(options: RunOptions, setting: Setting, tokenizer: Tokenizer | None) -> TraceTask:
+def make_trace_task(options: RunOptions, setting: Setting) -> TraceTask:
     """Check a trace, and whether it fits the model and the prompt, before any weight is read.
 
     Raises:
         UsageError: It does not, or cannot be read.
     """
-    config = setting.config
-    prompt_ids = None
+    config, tokenizer, prompt_ids = setting.config, setting.text.tokenizer, None
     if any(getattr(options, name) is not None for name in PROMPTS):
         prompt_ids = read_prompt(options, tokenizer, config.vocabulary, setting.launcher).ids
-    assert options.trace is not None
-    trace = read_trace(options.trace, prompt_ids, options.max_tokens, config.vocabulary)
+    assert options.expected is not None
+    trace = read_trace(options.expected, prompt_ids, options.max_tokens, config.vocabulary)
     context = context_size(options, len(trace.prompt_ids), config.max_positions)
     require_room(len(trace.prompt_ids) + options.max_tokens - 1, context, config.max_positions)
     return TraceTask(
-        name=options.trace,
+        name=options.expected,
         trace=trace,
         steps=options.max_tokens,
         context=context,
-        valid_vocabulary=_valid_vocabulary(config, tokenizer),
+        valid_vocabulary=setting.text.valid_vocabulary,
         as_json=options.json,
         probes=_probes(options, config, tokenizer),
         interrupted=setting.interrupted,
     )
-
-
-def _valid_vocabulary(config: ModelConfig, tokenizer: Tokenizer | None) -> int:
-    return min(config.vocabulary, tokenizer.size if tokenizer else config.vocabulary)
 
 
 def _probes(options: RunOptions, config: ModelConfig, tokenizer: Tokenizer | None) -> Probes:
@@ -203,8 +196,7 @@ def context_size(options: RunOptions, prompt_tokens: int, max_positions: int) ->
     Raises:
         UsageError: --ctx is more than the model's maximum, or the prompt does not fit.
     """
-    if options.ctx is not None and options.ctx > max_positions:
-        raise UsageError(f"--ctx {options.ctx} is more than the model's maximum of {max_positions} positions: lower it")
+    require_context(options.ctx, max_positions)
     context = options.ctx or min(max_positions, prompt_tokens + options.max_tokens)
     require_room(prompt_tokens, context, max_positions)
     return context
@@ -238,10 +230,10 @@ def run(
       dist-moe run -p "Once" --routing once.npz
       dist-moe run model-q8 5 q3_trace
     """  # noqa: D301  click wants the character
-    _keep_one_prompt(context)
+    config_file.keep_one(context, PROMPTS)
     if legacy:
         context.params.update(legacy_values(context))
-    names = {*values, "greedy", "trace"} if legacy else {*values}
+    names = {*values, "greedy", "expected"} if legacy else {*values}
     options = RunOptions(**{name: context.params[name] for name in names})
     if print_config:
         source = find_model(options)
@@ -253,12 +245,3 @@ def run(
     if not legacy and not any(context.params[name] is not None for name in PROMPTS):
         raise UsageError("there is nothing to continue: give --prompt TEXT, --prompt-file FILE or --prompt-ids 1,2,3")
     run_job(options, make_task)
-
-
-def _keep_one_prompt(context: click.Context) -> None:
-    """Forget the prompts of weaker places: a flag replaces the kind of prompt that a config file names."""
-    chosen = config_file.strongest(context, PROMPTS)
-    if len(chosen) > 1:
-        names = " and ".join("--" + name.replace("_", "-") for name in chosen)
-        raise UsageError(f"{names} exclude each other: give one of them")
-    context.params.update({name: None for name in PROMPTS if name not in chosen})

@@ -12,7 +12,8 @@ import click
 
 from dist_moe.cli.config_file import apply, option
 from dist_moe.cli.values import Number, Whole, refuse
-from dist_moe.engine.settings import LARGEST_SEED, MOST_BEAMS, MOST_BIAS, MOST_LOGPROBS, MOST_SAMPLES
+from dist_moe.engine.sampling_limits import NUMBER_LIMITS, WHOLE_LIMITS
+from dist_moe.engine.settings import MOST_BEAMS, MOST_BIAS, MOST_LOGPROBS, MOST_SAMPLES
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -86,6 +87,15 @@ class TextList(click.types.StringParamType):
         return text
 
 
+def _number(name: str) -> Number:
+    return Number(*NUMBER_LIMITS[name])
+
+
+def _whole(name: str) -> Whole:
+    least, most = WHOLE_LIMITS[name]
+    return Whole(min=least, max=most)
+
+
 def sampling_options(command: Decorated) -> Decorated:
     """How tokens are drawn. Logits are changed in the order of the penalties below, then tokens are left out."""
     return apply(command, (*_filters(), *_penalties(), *_dry(), _bias(), _seed()))
@@ -101,32 +111,32 @@ def _filters() -> tuple[Callable[[Any], Any], ...]:
     return (
         option(
             "--temperature",
-            type=Number(0, 100),
+            type=_number("temperature"),
             show_default=from_model.format("0"),
             help="0 takes the best token (greedy); higher is more random. Applied after the penalties; then top-k, "
             "top-p, min-p and typical-p leave tokens out, in this order.",
         ),
         option(
             "--top-k",
-            type=Whole(min=0, max=2**31 - 1),
+            type=_whole("top_k"),
             show_default=from_model.format("0"),
             help="Draw from the k best tokens; 0 is off.",
         ),
         option(
             "--top-p",
-            type=Number(0, 1),
+            type=_number("top_p"),
             show_default=from_model.format("1"),
             help="Draw from the best tokens that reach this probability; 1 is off.",
         ),
         option(
             "--min-p",
-            type=Number(0, 1),
+            type=_number("min_p"),
             show_default=from_model.format("0"),
             help="Leave out tokens less probable than this share of the best one's; 0 is off.",
         ),
         option(
             "--typical-p",
-            type=Number(0, 1),
+            type=_number("typical_p"),
             show_default=from_model.format("1"),
             help="Of what is left, draw from the tokens whose surprise is the most usual one, until they reach this "
             "probability (locally typical sampling); 1 is off.",
@@ -138,25 +148,25 @@ def _penalties() -> tuple[Callable[[Any], Any], ...]:
     return (
         option(
             "--repetition-penalty",
-            type=Number(0.01, 100),
+            type=_number("repetition_penalty"),
             show_default="the model's generation_config.json, else 1",
             help="Divide positive and multiply negative logits of tokens of the prompt and the text; 1 is off.",
         ),
         option(
             "--repeat-last-n",
-            type=Whole(min=-1, max=2**31 - 1),
+            type=_whole("repeat_last_n"),
             default=-1,
             help="How many last tokens --repetition-penalty looks at; -1 is all, 0 none.",
         ),
         option(
             "--presence-penalty",
-            type=Number(-100, 100),
+            type=_number("presence_penalty"),
             default=0.0,
             help="Take this from the logits of tokens that were generated.",
         ),
         option(
             "--frequency-penalty",
-            type=Number(-100, 100),
+            type=_number("frequency_penalty"),
             default=0.0,
             help="Take this from the logit of a token for each time that it was generated.",
         ),
@@ -167,21 +177,21 @@ def _dry() -> tuple[Callable[[Any], Any], ...]:
     return (
         option(
             "--dry-multiplier",
-            type=Number(0, 100),
+            type=_number("dry_multiplier"),
             default=0.0,
             help="DRY: take multiplier * base^(length - allowed length) from the logit of a token that would prolong "
             "a repetition of so many tokens; 0 is off.",
         ),
-        option("--dry-base", type=Number(1, 10), default=1.75, help="DRY: how fast the penalty grows."),
+        option("--dry-base", type=_number("dry_base"), default=1.75, help="DRY: how fast the penalty grows."),
         option(
             "--dry-allowed-length",
-            type=Whole(min=1, max=2**31 - 1),
+            type=_whole("dry_allowed_length"),
             default=2,
             help="DRY: shorter repetitions are free.",
         ),
         option(
             "--dry-last-n",
-            type=Whole(min=-1, max=2**31 - 1),
+            type=_whole("dry_last_n"),
             default=-1,
             help="DRY: how many last tokens are looked at; -1 is all, 0 none.",
         ),
@@ -209,7 +219,7 @@ def _bias() -> Callable[[Any], Any]:
 def _seed() -> Callable[[Any], Any]:
     return option(
         "--seed",
-        type=Whole(min=0, max=LARGEST_SEED),
+        type=_whole("seed"),
         default=0,
         help="Of the random numbers: the same seed gives the same text, on any number of ranks.",
     )

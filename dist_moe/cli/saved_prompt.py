@@ -91,8 +91,7 @@ def read_saved_prompt(options: PromptCacheOptions) -> SavedPrompt | None:
         raise UsageError("--prompt-cache-ro and --prompt-cache-all exclude each other: give one of them")
     path = Path(options.prompt_cache)
     if not options.prompt_cache_ro:
-        with files.NewFile(path):
-            pass  # it can be written
+        files.require_writable(path)
     found = files.exists(path)
     if options.prompt_cache_ro and not found:
         raise UsageError(

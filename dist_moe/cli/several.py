@@ -19,7 +19,7 @@ from dist_moe.engine.statistics import EngineStatistics
 from dist_moe.errors import Interrupted, StoreError, UsageError
 from dist_moe.text.tokenizer import Tokenizer
 
-_ONE_TEXT = ("logits", "routing", "debug", "show_tokens", "stop", "prompt_cache")
+_ONE_TEXT = ("logits", "routing", "debug", "stats", "trace", "show_tokens", "stop", "prompt_cache")
 _DRAWS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 _CHANGES = ("presence_penalty", "frequency_penalty", "dry_multiplier", "logit_bias")
 
@@ -149,10 +149,15 @@ def _judge(results: list[Result]) -> None:
     if any(result.finish_reason == "interrupted" for result in results):
         raise Interrupted(f"interrupted after {longest} tokens")
     if all(result.finish_reason == "error" for result in results):
-        raise StoreError(
-            f"the text ended after {longest} tokens: {results[0].error}: the weights are damaged (see dist-moe "
-            "inspect --verify) or this text overflows the model"
-        )
+        raise overflow_error(results[0], longest)
+
+
+def overflow_error(result: Result, tokens: int) -> StoreError:
+    """What to say where the model's numbers overflowed after so many tokens."""
+    return StoreError(
+        f"the text ended after {tokens} tokens: {result.error}: the weights are damaged (see dist-moe inspect "
+        "--verify) or this text overflows the model"
+    )
 
 
 def _rounded(logprob: float) -> float:

@@ -70,6 +70,31 @@ class WholeList(click.types.StringParamType):
         return ",".join(str(int(part)) for part in parts)
 
 
+class WholeRange(click.types.StringParamType):
+    """A whole number, or two with a - between them, in a range; the value stays a text, see `ends`."""
+
+    def __init__(self, least: int, most: int) -> None:
+        """Both ends are allowed."""
+        self._least, self._most = least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check."""
+        text = super().convert(value, param, ctx)
+        parts = [part.strip() for part in text.split("-")]
+        if not all(part.isdecimal() and part.isascii() for part in parts) or len(parts) > 2:
+            refuse(f"a whole number {_range(self._least, self._most)}, or two like 1-8", value, param, ctx)
+        first, last = int(parts[0]), int(parts[-1])
+        if not self._least <= first <= last <= self._most:
+            refuse(f"a whole number {_range(self._least, self._most)}, or two like 1-8", value, param, ctx)
+        return f"{first}-{last}"
+
+
+def ends(text: str) -> tuple[int, int]:
+    """The first and the last number of a `WholeRange`."""
+    first, _, last = text.partition("-")
+    return int(first), int(last or first)
+
+
 class SomeText(click.types.StringParamType):
     """A text of at least one character, see `unescape`."""
 
@@ -78,6 +103,21 @@ class SomeText(click.types.StringParamType):
         text = super().convert(value, param, ctx)
         if not text:
             refuse("a text of at least one character", value, param, ctx)
+        return text
+
+
+class TextPattern(click.types.StringParamType):
+    """A text of a certain form."""
+
+    def __init__(self, pattern: str, expected: str) -> None:
+        """`pattern` matches it whole; `expected` says what it is."""
+        self._pattern, self._expected = re.compile(pattern), expected
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check."""
+        text = super().convert(value, param, ctx)
+        if not self._pattern.fullmatch(text):
+            refuse(self._expected, value, param, ctx)
         return text
 
 

@@ -21,7 +21,7 @@ from dist_moe.store.manifest import NUMERICS_VERSION, Manifest
 from dist_moe.store.reader import Store
 
 # What ranks say to each other: to be raised when an order, a step, an exchange or a record changes.
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class StartRecord(Versions):
     resident: int = compared("resident positions", 0, _SAME_OPTIONS)
     prefill_chunk: int = compared("prefill chunk", 0, _SAME_OPTIONS)
     experts: str = compared("experts", 16, _SAME_OPTIONS)
+    exchange: str = compared("exchange", 16, _SAME_OPTIONS)
     check: str = compared("check", 8, _SAME_OPTIONS)
     scrub: str = compared("scrub", 8, _SAME_OPTIONS)
     weights: str = compared("weights", 8, _SAME_OPTIONS)
@@ -94,6 +95,7 @@ def own_record(store: Store, kernels: Kernels, library: str, options: EngineOpti
         resident=options.resident_positions,
         prefill_chunk=options.prefill_chunk,
         experts=options.experts,
+        exchange=options.exchange,
         check=options.check,
         scrub="on" if options.scrub else "off",
         weights="copy" if options.copy_weights else "mapped",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from dist_moe.kernels import BLOCK_POSITIONS, GROUP, KvFormat, WeightFormat, kv_block_bytes, packed_bytes
 from dist_moe.model.step import Slice, Step
+from dist_moe.split import VOCABULARY_BLOCK
 from dist_moe.store.manifest import Manifest
 from dist_moe.store.units import UnitKind, unit_bytes, unit_count
 
@@ -78,16 +79,19 @@ def step_work(manifest: Manifest, kv: KvFormat, step: Step, picked_experts: Sequ
         picked_experts: Per layer with a router, ascending: how many experts got at least one token.
     """
     config, T = manifest.config, step.tokens
+    H, G = config.heads, config.kv_heads
+    blocks = unit_count(config, manifest.group_size, "vocabulary", 0)
     picked = iter(picked_experts)
     phases = [_embedding(manifest, step.slices)]
-    attention = (_projections(manifest, T), _attention(manifest, kv, step.slices))
+    attention = (projections_work(manifest, T, H, G), attention_work(manifest, kv, step.slices, H, G))
     for layer in range(config.layers):
         phases += attention
         if config.is_dense(layer):
-            phases.append(_experts(manifest, layer, T, 1, 1))
+            phases.append(experts_work(manifest, layer, T, 1))
         else:
-            phases += [_router(manifest, T), _experts(manifest, layer, T, config.experts_per_token, next(picked))]
-    phases.append(_logits(manifest, len(step.logit_rows)))
+            choices = T * config.experts_per_token
+            phases += [router_work(manifest, T), experts_work(manifest, layer, choices, next(picked))]
+    phases.append(logits_work(manifest, len(step.logit_rows), blocks))
     return StepWork(tuple(phases))
 
 
@@ -96,50 +100,49 @@ def _embedding(manifest: Manifest, slices: Iterable[Slice]) -> Work:
     return Work(bytes=rows * manifest.config.model_dim * _float_bytes(manifest.embedding_format))
 
 
-def _projections(manifest: Manifest, T: int) -> Work:
-    """q, k, v and o, and the norms before them."""
-    config = manifest.config
-    D, P, H, G = config.model_dim, config.head_dim, config.heads, config.kv_heads
-    weight_bytes = H * _unit(manifest, "head") + G * _unit(manifest, "kv_head") + 4 * (D + 2 * P)
-    return _product(manifest.format, weight_bytes, T * D * P * (2 * H + 2 * G))
+def projections_work(manifest: Manifest, tokens: float, heads: int, kv_heads: int) -> Work:
+    """q, k, v and o of some heads, and the norms before them."""
+    D, P = manifest.config.model_dim, manifest.config.head_dim
+    weight_bytes = heads * _unit(manifest, "head") + kv_heads * _unit(manifest, "kv_head") + 4 * (D + 2 * P)
+    return _product(manifest.format, weight_bytes, tokens * D * P * (2 * heads + 2 * kv_heads))
 
 
-def _attention(manifest: Manifest, kv: KvFormat, slices: Iterable[Slice]) -> Work:
+def attention_work(manifest: Manifest, kv: KvFormat, slices: Iterable[Slice], heads: int, kv_heads: int) -> Work:
     """Reading what earlier steps left in the cache; the step's own K and V come out of registers."""
-    config = manifest.config
-    position_bytes = config.kv_heads * kv_block_bytes(kv, config.head_dim) / BLOCK_POSITIONS
+    P = manifest.config.head_dim
+    position_bytes = kv_heads * kv_block_bytes(kv, P) / BLOCK_POSITIONS
     positions = pairs = 0
     for part in slices:
         n = len(part.ids)
         positions += part.position
         pairs += n * part.position + n * (n + 1) // 2
-    products = 2 * pairs * config.heads * config.head_dim  # of q k, and as many of p v
-    int8 = products if kv == KvFormat.Q8 and config.head_dim % GROUP == 0 else 0
+    products = 2 * pairs * heads * P  # of q k, and as many of p v
+    int8 = products if kv == KvFormat.Q8 and P % GROUP == 0 else 0
     return Work(positions * position_bytes, int8, 2 * products - int8)
 
 
-def _router(manifest: Manifest, T: int) -> Work:
+def router_work(manifest: Manifest, tokens: float) -> Work:
+    """The norm before the experts, and the logits of all of them."""
     config = manifest.config
     weight_bytes = packed_bytes(manifest.router_format, config.experts, config.model_dim, 0) + 4 * config.model_dim
-    return _product(manifest.router_format, weight_bytes, T * config.model_dim * config.experts)
+    return _product(manifest.router_format, weight_bytes, tokens * config.model_dim * config.experts)
 
 
-def _experts(manifest: Manifest, layer: int, T: int, choices: int, picked: int) -> Work:
+def experts_work(manifest: Manifest, layer: int, choices: float, picked: float) -> Work:
+    """The MLPs of `picked` experts with `choices` pairs of a token and an expert; a dense MLP is one expert."""
     config = manifest.config
     expert_bytes = manifest.layer_chunks_per_expert(layer) * _unit(manifest, "chunk", layer)
-    return _product(
-        manifest.format, picked * expert_bytes, T * choices * 3 * config.model_dim * config.layer_hidden(layer)
-    )
+    products = choices * 3 * config.model_dim * config.layer_hidden(layer)
+    return _product(manifest.format, picked * expert_bytes, products)
 
 
-def _logits(manifest: Manifest, rows: int) -> Work:
+def logits_work(manifest: Manifest, rows: int, blocks: int) -> Work:
+    """Some blocks of the vocabulary for some tokens."""
     if not rows:
         return Work()
     config = manifest.config
-    blocks = unit_count(config, manifest.group_size, "vocabulary", 0)
-    return _product(
-        manifest.format, blocks * _unit(manifest, "vocabulary"), rows * config.model_dim * config.vocabulary
-    )
+    width = min(config.vocabulary, blocks * VOCABULARY_BLOCK)
+    return _product(manifest.format, blocks * _unit(manifest, "vocabulary"), rows * config.model_dim * width)
 
 
 def _product(fmt: WeightFormat, weight_bytes: float, products: float) -> Work:

@@ -125,7 +125,7 @@ class Measurer:
             return np.array([self._best(run)])
         best = 0.0
         for tokens in (8, 16, 32):
-            columns = _columns_in_cache(fmt, tokens)
+            columns = columns_in_cache(fmt, tokens)
             run = partial(kernels.matmul_peak, _TILE_ROWS, columns, tokens, fmt, _GROUP)
             best = max(best, self._best(run))
         return np.array([best])
@@ -201,7 +201,7 @@ def read_speed(figures_Wn: Figures, node_of_rank: Sequence[int], source: str) ->
     return best
 
 
-def _columns_in_cache(fmt: WeightFormat, tokens: int) -> int:
+def columns_in_cache(fmt: WeightFormat, tokens: int) -> int:
     """Columns of a matrix of 32 rows that stays in L1 together with its operand and its result."""
     operand_bytes = 1 if fmt.quantized else 4
     fits = [

@@ -24,7 +24,7 @@ from dist_moe.kernels import Kernels, KvFormat
 from dist_moe.model.step import Slice, Step
 from dist_moe.model.transformer import Transformer
 from dist_moe.model_config import ModelConfig
-from dist_moe.parallel.plan import make_plan
+from dist_moe.parallel.plan import plan_job
 from dist_moe.store.plan import StoreOptions
 from dist_moe.store.reader import Store
 from dist_moe.store.synthetic import SyntheticModel, write_synthetic
@@ -50,16 +50,10 @@ def overhead_seconds(model: Transformer, kv_format: KvFormat, steps: int) -> flo
     with directory_of_store as directory, Kernels(1, model.kernels.isa) as kernels:
         store = _small_store(model, Path(directory))
         world, config = exchange.world, store.config
-        plan = make_plan(
-            heads=config.heads,
-            heads_per_kv_head=config.heads_per_kv_head,
-            vocabulary=config.vocabulary,
-            rank=world.rank,
-            ranks=world.size,
-            layout=model.share.plan.layout,
-        )
-        small = Transformer(store, plan, exchange, kernels, kv_format, _STEP_TOKENS)
-        crew = Crew(Worker(small, exchange, world.size), exchange, _STEP_TOKENS)
+        layout, group_size = model.share.job.layout, store.manifest.group_size
+        job = plan_job(config, group_size, layout, node_of_rank=world.node_of_rank)
+        small = Transformer(store, job, exchange, kernels, kv_format, _STEP_TOKENS)
+        crew = Crew(Worker(small, exchange), exchange, _STEP_TOKENS)
         if not world.is_leader:
             crew.follow()
             return 0.0

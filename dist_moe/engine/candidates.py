@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from dist_moe.kernels import NO_FAULT, Kernels
 from dist_moe.parallel.exchange import Exchange
-from dist_moe.split import VOCABULARY_BLOCK, contiguous
+from dist_moe.parallel.plan import JobPlan, in_order
+from dist_moe.split import VOCABULARY_BLOCK
 
 Floats = npt.NDArray[np.float32]
 
@@ -38,24 +39,23 @@ class Candidates:
 class CandidateExchange:
     """Turns each rank's logits into candidates on rank 0."""
 
-    def __init__(self, exchange: Exchange, kernels: Kernels, vocabulary: int, ranks: int, rank: int) -> None:
+    def __init__(self, exchange: Exchange, kernels: Kernels, job: JobPlan, rank: int) -> None:
         """Lay out the message.
 
         Args:
             exchange: The collectives.
             kernels: An ISA level with its threads.
-            vocabulary: V, the rows of lm_head over all ranks.
-            ranks: How many ranks there are.
+            job: Which rank has which blocks of lm_head.
             rank: This one.
         """
         self._exchange = exchange
         self._kernels = kernels
-        self._vocabulary = vocabulary
-        blocks = -(-vocabulary // VOCABULARY_BLOCK)
-        self._blocks = [contiguous(blocks, ranks, r) for r in range(ranks)]
-        self._own = self._blocks[rank]
-        self._max_blocks = len(self._blocks[0])
-        self._count = min(CANDIDATES, vocabulary)
+        self._vocabulary = sum(plan.vocabulary_rows for plan in job.plans)
+        self._own = np.array(job.plans[rank].vocabulary_blocks, np.int32)
+        self._block_counts = [len(plan.vocabulary_blocks) for plan in job.plans]
+        self._max_blocks = max(self._block_counts)
+        self._place_B = in_order(block for plan in job.plans for block in plan.vocabulary_blocks)
+        self._count = min(CANDIDATES, self._vocabulary)
 
     def gather(
         self,
@@ -81,19 +81,16 @@ class CandidateExchange:
         """
         N, C, B = len(logits_Nv), self._count, self._max_blocks
         message = np.zeros((N, 2 * C + (2 + unit_sums) * B), dtype=np.int32)
-        if self._own:
-            first_id = self._own.start * VOCABULARY_BLOCK
-            part = local_candidates(
-                self._kernels, logits_Nv, temperatures, valid_vocabulary - first_id, first_id, C, fault_N, layer
-            )
-            b = len(self._own)
-            message[:, :C] = part.ids_NC
+        b = len(self._own)
+        if b:
+            valid = self._valid_columns(valid_vocabulary)
+            part = local_candidates(self._kernels, logits_Nv, temperatures, valid, C, fault_N, layer)
+            message[:, :C] = self._ids_of(part.ids_NC)
             message[:, C : 2 * C] = part.logits_NC.view(np.int32)
             message[:, 2 * C : 2 * C + b] = part.max_Nb.view(np.int32)
             message[:, 2 * C + B : 2 * C + B + b] = part.sum_Nb.view(np.int32)
             if unit_sums:
-                ones, valid = (1.0,) * N, max(0, valid_vocabulary - first_id)
-                _, unit_sum_Nb = block_sums(self._kernels, logits_Nv, ones, valid, fault_N, layer)
+                _, unit_sum_Nb = block_sums(self._kernels, logits_Nv, (1.0,) * N, valid, fault_N, layer)
                 message[:, 2 * C + 2 * B : 2 * C + 2 * B + b] = unit_sum_Nb.view(np.int32)
         else:
             message[:, :C] = -1
@@ -101,6 +98,16 @@ class CandidateExchange:
         if gathered is None:
             return None
         return [self._merge(gathered[:, row], valid_vocabulary) for row in range(N)]
+
+    def _valid_columns(self, valid_vocabulary: int) -> int:
+        """How many of this rank's columns, which ascend by id, stand for ids below `valid_vocabulary`."""
+        return int(np.clip(valid_vocabulary - self._own * VOCABULARY_BLOCK, 0, VOCABULARY_BLOCK).sum())
+
+    def _ids_of(self, column_NC: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """The ids of this rank's columns; -1 stays."""
+        block_NC, row_NC = np.divmod(column_NC, VOCABULARY_BLOCK)
+        ids: npt.NDArray[np.int32] = np.where(column_NC < 0, -1, self._own[block_NC] * VOCABULARY_BLOCK + row_NC)
+        return ids
 
     def _merge(self, words: npt.NDArray[np.int32], valid_vocabulary: int) -> Candidates:
         C, B = self._count, self._max_blocks
@@ -110,17 +117,17 @@ class CandidateExchange:
         self._kernels.merge_candidates(ids, logits)
         # Behind the candidates: maxima, sums, and sums at temperature 1 if there are any.
         parts = [
-            np.concatenate([words[r, at : at + len(own)] for r, own in enumerate(self._blocks)]).view(np.float32)
+            np.concatenate([words[r, at : at + b] for r, b in enumerate(self._block_counts)])[self._place_B]
             for at in range(2 * C, words.shape[1], B)
         ]
         # Only the best C are certain: a rank's next one, not sent, may beat what follows them.
         return Candidates(
             ids_C=ids[:C],
             logits_C=logits[:C],
-            max_B=parts[0],
-            sum_B=parts[1],
+            max_B=parts[0].view(np.float32),
+            sum_B=parts[1].view(np.float32),
             complete=min(valid_vocabulary, self._vocabulary) <= C,
-            unit_sum_B=parts[2] if len(parts) > 2 else None,
+            unit_sum_B=parts[2].view(np.float32) if len(parts) > 2 else None,
         )
 
 
@@ -156,17 +163,16 @@ def local_candidates(
     logits_Nv: Floats,
     temperatures: Sequence[float],
     valid: int,
-    first_id: int,
     count: int,
     fault_N: npt.NDArray[np.int32],
     layer: int,
 ) -> LocalCandidates:
-    """The best `count` of each row's logits and the sums of its blocks; columns from `valid` on are masked."""
+    """The best `count` columns of each row's logits, the sums of its blocks; those from `valid` on are masked."""
     N, v = logits_Nv.shape
     valid = max(0, min(valid, v))
     max_Nb, sum_Nb = block_sums(kernels, logits_Nv, temperatures, valid, fault_N, layer)
     ids_NC, logits_NC = np.empty((N, count), dtype=np.int32), np.empty((N, count), dtype=np.float32)
-    kernels.top_logits(ids_NC, logits_NC, logits_Nv, valid, first_id)
+    kernels.top_logits(ids_NC, logits_NC, logits_Nv, valid, 0)
     return LocalCandidates(ids_NC, logits_NC, max_Nb, sum_Nb)
 
 
@@ -175,7 +181,7 @@ def row_candidates(
 ) -> Candidates:
     """The candidates of one whole row of logits on rank 0."""
     fault_N = np.full(1, NO_FAULT, dtype=np.int32)
-    part = local_candidates(kernels, logits_V[None], [temperature], valid_vocabulary, 0, count, fault_N, 0)
+    part = local_candidates(kernels, logits_V[None], [temperature], valid_vocabulary, count, fault_N, 0)
     valid = min(valid_vocabulary, len(logits_V))
     found = min(count, valid)
     return Candidates(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
 
+from dist_moe.engine.accounts import Accounts
+from dist_moe.engine.books import Books
 from dist_moe.engine.kv_transfer import RowsSink, RowsSource
+from dist_moe.engine.timeline import Timeline
 from dist_moe.engine.worker import RowSink, StepResult, Worker
 from dist_moe.model.step import Step
 from dist_moe.parallel.exchange import HEADER_WORDS, Exchange
@@ -29,13 +32,14 @@ class Order(IntEnum):
 
     STEP = 1  # run the step whose words follow; argument: how many words
     FETCH = 2  # gather the whole logits of a row of the last step; argument: the row
-    REPORT = 3  # gather the ranks' ledgers
+    REPORT = 3  # bring the ranks' notes to rank 0
     STOP = 4  # return from follow()
     COMPARE = 5  # compare the hashes of what all ranks hold alike
     SCRUB = 6  # finish the first pass over the mapped weights, then compare
     MEASURE = 7  # what bench asks of all ranks at once; argument: what and how much
     SAVE = 8  # show rank 0 K and V of a sequence; arguments: its name, how many positions
     RESTORE = 9  # take K and V of a new sequence from rank 0; arguments likewise
+    MARK = 11  # mark the parts of steps from now on, or no longer; argument: which
     SAY = 10  # return the text that follows from follow(); argument: its bytes in UTF-8
 
 
@@ -47,10 +51,18 @@ class Crew:
     """All ranks of a job, from one rank's side: rank 0 gives orders, the others follow them.
 
     Attributes:
+        books: What the ranks noted of their times and bytes.
         busy: An order is being carried out, or was when an error left it: no other may be given.
     """
 
-    def __init__(self, worker: Worker, exchange: Exchange, step_tokens: int, measurer: Measurer | None = None) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        exchange: Exchange,
+        step_tokens: int,
+        measurer: Measurer | None = None,
+        partitions: Callable[[int], bool] = lambda tokens: False,
+    ) -> None:
         """Prepare the messages.
 
         Args:
@@ -58,21 +70,24 @@ class Crew:
             exchange: The collectives.
             step_tokens: Tokens of the largest step, for the size of its words.
             measurer: Does this rank's part of a measurement.
+            partitions: On rank 0, whether a step of so many tokens is partitioned by them.
         """
         self._worker = worker
         self._measurer = measurer
+        self._partitions = partitions
         self._exchange = exchange
         self._progress = exchange.world.progress
         self._header = np.zeros(HEADER_WORDS, dtype=np.int64)
         self._words = np.empty(8 * step_tokens + 64, dtype=np.int64)
-        self._step_s = 0.0
-        self._collective_s = 0.0
+        self.books = Books(exchange, worker.stopwatch, worker.work_L2)
         self.busy = False
 
     # ---- rank 0 ----
 
     def run(self, step: Step, sink: RowSink | None = None) -> StepResult:
         """Run a step on all ranks; see Worker.run."""
+        if self._partitions(step.tokens):
+            step = replace(step, partitioned=True)
         words = step.pack()
         with self._working(Order.STEP):
             self._post(Order.STEP, len(words))
@@ -90,13 +105,18 @@ class Crew:
         logits_V: Floats = logits_NV[0]
         return logits_V
 
-    def report(self) -> npt.NDArray[np.float64]:
-        """Per rank: seconds in steps, seconds in collectives inside them, bytes sent."""
+    def report(self) -> Accounts:
+        """All ranks' times and bytes up to now."""
         with self._working(Order.REPORT):
             self._post(Order.REPORT)
-            ranks_R3 = self._report()
-        assert ranks_R3 is not None
-        return ranks_R3
+            self.books.settle()
+        return self.books.accounts
+
+    def mark_steps(self, on: bool) -> None:
+        """Let all ranks mark the parts of each step, or no longer, for `books.timeline`."""
+        with self._working(Order.MARK):
+            self._post(Order.MARK, int(on))
+            self.books.mark_steps(on)
 
     def measure(self, argument: int) -> Figures:
         """Let all ranks measure something at once.
@@ -171,7 +191,9 @@ class Crew:
         elif order is Order.FETCH:
             self._worker.fetch_row(argument)
         elif order is Order.REPORT:
-            self._report()
+            self.books.settle()
+        elif order is Order.MARK:
+            self.books.mark_steps(bool(argument))
         elif order is Order.COMPARE:
             self._worker.health.compare()
         elif order is Order.SCRUB:
@@ -211,21 +233,33 @@ class Crew:
         return words
 
     def _run(self, step: Step, sink: RowSink | None) -> StepResult | None:
-        started_s, collective_s = time.perf_counter(), self._exchange.ledger.seconds
+        self.books.begin_step(step.tokens, len(step.slices))
         result = self._worker.run(step, sink)
-        elapsed_s = time.perf_counter() - started_s
-        collective_s = self._exchange.ledger.seconds - collective_s
-        self._step_s += elapsed_s
-        self._collective_s += collective_s
+        self.books.end_step()
         if logger.isEnabledFor(logging.DEBUG):
-            what = (step.tokens, len(step.slices), elapsed_s * 1e3, collective_s * 1e3)
+            what = (step.tokens, len(step.slices), *self._exchange.ledger.last_step_ms())
             logger.debug("step of %d tokens, %d sequences: %.2f ms, of which %.2f ms in exchanges", *what)
         return result
-
-    def _report(self) -> npt.NDArray[np.float64] | None:
-        own = np.array([self._step_s, self._collective_s, self._exchange.ledger.sent_bytes], dtype=np.float64)
-        return self._exchange.gather_equal(own)
 
     def _measure(self, argument: int) -> Figures | None:
         assert self._measurer is not None
         return self._exchange.gather_equal(self._measurer(argument))
+
+
+@contextmanager
+def recorded_timeline(crew: Crew) -> Iterator[Timeline]:
+    """Keep a timeline of the steps inside the block, on rank 0; it is complete after the block."""
+    timeline = crew.books.timeline = Timeline()
+    crew.mark_steps(True)
+    try:
+        yield timeline
+    except AgreedError:
+        raise  # the other ranks are no longer there
+    except BaseException:
+        if not crew.busy:
+            crew.mark_steps(False)
+        raise
+    else:
+        crew.mark_steps(False)
+    finally:
+        crew.books.timeline = None

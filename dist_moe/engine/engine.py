@@ -54,6 +54,7 @@ class Engine(SeveralTexts):
         threads: int | None = None,
         kv: str = "f16",
         experts: str = "auto",
+        exchange: str = "auto",
         prefill_chunk: int = 256,
         weights: str = "mapped",
         isa: str | None = None,
@@ -70,12 +71,13 @@ class Engine(SeveralTexts):
 
         Args:
             store: A store, a Hugging Face directory or a GGUF file, the latter two packed once into the cache
-                directory; None or "demo" is the bundled demo model.
+                directory; None or "demo" is the bundled demo model. Each host may give its own place.
             comm: An mpi4py communicator whose ranks run the model. None: all ranks of mpirun, or this process alone.
             context: Tokens of a sequence at most, prompt included; None: 8192, or the model's maximum if that is less.
             threads: Of this rank; None: its share of the host's cores.
             kv: Format of the KV cache: f32, f16 or q8.
             experts: How ranks divide the experts, with one result: auto, whole, sliced or shared.
+            exchange: What travels between ranks, with one result: auto, allreduce (sums) or alltoall (tokens).
             prefill_chunk: Prompt tokens of a step at most; the result is the same.
             weights: mapped (files as the system caches them) or copy (into huge pages of each rank).
             isa: Instruction set level of the kernels on this rank; None: the best.
@@ -99,7 +101,9 @@ class Engine(SeveralTexts):
         with own_errors():
             job = Job(threads if isinstance(threads, int) else None, start_timeout_s, lambda _: stall_timeout_s, comm)
             finalize_at_exit()
-            name = job.of_leader("" if store in (None, DEMO) else os.fspath(store or ""))
+            own = "" if store in (None, DEMO) else os.fspath(store or "")
+            leader = job.of_leader(own)
+            name = own if own and leader else leader
             super().__init__(job, settings, lambda: find_model(name or None, quant, "", "quant="), Shows())
 
     @classmethod

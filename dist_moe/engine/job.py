@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dist_moe.engine.agreement import agree_on_versions
 from dist_moe.engine.startup import name_bus_errors
-from dist_moe.errors import DistMoeError
+from dist_moe.errors import DistMoeError, UsageError
 from dist_moe.parallel.launcher import detect_launcher
 from dist_moe.parallel.lifeline import hold_lifeline, start_deadline
 from dist_moe.parallel.mpi import abort_channel, running_mpi
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from dist_moe.parallel.world import Intracomm
 
 Made = TypeVar("Made")
+Fields = TypeVar("Fields", bound=Any)
 # Shows how packing goes, unless it is told to be quiet.
 ShowPacking = Callable[[bool], AbstractContextManager[Progress]]
 
@@ -103,6 +105,18 @@ class Job:
         return self.world.gather_texts(text)[0]
 
 
+def fields_of_leader(world: World, own: Fields, kept: Collection[str]) -> Fields:
+    """Rank 0's values: scripts and environments may differ between hosts, the steps may not; collective.
+
+    Args:
+        world: All ranks.
+        own: This rank's dataclass, of values that JSON can say.
+        kept: What a host may decide for its own ranks.
+    """
+    leader = json.loads(world.gather_texts(json.dumps(dataclasses.asdict(own)))[0])
+    return dataclasses.replace(own, **{name: leader[name] for name in leader if name not in kept})
+
+
 def finalize_at_exit() -> None:
     """Let the process end MPI in good order when the script is done, as mpi4py does where it has started MPI."""
     atexit.register(_finalize)
@@ -128,8 +142,13 @@ def local_store(world: World, source: ModelSource, *, full_check: bool, show: Sh
         show: Shows how packing goes.
 
     Raises:
-        AgreedError: Some node could not pack it.
+        AgreedError: Some node could not pack it, or some have a store and others a checkpoint.
     """
+    kinds = world.gather_texts("a store" if source.format is None else f"a checkpoint to pack as {source.format.label}")
+    for rank, kind in enumerate(kinds):
+        if kind != kinds[0]:
+            where = f"{world.hosts[0]} has {kinds[0]}, {world.hosts[rank]} {kind}"
+            raise AgreedError((f"{where}: give every host the model in one form",), UsageError.exit_code)
     if source.format is None:
         return source.path
     directory, error = Path(), None

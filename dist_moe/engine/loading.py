@@ -13,14 +13,14 @@ from dist_moe.engine.verification import verify_together
 from dist_moe.kernels import Kernels
 from dist_moe.model.transformer import Transformer
 from dist_moe.parallel.exchange import Exchange
-from dist_moe.parallel.plan import Plan
+from dist_moe.parallel.plan import JobPlan
 from dist_moe.store.reader import Store
 
 
 def load_model(
     exchange: Exchange,
     store: Store,
-    plans: Sequence[Plan],
+    job: JobPlan,
     kernels: Kernels,
     options: EngineOptions,
     step_tokens: int,
@@ -32,7 +32,7 @@ def load_model(
     Args:
         exchange: The collectives.
         store: The open store.
-        plans: Every rank's share, by rank.
+        job: All ranks' shares.
         kernels: What will compute.
         options: How the engine runs.
         step_tokens: Tokens of the largest step.
@@ -44,11 +44,10 @@ def load_model(
     """
     world, copy = exchange.world, options.copy_weights
     demand = Demand(options.kv, max(options.context, options.resident_positions), step_tokens, copy)
-    needs = check_memory(world, store.manifest, plans, demand, records)
+    needs = check_memory(world, store.manifest, job.plans, demand, records)
     if options.check == "full":
         verify_together(world, store)
-    plan = plans[world.rank]
-    model = agreed(world, "load", lambda: Transformer(store, plan, exchange, kernels, options.kv, step_tokens, copy))
+    model = agreed(world, "load", lambda: Transformer(store, job, exchange, kernels, options.kv, step_tokens, copy))
     layers = layers_with_room(world, needs[world.node], records, store.config.layers)
     bring_in_weights(world, model, routed_layers=layers, on_reading=on_reading)
     return model

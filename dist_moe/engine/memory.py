@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from dist_moe.engine.agreement import StartRecord
 from dist_moe.engine.record import show_bytes
 from dist_moe.errors import UsageError
@@ -18,6 +20,7 @@ from dist_moe.model.step import MAX_LOGIT_ROWS
 from dist_moe.model.workspace import workspace_bytes
 from dist_moe.parallel.plan import Plan
 from dist_moe.parallel.world import AgreedError, World
+from dist_moe.store.layout import weight_layout
 from dist_moe.store.manifest import COMMON_NAME, Manifest
 from dist_moe.store.units import UnitKind, chunks_per_expert, unit_bytes
 
@@ -125,7 +128,7 @@ def host_need(manifest: Manifest, plans: Sequence[Plan], threads: Sequence[int],
     """What the ranks of one host need together.
 
     Args:
-        manifest: The store's.
+        manifest: The store's; that of one which is not written yet has no files.
         plans: These ranks' shares.
         threads: Compute threads of each of them.
         demand: The options that count.
@@ -134,7 +137,7 @@ def host_need(manifest: Manifest, plans: Sequence[Plan], threads: Sequence[int],
     always_bytes, chunk_bytes, picked_bytes = _weights(manifest, plans)
     embedding_bytes = config.vocabulary * config.model_dim * (2 if manifest.embedding_format.label == "bf16" else 4)
     common = manifest.file(COMMON_NAME)
-    common_bytes = common.file_bytes if common else embedding_bytes
+    common_bytes = common.file_bytes if common else weight_layout(manifest, COMMON_NAME).file_bytes
     blocks = -(-demand.context // BLOCK_POSITIONS)
     kv_heads = sum(len(plan.kv_heads) for plan in plans)
     copied_bytes = 0
@@ -165,7 +168,7 @@ def _weights(manifest: Manifest, plans: Sequence[Plan]) -> tuple[int, int, int]:
     kinds = Counter((config.is_dense(layer), config.layer_hidden(layer)) for layer in range(config.layers))
     for layer in range(config.layers):
         count = kinds.pop((config.is_dense(layer), config.layer_hidden(layer)), 0)
-        own_bytes = count * _chunk_count(manifest, plans, layer) * _unit(manifest, "chunk", layer) if count else 0
+        own_bytes = count * _chunk_count(plans, layer) * _unit(manifest, "chunk", layer) if count else 0
         if config.is_dense(layer):
             always_bytes += own_bytes
         else:
@@ -174,12 +177,9 @@ def _weights(manifest: Manifest, plans: Sequence[Plan]) -> tuple[int, int, int]:
     return always_bytes, chunk_bytes, picked_bytes
 
 
-def _chunk_count(manifest: Manifest, plans: Sequence[Plan], layer: int) -> int:
+def _chunk_count(plans: Sequence[Plan], layer: int) -> int:
     """Chunks of one layer that these ranks may read."""
-    experts = manifest.config.layer_experts(layer)
-    chunks = chunks_per_expert(manifest.config, manifest.group_size, layer)
-    owned = [plan.owned_chunks(experts, chunks) for plan in plans]
-    return sum(experts * chunks if own is None else len(own) for own in (owned[:1] if owned[0] is None else owned))
+    return len(np.unique(np.concatenate([plan.readable_chunks(layer) for plan in plans])))
 
 
 def _unit(manifest: Manifest, kind: UnitKind, layer: int = 0) -> int:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dist_moe.engine.job import Job, ShowPacking, local_store
+from dist_moe.engine.job import Job, ShowPacking, fields_of_leader, local_store
 from dist_moe.engine.options import EngineOptions
 from dist_moe.engine.questions import TextSide
 from dist_moe.engine.read_ahead import ReadProgress
@@ -19,7 +17,6 @@ from dist_moe.errors import UsageError
 from dist_moe.kernels import KvFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.parallel.cores import CoreShare, describe_cores, share_cores, thread_cores
-from dist_moe.parallel.plan import make_plan
 from dist_moe.store.manifest import Manifest
 from dist_moe.store.models import ModelSource
 from dist_moe.store.reader import Store
@@ -65,12 +62,13 @@ class Opening:
         with world.progress.loading():
             with world.together("checking the options"):
                 settings.require_valid()
-            self.settings = _settings_of_leader(job, settings)
+            self.settings = fields_of_leader(world, settings, _OWN_SETTINGS)
             with world.together("reading the model"):
                 self._source = find()
                 self._scaling = RopeScaling.parse(self.settings.rope_scaling) if self.settings.rope_scaling else None
-                self.config: ModelConfig = scale_config(self._source.read_config(), self._scaling)
-                require_heads(self.config, world.size)
+                self.config: ModelConfig = scale_config(
+                    self._source.read_config(with_text=world.is_leader), self._scaling
+                )
             self._cores = self._share_cores()
         if self._scaling is not None and world.is_leader:
             words = (
@@ -98,13 +96,14 @@ class Opening:
         directory = local_store(world, self._source, full_check=full_check, show=self._shows.packing)
         opening_since_s = time.perf_counter()
         with world.progress.loading(), world.together("opening the store"):
-            store = Store.open(directory, rope_scaling=self._scaling)
+            store = Store.open(directory, rope_scaling=self._scaling, with_text=world.is_leader)
         kv = KvFormat.parse(settings.kv)
         self._job.on_leader(lambda: accept(store.manifest, kv) if accept is not None else None)
         options = EngineOptions(
             context=context,
             threads=self._cores.threads,
             experts=settings.experts,
+            exchange=settings.exchange,
             kv=kv,
             resident=settings.resident,
             prefill_chunk=settings.prefill_chunk,
@@ -127,22 +126,6 @@ class Opening:
         return share_cores(world, self._job.launcher, "keep" if settings.bind == "keep" else "auto", threads)
 
 
-def require_heads(config: ModelConfig, ranks: int) -> None:
-    """Refuse more ranks than the model can be cut into, before a long conversion.
-
-    Raises:
-        UsageError: There are more ranks than query heads.
-    """
-    make_plan(
-        heads=config.heads,
-        heads_per_kv_head=config.heads_per_kv_head,
-        vocabulary=config.vocabulary,
-        rank=0,
-        ranks=ranks,
-        layout="whole",
-    )
-
-
 def choose_context(wanted: int | None, config: ModelConfig, default: int) -> int:
     """Positions of a sequence at most.
 
@@ -163,9 +146,3 @@ def threads_of_host(table: Mapping[str, int], host: str) -> int | None:
     """The entry of a host: by its whole name, else by the part before the first dot, on either side."""
     short = {name.partition(".")[0]: threads for name, threads in table.items()}
     return table.get(host) or table.get(host.partition(".")[0]) or (short.get(host) if "." not in host else None)
-
-
-def _settings_of_leader(job: Job, settings: Settings) -> Settings:
-    """Rank 0's settings: scripts and environments may differ between hosts, the steps may not."""
-    leader = json.loads(job.of_leader(json.dumps(dataclasses.asdict(settings))))
-    return dataclasses.replace(settings, **{name: leader[name] for name in leader if name not in _OWN_SETTINGS})

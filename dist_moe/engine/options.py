@@ -11,7 +11,8 @@ from dist_moe.kernels import KvFormat
 class EngineOptions:
     """How the engine runs; every rank needs the same ones, but for `threads`, `isa` and `bind`.
 
-    `context`: positions of a sequence at most. `experts`: auto, whole, sliced or shared. `isa` None: the best level.
+    `context`: positions of a sequence at most. `experts`: auto, whole, sliced or shared.
+    `exchange`: auto, allreduce or alltoall. `isa` None: the best level.
     `check`: "full" recomputes the checksums of all weights first, "fast" leaves it at what opening the store did.
     `scrub`: recompute those of mapped weights in idle time, too. `bind`: a core for each thread (`parallel.cores`).
     `resident`: positions of K and V that sequences may hold together, finished ones too, for prompts that begin like
@@ -22,6 +23,7 @@ class EngineOptions:
     context: int
     threads: int = 1
     experts: str = "auto"
+    exchange: str = "auto"
     kv: KvFormat = KvFormat.F16
     prefill_chunk: int = 256
     isa: str | None = None

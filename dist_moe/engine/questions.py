@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+from dist_moe import files
 from dist_moe.engine.request import LogitsCallback, Request, SamplingOptions
-from dist_moe.engine.sampling_limits import check_sampling
-from dist_moe.engine.settings import DEFAULT_MAX_TOKENS, LARGEST_SEED, MOST_LOGPROBS, require_number, require_whole
+from dist_moe.engine.sampling_limits import check_limits, check_sampling
+from dist_moe.engine.settings import DEFAULT_MAX_TOKENS, MOST_LOGPROBS, require_whole
 from dist_moe.errors import UsageError
 from dist_moe.model_config import ModelConfig
 from dist_moe.text.chat import ChatFormat
@@ -21,6 +22,7 @@ from dist_moe.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 Prompt = str | Sequence[int]
 logger = logging.getLogger(__name__)
+_DRAWN = ("temperature", "top_k", "top_p", "min_p", "seed")  # options that change the sampling
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -93,12 +95,7 @@ class Wishes:
         if several and self.on_logits is not None:
             raise UsageError("on_logits: it is told no prompt's index: give one prompt at a time")
         require_whole("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        for name, most in (("temperature", 100.0), ("top_p", 1.0), ("min_p", 1.0)):
-            if getattr(self, name) is not None:
-                require_number(name, getattr(self, name), 0, most)
-        for name, limit in (("top_k", 2**31 - 1), ("seed", LARGEST_SEED)):
-            if getattr(self, name) is not None:
-                require_whole(name, getattr(self, name), 0, limit)
+        check_limits({name: getattr(self, name) for name in _DRAWN if getattr(self, name) is not None})
         require_whole("continued", self.continued, 0, 2**31 - 1)
         if self.logprobs is not None:
             require_whole("logprobs", self.logprobs, 0, MOST_LOGPROBS)
@@ -127,22 +124,16 @@ class TextSide:
         """
         self.directory = directory
         self._config = config
-        self._tokenizer: Tokenizer | None = None
-        self._looked = False
-        self._chat_format: ChatFormat | None = None
         self.advised = read_generation_config(directory)
 
-    @property
+    @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer, or None if it has none.
 
         Raises:
             CheckpointError: It is damaged.
         """
-        if not self._looked:
-            self._tokenizer = Tokenizer(self.directory) if (self.directory / TOKENIZER_FILE).exists() else None
-            self._looked = True
-        return self._tokenizer
+        return Tokenizer(self.directory) if files.exists(self.directory / TOKENIZER_FILE) else None
 
     def require_tokenizer(self) -> Tokenizer:
         """The model's tokenizer.
@@ -152,16 +143,14 @@ class TextSide:
         """
         return self.tokenizer or Tokenizer(self.directory)
 
-    @property
+    @functools.cached_property
     def chat_format(self) -> ChatFormat:
         """How the model frames conversations.
 
         Raises:
             CheckpointError: It has no chat template.
         """
-        if self._chat_format is None:
-            self._chat_format = ChatFormat.read(self.directory, self.require_tokenizer())
-        return self._chat_format
+        return ChatFormat.read(self.directory, self.require_tokenizer())
 
     @property
     def valid_vocabulary(self) -> int:
@@ -181,7 +170,7 @@ class TextSide:
         else:
             names = {name for name in vars(self.advised) if hasattr(SamplingOptions, name)}
             base = SamplingOptions(**{name: getattr(self.advised, name) for name in names})
-        chosen = {name: getattr(wishes, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
+        chosen = {name: getattr(wishes, name) for name in _DRAWN}
         return replace(base, **{name: value for name, value in chosen.items() if value is not None})
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:

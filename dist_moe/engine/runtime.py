@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 
 import numpy as np
 import numpy.typing as npt
 
+from dist_moe.engine.accounts import Accounts
 from dist_moe.engine.agreement import agree_on, log_records, own_record
 from dist_moe.engine.beam_search import BeamSearch
 from dist_moe.engine.beams import BeamOptions
-from dist_moe.engine.crew import Crew
+from dist_moe.engine.crew import Crew, recorded_timeline
+from dist_moe.engine.exchange_rule import partition_rule
 from dist_moe.engine.generation import Drawn, Generation
+from dist_moe.engine.inventory import plan_from_inventory, take_inventory
 from dist_moe.engine.leader import Leader
 from dist_moe.engine.loading import load_model
 from dist_moe.engine.options import EngineOptions
@@ -24,14 +27,15 @@ from dist_moe.engine.read_ahead import ReadProgress
 from dist_moe.engine.request import Completion, Request, check_prompt, describe_fault
 from dist_moe.engine.schedule import Part, Schedule, count_tokens
 from dist_moe.engine.scrub import start_scrub
-from dist_moe.engine.startup import agreed, choose_layout, open_exchange
+from dist_moe.engine.startup import agreed, open_exchange
 from dist_moe.engine.statistics import Clock, EngineStatistics, summarize
 from dist_moe.engine.text_logits import text_logits
+from dist_moe.engine.timeline import Timeline
 from dist_moe.engine.worker import RowSink, StepResult, Worker
 from dist_moe.kernels import NO_FAULT, Kernels
 from dist_moe.model.step import MAX_LOGIT_ROWS
 from dist_moe.parallel.cores import may_spin
-from dist_moe.parallel.plan import Plan, make_plan
+from dist_moe.parallel.cost import WireShape
 from dist_moe.parallel.world import World
 from dist_moe.store.reader import Store
 
@@ -65,7 +69,7 @@ class Runtime:
         """
         started_s = time.perf_counter() if loading_since_s is None else loading_since_s
         self.config = store.config
-        self.is_leader = world.is_leader
+        self.is_leader, self.hosts = world.is_leader, world.hosts
         spin = may_spin(world, options.threads, os.environ)
         self.kernels = agreed(world, "start", lambda: Kernels(options.threads, options.isa, spin))
         if options.bind is not None:
@@ -76,15 +80,18 @@ class Runtime:
         if world.is_leader:
             log_records(records, world.hosts)
         exchange = open_exchange(world, spin, os.environ)
-        self.layout = agreed(world, "start", lambda: choose_layout(store, exchange, options.layout))
-        plans = agreed(world, "start", lambda: [self._plan(rank, world.size) for rank in range(world.size)])
-        self.model = load_model(exchange, store, plans, self.kernels, options, self._step_tokens, records, on_reading)
-        self._scrubber = start_scrub(world, self.model.weights, plans[world.rank]) if options.scrub else None
-        worker = Worker(self.model, exchange, world.size, self._scrubber)
-        self._crew = Crew(worker, exchange, self._step_tokens, self._measure)
+        inventory = agreed(world, "start", lambda: take_inventory(world, store, records))
+        job = agreed(world, "start", lambda: plan_from_inventory(world, store.manifest, inventory, options.layout))
+        self.layout = job.layout
+        self.model = load_model(exchange, store, job, self.kernels, options, self._step_tokens, records, on_reading)
+        self._scrubber = start_scrub(world, self.model.weights, job.plans[world.rank]) if options.scrub else None
+        worker = Worker(self.model, exchange, self._scrubber)
+        shape = WireShape.of(self.config, store.manifest.format.quantized)
+        partitions = partition_rule(options.exchange, shape, world.nodes, exchange.link_costs)
+        self._crew = Crew(worker, exchange, self._step_tokens, self._measure, partitions)
         self._prefixes = PrefixIndex(options.resident_positions)
         self.prompt_cache = PromptCache(self._crew, self._prefixes, store.manifest, options.kv)
-        self._clock = Clock(self.model.stopwatch)
+        self._clock = Clock(self.model.stopwatch, exchange.ledger)
         self._leader = Leader(self._crew, self.kernels, self._prefixes, self._clock, options, self.config)
         self._load_s = time.perf_counter() - started_s
 
@@ -132,6 +139,14 @@ class Runtime:
         """
         if self._scrubber is not None:
             self._crew.finish_scrub()
+
+    def accounts(self) -> Accounts:
+        """All ranks' times and bytes so far; on rank 0 alone."""
+        return self._crew.report()
+
+    def timeline(self) -> AbstractContextManager[Timeline]:
+        """Watch what each rank does inside a block; on rank 0 alone. The timeline is complete after the block."""
+        return recorded_timeline(self._crew)
 
     def statistics(self) -> EngineStatistics:
         """The run so far over all ranks; on rank 0 alone."""
@@ -216,18 +231,6 @@ class Runtime:
         check_prompt(ids, self._options.context, self.config)
         self._compare_after_idling()
         text_logits(self._leader, ids, sink, interrupted)
-
-    # ---- start ----
-
-    def _plan(self, rank: int, ranks: int) -> Plan:
-        return make_plan(
-            heads=self.config.heads,
-            heads_per_kv_head=self.config.heads_per_kv_head,
-            vocabulary=self.config.vocabulary,
-            rank=rank,
-            ranks=ranks,
-            layout=self.layout,
-        )
 
     # ---- steps ----
 

@@ -1,21 +1,22 @@
-"""What sampling options may be, so that a bad one is refused before anything is computed."""
+"""What sampling options may be, on the command line too: a bad one is refused before anything is computed."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from dist_moe.engine.request import SamplingOptions
 from dist_moe.engine.settings import LARGEST_SEED, MOST_BIAS, require_number, require_whole
 from dist_moe.errors import UsageError
 
-_WHOLE = {
+WHOLE_LIMITS = {
     "top_k": (0, 2**31 - 1),
     "seed": (0, LARGEST_SEED),
     "repeat_last_n": (-1, 2**31 - 1),
     "dry_allowed_length": (1, 2**31 - 1),
     "dry_last_n": (-1, 2**31 - 1),
 }
-_NUMBERS = {
+NUMBER_LIMITS = {
     "temperature": (0.0, 100.0),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
@@ -26,6 +27,22 @@ _NUMBERS = {
     "dry_multiplier": (0.0, 100.0),
     "dry_base": (1.0, 10.0),
 }
+
+
+def check_limits(values: Mapping[str, object]) -> None:
+    """Refuse numbers that nothing can be done with.
+
+    Args:
+        values: By the option's name; each has limits above.
+
+    Raises:
+        UsageError: One of them.
+    """
+    for name, value in values.items():
+        if name in WHOLE_LIMITS:
+            require_whole(name, value, *WHOLE_LIMITS[name])
+        else:
+            require_number(name, value, *NUMBER_LIMITS[name])
 
 
 def check_sampling(options: SamplingOptions, vocabulary: int, valid_vocabulary: int) -> None:
@@ -39,10 +56,7 @@ def check_sampling(options: SamplingOptions, vocabulary: int, valid_vocabulary: 
     Raises:
         UsageError: One of them, or a biased token that the model lacks, or no token is left.
     """
-    for name, limits in _WHOLE.items():
-        require_whole(name, getattr(options, name), *limits)
-    for name, (least, most) in _NUMBERS.items():
-        require_number(name, getattr(options, name), least, most)
+    check_limits({name: getattr(options, name) for name in (*WHOLE_LIMITS, *NUMBER_LIMITS)})
     for pair in options.logit_bias:
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise UsageError(f"logit_bias: expected pairs (token, bias), found {pair!r:.80}")

@@ -8,6 +8,11 @@ from dist_moe.engine.request import Completion
 from dist_moe.kernels import Kernels
 
 
+def score_of(completion: Completion, length_penalty: float) -> float:
+    """The `score` of a completion that has logprobs."""
+    return score(completion.cumulated_logprob, len(completion.ids), length_penalty)
+
+
 def score(logprob: float, tokens: int, length_penalty: float) -> float:
     """A text's log-probability divided by length^length_penalty (0: as it is; 1: the mean per token).
 
@@ -24,6 +29,6 @@ def ranking(completions: Sequence[Completion], length_penalty: float) -> list[in
 
     def key(place: int) -> tuple[bool, float, int]:
         found = completions[place]
-        return found.error is not None, -score(found.cumulated_logprob, len(found.ids), length_penalty), place
+        return found.error is not None, -score_of(found, length_penalty), place
 
     return sorted(range(len(completions)), key=key)

@@ -18,7 +18,7 @@ from dist_moe.store.checksum import RunningChecksum
 from dist_moe.store.private_copy import PrivateCopy
 from dist_moe.store.reader import Store
 from dist_moe.store.sealed import Sealed
-from dist_moe.store.units import UnitKind, chunks_per_expert
+from dist_moe.store.units import UnitKind
 from dist_moe.store.verify import ADVICE
 
 # A step that begins waits for one piece at most: 0.1 ms from memory.
@@ -143,14 +143,12 @@ def own_units(store: Store, plan: Plan, part: int, parts: int) -> Iterator[Seale
     config = store.config
     yield from store.sealed_common()[part::parts]
     for layer in range(config.layers):
-        chunks = chunks_per_expert(config, store.manifest.group_size, layer)
-        experts = config.layer_experts(layer)
-        owned = plan.owned_chunks(experts, chunks)
-        indices = range(part, experts * chunks, parts) if owned is None else owned.tolist()
+        readable = plan.readable_chunks(layer)
+        indices = readable[part::parts] if plan.owned_chunks(layer) is None else readable
         groups: tuple[tuple[UnitKind, Iterable[int]], ...] = (
             ("head", plan.heads),
             ("kv_head", plan.kv_heads),
-            ("chunk", indices),
+            ("chunk", indices.tolist()),
         )
         for kind, wanted in groups:
             yield from (store.sealed_unit(kind, layer, index) for index in wanted)

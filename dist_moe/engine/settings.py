@@ -22,6 +22,7 @@ _CHOICES = {
     "quant": ("f32", "bf16", "q8", "q4"),
     "kv": ("f32", "f16", "q8"),
     "experts": ("auto", "whole", "sliced", "shared"),
+    "exchange": ("auto", "allreduce", "alltoall"),
     "weights": ("mapped", "copy"),
     "check": ("fast", "full"),
     "bind": ("auto", "keep"),
@@ -36,6 +37,7 @@ class Settings:
     threads: int | None = None
     kv: str = "f16"
     experts: str = "auto"
+    exchange: str = "auto"
     prefill_chunk: int = 256
     weights: str = "mapped"
     isa: str | None = None

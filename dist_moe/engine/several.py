@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from dist_moe.engine.beams import BeamOptions
 from dist_moe.engine.request import Completion, Request
 from dist_moe.engine.runtime import Runtime
-from dist_moe.engine.scores import ranking, score
+from dist_moe.engine.scores import ranking, score_of
 from dist_moe.engine.settings import MOST_BEAMS, MOST_LOGPROBS, MOST_SAMPLES, require_number, require_whole
 from dist_moe.errors import UsageError
 
@@ -74,10 +74,6 @@ def continue_several(
         requests = [replace(request, sample=request.sample + i) for i in range(search.samples)]
         completions = runtime.generate(requests, None, valid_vocabulary, interrupted)
     return [
-        Continuation(completions[place], samples[place], _score(completions[place], search.length_penalty))
+        Continuation(completions[place], samples[place], score_of(completions[place], search.length_penalty))
         for place in ranking(completions, search.length_penalty)
     ]
-
-
-def _score(completion: Completion, length_penalty: float) -> float:
-    return score(completion.cumulated_logprob, len(completion.ids), length_penalty)

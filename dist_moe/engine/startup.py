@@ -8,18 +8,14 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-import numpy as np
-
-from dist_moe.errors import EnvironmentMismatch, StoreError, UsageError
+from dist_moe.errors import EnvironmentMismatch, StoreError
 from dist_moe.kernels import NodeMemory, SumsCodec, WireFormat, catch_bus_errors
 from dist_moe.parallel.exchange import Exchange
 from dist_moe.parallel.host_exchange import HostExchange
 from dist_moe.parallel.host_sums import HostSums
 from dist_moe.parallel.node_exchange import NodeExchange
-from dist_moe.parallel.plan import EXPERT_LAYOUTS
 from dist_moe.parallel.probe import DEFAULT_COSTS, LinkCosts, probe_links
 from dist_moe.parallel.world import World
-from dist_moe.store.reader import Store
 
 Made = TypeVar("Made")
 logger = logging.getLogger(__name__)
@@ -110,14 +106,3 @@ def name_bus_errors(world: World, channel: int | None) -> None:
     # Ranks of a host meet the same fault: the first prints and ends the others.
     delay_s = min(_BUS_DELAY_PER_RANK_S * world.rank, _LONGEST_BUS_DELAY_S)
     catch_bus_errors(f"dist-moe: error: {place}", delay_s, StoreError.exit_code, channel)
-
-
-def choose_layout(store: Store, exchange: Exchange, wanted: str) -> str:
-    """Turn `auto` into a layout: shared if every rank can read every chunk, else whole; collective."""
-    if wanted != "auto":
-        if wanted not in EXPERT_LAYOUTS:
-            raise UsageError(f"--experts {wanted}: expected auto, {', '.join(EXPERT_LAYOUTS)}")
-        return wanted
-    complete = np.array([not store.missing_files], dtype=np.int32)
-    exchange.min_faults(complete)
-    return "shared" if complete[0] else "whole"

@@ -17,7 +17,6 @@ from dist_moe.model.step import MAX_LOGIT_ROWS, Step
 from dist_moe.model.stopwatch import Part
 from dist_moe.model.transformer import Transformer
 from dist_moe.parallel.exchange import Exchange
-from dist_moe.parallel.plan import Plan, make_plan
 
 Floats = npt.NDArray[np.float32]
 RowSink = Callable[[Floats], None]
@@ -33,26 +32,31 @@ class StepResult:
 
 
 class Worker:
-    """One rank's model and the collectives around it. Every method is collective: all ranks call it alike."""
+    """One rank's model and the collectives around it. Every method is collective: all ranks call it alike.
 
-    def __init__(self, model: Transformer, exchange: Exchange, ranks: int, scrubber: Scrubber | None = None) -> None:
+    Attributes:
+        stopwatch, work_L2: The model's.
+    """
+
+    def __init__(self, model: Transformer, exchange: Exchange, scrubber: Scrubber | None = None) -> None:
         """Prepare the messages that carry logits.
 
         Args:
             model: This rank's part of the model.
             exchange: The collectives.
-            ranks: How many ranks there are.
             scrubber: Re-checks mapped weights in idle time, on all ranks or on none.
         """
         self._model = model
-        self.kv = KvTransfer(model, exchange, ranks)
+        self.kv = KvTransfer(model, exchange)
         self.health = Health(model, exchange, scrubber)
         self._exchange = exchange
-        plan, config = model.share.plan, model.config
-        self._candidates = CandidateExchange(exchange, model.kernels, config.vocabulary, ranks, plan.rank)
-        self._vocabulary_counts = [_vocabulary_rows(model, rank, ranks) for rank in range(ranks)]
+        self.stopwatch, self.work_L2 = model.stopwatch, model.work_L2
+        job, plan, config = model.share.job, model.share.plan, model.config
+        self._candidates = CandidateExchange(exchange, model.kernels, job, plan.rank)
+        self._vocabulary_counts = [other.vocabulary_rows for other in job.plans]
+        self._column_of_V = job.vocabulary_columns()
         self._logits_NV: Floats | None = None
-        if plan.rank == 0 and ranks > 1:
+        if plan.rank == 0 and job.ranks > 1:
             self._logits_NV = np.empty((MAX_LOGIT_ROWS, config.vocabulary), dtype=np.float32)
         self._last_logits_Nv = np.empty((0, 0), dtype=np.float32)
 
@@ -113,18 +117,7 @@ class Worker:
 
     def _gather_full(self, logits_Nv: Floats) -> Floats | None:
         out_NV = None if self._logits_NV is None else self._logits_NV[: len(logits_Nv)]
-        return self._exchange.gather_columns(logits_Nv, self._vocabulary_counts, out_NV)
-
-
-def _vocabulary_rows(model: Transformer, rank: int, ranks: int) -> int:
-    """Rows of lm_head on a rank."""
-    plan, config = model.share.plan, model.config
-    other: Plan = make_plan(
-        heads=config.heads,
-        heads_per_kv_head=config.heads_per_kv_head,
-        vocabulary=config.vocabulary,
-        rank=rank,
-        ranks=ranks,
-        layout=plan.layout,
-    )
-    return len(other.vocabulary_rows)
+        found_NV = self._exchange.gather_columns(logits_Nv, self._vocabulary_counts, out_NV)
+        if found_NV is None or self._column_of_V is None:
+            return found_NV
+        return np.take(found_NV, self._column_of_V, axis=1)

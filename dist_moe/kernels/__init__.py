@@ -23,18 +23,23 @@ from dist_moe.kernels.mapped_files import MappedFile, MappedTensor, catch_bus_er
 from dist_moe.kernels.native import Kernels
 from dist_moe.kernels.node import NODE_RANK_BYTES, NodeMemory
 from dist_moe.kernels.paging import is_absent, populate
+from dist_moe.kernels.pick_kernels import WorkModel
+from dist_moe.kernels.picks import LARGEST_SPEED, ChunkHolders, Picks, Workers
 from dist_moe.kernels.sampling_kernels import Penalties, SamplingParameters
 from dist_moe.kernels.sums_wire import SumsCodec, WireFormat
+from dist_moe.kernels.token_kernels import OperandRows, RoutingRows, SumRows
 
 __all__ = [
     "ALIGNMENT",
     "BLOCK_POSITIONS",
     "GROUP",
+    "LARGEST_SPEED",
     "NODE_RANK_BYTES",
     "NO_FAULT",
     "TILE_ROWS",
     "VOCABULARY_BLOCK",
     "AttentionLayer",
+    "ChunkHolders",
     "ChunkList",
     "ExpertsLayer",
     "FaultKind",
@@ -48,11 +53,17 @@ __all__ = [
     "MatrixList",
     "NodeMemory",
     "Operand",
+    "OperandRows",
     "Penalties",
+    "Picks",
+    "RoutingRows",
     "SamplingParameters",
+    "SumRows",
     "SumsCodec",
     "WeightFormat",
     "WireFormat",
+    "WorkModel",
+    "Workers",
     "address_of",
     "aligned_empty",
     "catch_bus_errors",

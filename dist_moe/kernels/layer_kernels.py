@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dist_moe.kernels.arrays import F32, I32, I64, U64, F32Array, I32Array, I64Array, Pointer, U64Array
+from dist_moe.kernels.arrays import F32, I32, I64, U8, U64, F32Array, I32Array, I64Array, Pointer, U64Array
 from dist_moe.kernels.buffers import ChunkList, KvView, MatrixList, Operand
 from dist_moe.kernels.context import Context
 from dist_moe.kernels.formats import WeightFormat
 from dist_moe.kernels.library import ffi, lib
+from dist_moe.kernels.picks import ChunkHolders, Picks, Workers
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,7 @@ class LayerSizes:
     kv_heads: int
     head_dim: int
     experts_per_token: int
-    rank: int
-    ranks: int
-    chunk_read_cost: int  # in tokens
+    workers: Workers
     format: WeightFormat
     group: int
     output_group: int  # of o_proj's columns, which never cross a head
@@ -38,9 +37,10 @@ class LayerSizes:
     score_scale: np.float32
     kv_of_h: I32Array  # the local KV head of each local query head
 
-    def struct(self) -> Pointer:
-        """The C structure; it points to kv_of_h, which must stay alive."""
-        return ffi.new(
+    def struct(self) -> tuple[Pointer, Pointer]:
+        """The C structure, and other memory that it points to; kv_of_h must stay alive, too."""
+        workers, kept = self.workers.struct()
+        struct = ffi.new(
             "dm_sizes *",
             {
                 "D": self.model_dim,
@@ -48,9 +48,7 @@ class LayerSizes:
                 "g": self.kv_heads,
                 "P": self.head_dim,
                 "K": self.experts_per_token,
-                "rank": self.rank,
-                "ranks": self.ranks,
-                "chunk_read_cost": self.chunk_read_cost,
+                "workers": workers,
                 "format": self.format,
                 "group": self.group,
                 "output_group": self.output_group,
@@ -61,6 +59,7 @@ class LayerSizes:
                 "kv_of_h": I32.read(self.kv_of_h, self.heads),
             },
         )
+        return struct, kept
 
 
 class LayerBuffers:
@@ -85,8 +84,10 @@ class LayerBuffers:
         token_N: I32Array,
         weight_N: F32Array,
         chunks: ChunkList,
+        picks: Picks,
+        work_L2: I64Array,
     ) -> None:
-        """Point at the arrays, which are kept alive; T is the length of x_TD."""
+        """Point at the arrays, which are kept alive; T is the length of x_TD, L the number of layers."""
         self.max_tokens = T = len(x_TD)
         self.experts = E = router_TE.shape[1]
         self.chunk_capacity = chunks.capacity
@@ -110,10 +111,14 @@ class LayerBuffers:
             "token_N": I32.write(token_N, T * K),
             "weight_N": F32.write(weight_N, T * K),
             "chunks": chunks.struct,
+            "picks": picks.struct,
+            "work_L2": I64.write(work_L2, len(work_L2), 2),
         }
-        self._objects = (normed, attended, chunks)
-        self.sizes: Pointer = sizes.struct()
-        self._kv_of_h = sizes.kv_of_h
+        self.layers = len(work_L2)
+        self.picks = picks
+        self.sizes: Pointer
+        self.sizes, kept = sizes.struct()
+        self._objects = (normed, attended, chunks, sizes.kv_of_h, kept)
         self.struct: Pointer = ffi.new("dm_buffers *", self._kept)
         self.residual = (self._kept["x_TD"], self._kept["fault_T"], self._kept["sums_TD"])
 
@@ -163,6 +168,7 @@ class AttentionLayer:
             "o_units": o_units.for_columns(P, sizes.format, sizes.output_group),
         }
         self.layer = layer
+        self.norm_D: Pointer = self._kept["norm_D"]
         self.bias_D: Pointer = ffi.NULL if o_bias_D is None else F32.read(o_bias_D, D)
         values = {**self._kept, "cache_offset": cache_offset, "layer": layer}
         self.struct: Pointer = ffi.new("dm_attention_layer *", values)
@@ -182,6 +188,7 @@ class ExpertsLayer:
         owned: I64Array | None,
         experts: int,
         width: int,
+        holders: ChunkHolders | None = None,
     ) -> None:
         """Take the router and the addresses of the chunks, whose memory the caller keeps alive.
 
@@ -191,9 +198,10 @@ class ExpertsLayer:
             norm_D: The norm's gain.
             router: One matrix [E, D]; None: a dense MLP, one expert that every token picks with weight 1.
             addresses: uint64 [E * chunks per expert], 0 where this host has no copy.
-            owned: int64, the numbers of this rank's chunks, ascending; None: each step deals them out.
+            owned: int64, the numbers of this rank's chunks; None: a node's chunks are dealt out in each step.
             experts: E.
             width: Hidden units per chunk.
+            holders: Which nodes hold the chunks; None on one node.
         """
         self.layer = layer
         self.bias_D: Pointer = ffi.NULL
@@ -204,17 +212,22 @@ class ExpertsLayer:
             raise TypeError(f"layer {layer}: {len(addresses)} chunks of {experts} experts")
         if router is not None and (router.count, router.out_columns) != (1, experts):
             raise TypeError(f"layer {layer}: a router of {router.out_columns} rows for {experts} experts")
-        self._router = router
+        if holders is not None and holders.chunk_count > len(addresses):
+            raise TypeError(f"layer {layer}: holders of {holders.chunk_count} chunks, not {len(addresses)}")
+        self._router, self.holders = router, holders
+        self._own_C = np.zeros(len(addresses), np.uint8)
+        if owned is not None:
+            self._own_C[owned] = 1
         self._kept = {
             "norm_D": F32.read(norm_D, sizes.model_dim),
             "router": ffi.NULL if router is None else router.for_columns(sizes.model_dim, sizes.router_format, 0),
             "chunks": ffi.cast("void **", U64.read(addresses, len(addresses))),
-            "owned": ffi.NULL if owned is None else I64.read(owned, len(owned)),
+            "own_C": ffi.NULL if owned is None else U8.read(self._own_C, len(addresses)),
+            "holders": ffi.NULL if holders is None else holders.struct,
         }
+        self.norm_D: Pointer = self._kept["norm_D"]
         self.addresses = addresses
-        self._owned = owned
         numbers = {
-            "owned_count": 0 if owned is None else len(owned),
             "experts": experts,
             "chunks_per_expert": len(addresses) // experts,
             "width": width,
@@ -235,11 +248,14 @@ class LayerKernels(Context):
             raise TypeError(f"{view.tokens} tokens in buffers of {buffers.max_tokens}")
         lib.dm_attention_half(self._context, buffers.struct, buffers.sizes, layer.struct, view.struct, view.tokens)
 
+    def compute_experts(self, buffers: LayerBuffers, layer: ExpertsLayer, tokens: int) -> None:
+        """As `experts_half`, of the operand `normed` and of the step's choices by expert."""
+        self._check_room(buffers, layer, tokens)
+        lib.dm_compute_experts(self._context, buffers.struct, buffers.sizes, layer.struct, tokens)
+
     def experts_half(self, buffers: LayerBuffers, layer: ExpertsLayer, tokens: int) -> None:
         """sums_TD = sum of weight * down(silu(gate x) * up x) of norm(x), over this rank's chunks (rules 6, 7, 11)."""
-        fits = layer.chunk_count <= buffers.chunk_capacity and layer.experts <= buffers.experts
-        if not fits or tokens > buffers.max_tokens:
-            raise TypeError(f"{tokens} tokens and {layer.chunk_count} chunks do not fit the buffers")
+        self._check_room(buffers, layer, tokens)
         lib.dm_experts_half(self._context, buffers.struct, buffers.sizes, layer.struct, tokens)
 
     def add_sums(self, buffers: LayerBuffers, half: AttentionLayer | ExpertsLayer, tokens: int) -> None:
@@ -249,13 +265,8 @@ class LayerKernels(Context):
         lib.dm_add_exact(self._context, x, fault, sums, half.bias_D, tokens, buffers.model_dim, half.layer)
 
     @staticmethod
-    def pick_chunks(layer: ExpertsLayer, offset_E1: I32Array, rank: int, ranks: int, read_cost: int) -> U64Array:
-        """The chunks that a rank computes in a step whose tokens are grouped as offset_E1 (int32 [E + 1]) says.
-
-        Returns:
-            uint64 [n, 3]: each chunk's address, the first of its entries and how many, as in `ChunkList`.
-        """
-        chunks = ChunkList(layer.chunk_count)
-        offset = I32.read(offset_E1, layer.experts + 1)
-        count = lib.dm_pick_chunks(chunks.struct, layer.struct, offset, rank, ranks, read_cost)
-        return chunks.words[:count]
+    def _check_room(buffers: LayerBuffers, layer: ExpertsLayer, tokens: int) -> None:
+        fits = layer.chunk_count <= buffers.chunk_capacity and layer.experts <= buffers.experts
+        fits = fits and buffers.picks.fits(layer.experts, layer.holders)
+        if not fits or tokens > buffers.max_tokens or layer.layer >= buffers.layers:
+            raise TypeError(f"{tokens} tokens and {layer.chunk_count} chunks do not fit the buffers")

@@ -36,6 +36,7 @@ class KvCache:
         self._kv_heads = kv_heads
         self._head_dim = head_dim
         self.layer_bytes = kv_heads * kv_block_bytes(kv_format, head_dim)
+        self._head_bytes = kv_block_bytes(kv_format, head_dim)
         self._block_bytes = layers * self.layer_bytes
         self._sequences: dict[int, _Sequence] = {}
 
@@ -99,7 +100,7 @@ class KvCache:
     def _layer(self, name: int, layer: int, block: int) -> npt.NDArray[np.uint8]:
         """A layer's part of a block, uint8 [local KV heads, bytes of a KV head's block]."""
         buffer = self._sequences[name].buffers[block]
-        return buffer[layer * self.layer_bytes : (layer + 1) * self.layer_bytes].reshape(self._kv_heads, -1)
+        return buffer[layer * self.layer_bytes : (layer + 1) * self.layer_bytes].reshape(-1, self._head_bytes)
 
     def _grow(self, name: int, positions: int) -> _Sequence:
         sequence = self._sequences.setdefault(name, _Sequence())
@@ -116,7 +117,8 @@ class KvCache:
         self._sequences[fork.sequence] = sequence
 
     def _add_block(self, sequence: _Sequence) -> npt.NDArray[np.uint8]:
-        buffer: npt.NDArray[np.uint8] = aligned_empty((self._block_bytes,), np.uint8)
+        # Empty arrays have no address, and kernels take one of a rank without heads, too.
+        buffer: npt.NDArray[np.uint8] = aligned_empty((max(1, self._block_bytes),), np.uint8)
         sequence.buffers.append(buffer)
         sequence.addresses.append(address_of(buffer))
         return buffer

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from dist_moe.parallel.plan import Plan
 from dist_moe.store.reader import Store
-from dist_moe.store.units import UnitKind, chunks_per_expert, unit_bytes
+from dist_moe.store.units import UnitKind, unit_bytes
 
 _GAP_BYTES = 4096  # tensors are padded to less; nobody skips less than a page
 
@@ -48,12 +48,8 @@ def own_spans(store: Store, plan: Plan, routed_layers: int) -> OwnSpans:
         own += _spans(store, "kv_head", layer, plan.kv_heads)
         if layer >= routed_layers and not config.is_dense(layer):
             continue
-        experts, chunks = config.layer_experts(layer), chunks_per_expert(config, store.manifest.group_size, layer)
-        owned = plan.owned_chunks(experts, chunks)
-        if owned is None:
-            shared += _spans(store, "chunk", layer, range(experts * chunks))
-        else:
-            own += _spans(store, "chunk", layer, owned)
+        dealt_out = plan.owned_chunks(layer) is None
+        (shared if dealt_out else own).extend(_spans(store, "chunk", layer, plan.readable_chunks(layer)))
     own += _spans(store, "vocabulary", 0, plan.vocabulary_blocks)
     return OwnSpans(tuple(joined(own)), tuple(joined(Span(*span) for span in shared)))
 

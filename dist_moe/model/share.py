@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dist_moe.kernels import LayerSizes, WeightFormat
+from dist_moe.kernels import LayerSizes, WeightFormat, Workers
 from dist_moe.model_config import ModelConfig
-from dist_moe.parallel.plan import CHUNK_READ_COST_TOKENS, Plan
+from dist_moe.parallel.plan import CHUNK_READ_COST_TOKENS, JobPlan, Plan
 from dist_moe.store.reader import Store
 from dist_moe.store.units import output_group
 
@@ -18,6 +18,7 @@ class Share:
     """The model, this rank's part of it, and what the kernels of a layer need to know of both."""
 
     config: ModelConfig
+    job: JobPlan
     plan: Plan
     format: WeightFormat
     group_size: int
@@ -29,20 +30,17 @@ class Share:
         return self.format.quantized
 
 
-def make_share(store: Store, plan: Plan) -> Share:
-    """This rank's share of an open store."""
-    config, manifest = store.config, store.manifest
-    first_kv_head = plan.kv_heads.start
-    kv_of_h = [head // config.heads_per_kv_head - first_kv_head for head in plan.heads]
+def make_share(store: Store, job: JobPlan, rank: int) -> Share:
+    """One rank's share of an open store."""
+    config, manifest, plan = store.config, store.manifest, job.plans[rank]
+    kv_of_h = [plan.kv_heads.index(head // config.heads_per_kv_head) for head in plan.heads]
     sizes = LayerSizes(
         model_dim=config.model_dim,
         heads=len(plan.heads),
         kv_heads=len(plan.kv_heads),
         head_dim=config.head_dim,
         experts_per_token=config.experts_per_token,
-        rank=plan.rank,
-        ranks=plan.ranks,
-        chunk_read_cost=CHUNK_READ_COST_TOKENS,
+        workers=Workers(plan.node, plan.local_rank, plan.local_ranks, CHUNK_READ_COST_TOKENS, job.speeds),
         format=manifest.format,
         group=manifest.group_size,
         output_group=output_group(config, manifest.group_size),
@@ -52,4 +50,4 @@ def make_share(store: Store, plan: Plan) -> Share:
         score_scale=config.score_scale,
         kv_of_h=np.array(kv_of_h, dtype=np.int32),
     )
-    return Share(config, plan, manifest.format, manifest.group_size, sizes)
+    return Share(config, job, plan, manifest.format, manifest.group_size, sizes)

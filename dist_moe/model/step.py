@@ -11,7 +11,7 @@ import numpy.typing as npt
 MAX_LOGIT_ROWS = 16
 
 # Words of a packed step before its lists.
-COUNTS = 8
+COUNTS = 9
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Step:
         released: Sequences whose KV cache is freed before the step, after the forks.
         forks: Made before anything else, in this order.
         unit_sums: Sum every row at temperature 1, too, for log-probabilities.
+        partitioned: Each token's residual is kept by one rank alone, its owner, and tokens travel to their experts;
+            else every rank has all residuals, and sums are exchanged (`model.token_parallel`). The result is the same.
     """
 
     slices: tuple[Slice, ...]
@@ -59,6 +61,7 @@ class Step:
     released: tuple[int, ...] = ()
     forks: tuple[Fork, ...] = ()
     unit_sums: bool = False
+    partitioned: bool = False
 
     @property
     def tokens(self) -> int:
@@ -81,6 +84,7 @@ class Step:
             len(self.released),
             len(self.forks),
             int(self.unit_sums),
+            int(self.partitioned),
         ]
         for part in self.slices:
             words += (part.sequence, part.position, len(part.ids))
@@ -98,7 +102,7 @@ class Step:
         """The inverse of `pack`."""
         values = words.tolist()
         slice_count, row_count, temperature_count, full_logits, valid_vocabulary = values[:5]
-        released_count, fork_count, unit_sums = values[5:COUNTS]
+        released_count, fork_count, unit_sums, partitioned = values[5:COUNTS]
         heads = [values[COUNTS + 3 * i : COUNTS + 3 * (i + 1)] for i in range(slice_count)]
         at = COUNTS + 3 * slice_count
         slices = []
@@ -119,4 +123,5 @@ class Step:
             released=tuple(values[at:first_fork]),
             forks=tuple(Fork(*values[first_fork + 3 * i : first_fork + 3 * (i + 1)]) for i in range(fork_count)),
             unit_sums=bool(unit_sums),
+            partitioned=bool(partitioned),
         )

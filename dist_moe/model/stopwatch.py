@@ -1,11 +1,22 @@
-"""Where a step's time goes, part by part, on this rank; off unless somebody listens."""
+"""Where a step's time goes, part by part, on this rank; off unless somebody listens.
+
+M marks · S steps
+"""
 
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_moe.parallel.progress import Progress
+
+Int64s = npt.NDArray[np.int64]
 
 
 class Part(IntEnum):
@@ -39,23 +50,90 @@ class StepTimes:
         return self.prompt_tokens + self.decoded_tokens
 
 
+@dataclass(frozen=True)
+class Marks:
+    """The ends of parts, in order; part, layer and the steps' bounds are alike on all ranks.
+
+    Attributes:
+        part_M: What ended, as `Part`.
+        layer_M: The layer that it belonged to, where it is of one.
+        time_M: Nanoseconds of the monotonic clock.
+        first_S, stop_S: Which marks lie in each step.
+    """
+
+    part_M: Int64s
+    layer_M: Int64s
+    time_M: Int64s
+    first_S: Int64s
+    stop_S: Int64s
+
+
+class MarkLog:
+    """Keeps the marks inside steps until they are taken; of what does not fit, nothing."""
+
+    MARKS = 1 << 15
+
+    def __init__(self, progress: Progress) -> None:
+        """Keep nothing yet; `progress` knows the layer."""
+        self._progress = progress
+        self._part, self._layer, self._time = (array("q", bytes(8 * self.MARKS)) for _ in range(3))
+        self._count = 0
+        self._firsts: list[int] = []
+        self._inside = False
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the next step may find no room; on all ranks after the same step."""
+        return self._count > self.MARKS // 2
+
+    def begin_step(self) -> None:
+        """What follows belongs to a new step."""
+        self._firsts.append(self._count)
+        self._inside = True
+
+    def end_step(self) -> None:
+        """What follows is rank 0's alone and is not kept."""
+        self._inside = False
+
+    def add(self, part: Part) -> None:
+        """A part ends."""
+        n = self._count
+        if self._inside and n < self.MARKS:
+            self._part[n] = part
+            self._layer[n] = self._progress.layer
+            self._time[n] = time.perf_counter_ns()
+            self._count = n + 1
+
+    def take(self) -> Marks:
+        """Hand out the marks and begin anew."""
+        part_M, layer_M, time_M = (
+            np.frombuffer(kept, np.int64, self._count).copy() for kept in (self._part, self._layer, self._time)
+        )
+        bounds = np.array([*self._firsts, self._count], np.int64)
+        self._count = 0
+        self._firsts = []
+        return Marks(part_M, layer_M, time_M, first_S=bounds[:-1], stop_S=bounds[1:])
+
+
 class Stopwatch:
     """Divides the time of each step among its parts, without a gap.
 
     Attributes:
-        on_step: Told each step at its end; None, and the watch stands still.
+        on_step: Told each step at its end, or None.
+        log: Keeps every mark inside a step, or None. With neither, the watch stands still.
     """
 
     def __init__(self) -> None:
         """Stand still."""
         self.on_step: Callable[[StepTimes], None] | None = None
+        self.log: MarkLog | None = None
         self._seconds = [0.0] * len(Part)
         self._last_s = 0.0
 
     @property
     def runs(self) -> bool:
         """Whether somebody listens: where a microsecond counts, nothing is marked otherwise."""
-        return self.on_step is not None
+        return self.on_step is not None or self.log is not None
 
     def start(self) -> None:
         """Begin a step."""
@@ -66,6 +144,8 @@ class Stopwatch:
 
     def mark(self, part: Part) -> None:
         """Book the time since the last mark to a part."""
+        if self.log is not None:
+            self.log.add(part)
         if self.on_step is None:
             return
         now_s = time.perf_counter()

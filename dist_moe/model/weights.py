@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dist_moe.kernels import AttentionLayer, ExpertsLayer, MatrixList, packed_bytes
+from dist_moe.kernels import AttentionLayer, ChunkHolders, ExpertsLayer, MatrixList, packed_bytes
 from dist_moe.model.share import Share
+from dist_moe.parallel.expert_plan import runs_of_layer
 from dist_moe.parallel.plan import Plan
 from dist_moe.split import VOCABULARY_BLOCK
 from dist_moe.store.private_copy import PrivateCopy
 from dist_moe.store.reader import Store
-from dist_moe.store.units import chunks_per_expert, head_row_bytes, layer_chunk_width
+from dist_moe.store.units import head_row_bytes, layer_chunk_width
 
 Floats = npt.NDArray[np.float32]
 
@@ -105,19 +106,18 @@ def _qkv_bias(store: Store, plan: Plan, name: str) -> Floats | None:
     head_dim = config.head_dim
     parts = [(store.common(name + "q_bias"), plan.heads)]
     parts += [(store.common(name + key), plan.kv_heads) for key in ("k_bias", "v_bias")]
-    return np.concatenate([bias[heads.start * head_dim : heads.stop * head_dim] for bias, heads in parts])
+    return np.concatenate([bias.reshape(-1, head_dim)[list(heads)].ravel() for bias, heads in parts])
 
 
 def _experts(store: Store, source: Store | PrivateCopy, share: Share, layer: int) -> ExpertsLayer:
     config, manifest = store.config, store.manifest
     experts = config.layer_experts(layer)
-    chunks = chunks_per_expert(config, manifest.group_size, layer)
-    owned = share.plan.owned_chunks(experts, chunks)
-    wanted = range(experts * chunks) if owned is None else owned.tolist()
+    owned, wanted = share.plan.owned_chunks(layer), share.plan.readable_chunks(layer).tolist()
     store.require("chunk", layer, wanted)
     router = None
     if not config.is_dense(layer):
         router = MatrixList([(source.common(f"layers.{layer}.router"), experts, 0)])
+    runs = runs_of_layer(share.job, layer, experts)
     return ExpertsLayer(
         share.sizes,
         layer,
@@ -127,18 +127,19 @@ def _experts(store: Store, source: Store | PrivateCopy, share: Share, layer: int
         owned=owned,
         experts=experts,
         width=layer_chunk_width(config, manifest.group_size, layer),
+        holders=None if runs is None else ChunkHolders(runs.runs_R5, runs.node_H, share.job.nodes),
     )
 
 
 def _vocabulary(store: Store, source: Store | PrivateCopy, plan: Plan) -> MatrixList:
     config, manifest = store.config, store.manifest
     store.require("vocabulary", 0, plan.vocabulary_blocks)
-    last_rows = config.vocabulary - (plan.vocabulary_blocks.stop - 1) * VOCABULARY_BLOCK
+    last_rows = plan.vocabulary_rows % VOCABULARY_BLOCK
     matrices = [
         (source.unit("vocabulary", 0, block), VOCABULARY_BLOCK, place * VOCABULARY_BLOCK)
         for place, block in enumerate(plan.vocabulary_blocks)
     ]
-    if 0 < last_rows < VOCABULARY_BLOCK and matrices:  # the last block is padded
+    if last_rows:  # the model's last block is padded
         unit, _, column = matrices[-1]
         used_bytes = packed_bytes(manifest.format, last_rows, config.model_dim, manifest.group_size)
         matrices[-1] = unit[:used_bytes], last_rows, column

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dist_moe.kernels import GROUP, ChunkList, LayerBuffers, LayerSizes, Operand, aligned_empty
+from dist_moe.kernels import GROUP, ChunkList, LayerBuffers, LayerSizes, Operand, Picks, aligned_empty
 from dist_moe.model.share import Share
 from dist_moe.model.step import MAX_LOGIT_ROWS
 from dist_moe.model_config import ModelConfig
@@ -42,12 +42,13 @@ class Workspace:
     token_N: Int32s
     weight_N: Floats
     chunks: ChunkList
+    work_L2: Int64s  # chunks that this rank computed in each layer, and products of a chunk with a token
     head_x_ND: Floats  # the residual of the rows whose logits are needed
     head: Operand
     head_fault_N: Int32s
     logits_Nv: Floats
 
-    def of_a_layer(self, sizes: LayerSizes) -> LayerBuffers:
+    def of_a_layer(self, sizes: LayerSizes, picks: Picks) -> LayerBuffers:
         """What a layer works in, as its kernels take it."""
         return LayerBuffers(
             sizes,
@@ -66,6 +67,8 @@ class Workspace:
             token_N=self.token_N,
             weight_N=self.weight_N,
             chunks=self.chunks,
+            picks=picks,
+            work_L2=self.work_L2,
         )
 
 
@@ -99,10 +102,11 @@ def make_workspace(share: Share, *, max_tokens: int, max_chunks: int) -> Workspa
         token_N=aligned_empty((T * K,), ints),
         weight_N=aligned_empty((T * K,), floats),
         chunks=ChunkList(max_chunks),
+        work_L2=np.zeros((config.layers, 2), np.int64),
         head_x_ND=aligned_empty((MAX_LOGIT_ROWS, D), floats),
         head=Operand(MAX_LOGIT_ROWS, D, quantized),
         head_fault_N=aligned_empty((MAX_LOGIT_ROWS,), ints),
-        logits_Nv=aligned_empty((MAX_LOGIT_ROWS, len(plan.vocabulary_rows)), floats),
+        logits_Nv=aligned_empty((MAX_LOGIT_ROWS, plan.vocabulary_rows), floats),
     )
 
 
@@ -111,10 +115,10 @@ def workspace_bytes(config: ModelConfig, plan: Plan, *, quantized: bool, max_tok
     T, D, P = max_tokens, config.model_dim, config.head_dim
     E, K, N = max(config.experts, 1), max(config.experts_per_token, 1), MAX_LOGIT_ROWS
     h, g = len(plan.heads), len(plan.kv_heads)
-    floats = T * (D + (h + 2 * g) * P + 2 * (P // 2) + E + K) + T * K + N * (D + len(plan.vocabulary_rows))
+    floats = T * (D + (h + 2 * g) * P + 2 * (P // 2) + E + K) + T * K + N * (D + plan.vocabulary_rows)
     ints = T + T * K + (E + 1) + T * K + N
     operands = _operand_bytes(T, D, quantized) + _operand_bytes(T, h * P, quantized) + _operand_bytes(N, D, quantized)
-    return 4 * (floats + ints) + 8 * T * D + 24 * max_chunks + operands
+    return 4 * (floats + ints) + 8 * T * D + 24 * max_chunks + 16 * config.layers + operands
 
 
 def _operand_bytes(vectors: int, columns: int, quantized: bool) -> int:

@@ -1,7 +1,7 @@
 """How a job ends: the one wrapper around every command, so that no rank waits for one that has left.
 
-Exit codes: 0; 1 our bug; 2 bad input; 3 environment or mismatch; 75 stall or lost peer; 130 interrupted; 141 the
-reader of stdout is gone (as a shell reports SIGPIPE).
+Exit codes: 0; 1 our bug; 2 bad input; 3 environment or mismatch; 75 stall or lost peer; 130 interrupted (143 by
+SIGTERM, 138 by SIGUSR1); 141 the reader of stdout is gone (as a shell reports SIGPIPE).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import NoReturn
 
-from dist_moe.errors import DistMoeError
+from dist_moe.errors import DistMoeError, Terminated
 from dist_moe.parallel.last_words import LastWords
 from dist_moe.parallel.launcher import Launcher, detect_launcher
 from dist_moe.parallel.lifeline import hold_lifeline
@@ -107,7 +107,8 @@ def _explain(error: BaseException, place: str) -> _Ending:
     if isinstance(error, DistMoeError):
         return _Ending(error.exit_code, _error_lines(error), error.agreed)
     if isinstance(error, KeyboardInterrupt):
-        return _Ending(_INTERRUPTED, ("dist-moe: interrupted",))
+        code = error.exit_code if isinstance(error, Terminated) else _INTERRUPTED
+        return _Ending(code, ("dist-moe: interrupted",))
     if isinstance(error, BrokenPipeError) and not _stdout_is_open():
         return _Ending(_PIPE_CLOSED)
     if isinstance(error, SystemExit):

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_moe.parallel.host_sums import HostSums
-from dist_moe.parallel.ledger import ExchangeLedger, ExchangeTotals
+from dist_moe.parallel.ledger import Kind, Ledger
 from dist_moe.parallel.probe import LinkCosts
 from dist_moe.parallel.progress import Progress
+from dist_moe.parallel.token_owners import TokenGroups
 from dist_moe.parallel.world import World
 
 Parameters = ParamSpec("Parameters")
@@ -35,29 +36,42 @@ _SPIN_S = 200e-6
 _LONGEST_NAP_S = 2e-3
 
 
-def waiting(
-    method: Callable[Concatenate[Any, Parameters], Result],
-) -> Callable[Concatenate[Any, Parameters], Result]:
-    """Let the watchdog know that a rank inside this exchange waits for others and does not compute."""
+def noted(
+    kind: Kind,
+) -> Callable[[Callable[Concatenate[Any, Parameters], Result]], Callable[Concatenate[Any, Parameters], Result]]:
+    """Decorate an exchange of all ranks: its two ends go into the ledger.
 
-    @functools.wraps(method)
-    def noted(self: Any, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        progress: Progress = self.world.progress
-        progress.exchanges += 1
-        progress.waiting += 1
-        try:
-            return method(self, *args, **kwargs)
-        finally:
-            progress.waiting -= 1
+    The watchdog learns that the rank waits for others and does not compute.
+    """
 
-    return noted
+    def decorate(
+        method: Callable[Concatenate[Any, Parameters], Result],
+    ) -> Callable[Concatenate[Any, Parameters], Result]:
+        @functools.wraps(method)
+        def entered(self: Any, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+            if self._alone:
+                return method(self, *args, **kwargs)
+            progress: Progress = self.world.progress
+            ledger: Ledger = self.ledger
+            progress.exchanges += 1
+            progress.waiting += 1
+            ledger.begin(kind)
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                ledger.end()
+                progress.waiting -= 1
+
+        return entered
+
+    return decorate
 
 
 class Exchange:
     """The collectives of a step over a world's ranks, by buffer protocol (nothing is pickled).
 
     Attributes:
-        ledger: Totals since `reset_ledger`.
+        ledger: When each exchange of this rank began and ended, and what it sent.
         hosts: Exact sums between hosts, on the ranks that speak for one; None: by MPI's own sum.
         link_costs: Of messages between hosts, equal on all ranks; None on one host.
     """
@@ -72,14 +86,10 @@ class Exchange:
         self.world = world
         self.hosts = hosts
         self.link_costs: LinkCosts | None = None
-        self.ledger = ExchangeLedger()
+        self.ledger = Ledger(world.progress)
         self._alone = world.size == 1
 
-    def reset_ledger(self) -> ExchangeLedger:
-        """Begin new totals and return the old ones."""
-        done, self.ledger = self.ledger, ExchangeLedger()
-        return done
-
+    @noted(Kind.SUMS)
     def sum_exact(self, sums: NDArray[np.int64]) -> None:
         """Add the ranks' fixed-point sums in place: associative, so ranks and algorithm do not matter (NUMERICS 7).
 
@@ -89,6 +99,7 @@ class Exchange:
         if not self._alone:
             self._sum(sums)
 
+    @noted(Kind.FAULTS)
     def min_faults(self, fault_T: NDArray[np.int32]) -> None:
         """Reduce the tokens' fault flags in place to the lowest over ranks (NUMERICS 15).
 
@@ -96,35 +107,37 @@ class Exchange:
             fault_T: int32, C-contiguous.
         """
         if not self._alone:
-            self._allreduce(fault_T, np.int32, "MIN", self.ledger.faults)
+            self._allreduce(fault_T, np.int32, "MIN")
 
-    @waiting
     def _sum(self, sums: NDArray[np.int64]) -> None:
         self._sum_between_hosts(sums)
 
     def _sum_between_hosts(self, sums: NDArray[np.int64]) -> None:
         if self.hosts is None:
-            self._allreduce(sums, np.int64, "SUM", self.ledger.sums)
+            self._allreduce(sums, np.int64, "SUM")
             return
-        started_s, sent_bytes = time.perf_counter(), self.hosts.exchange.sent_bytes
+        sent_bytes = self.hosts.exchange.sent_bytes
         self.hosts.sum(sums)
-        self.ledger.sums.add(started_s, self.hosts.exchange.sent_bytes - sent_bytes)
+        self.ledger.sent(self.hosts.exchange.sent_bytes - sent_bytes)
 
-    @waiting
-    def _allreduce(self, array: NDArray[Any], dtype: type[np.generic], operation: str, totals: ExchangeTotals) -> None:
+    def _allreduce(self, array: NDArray[Any], dtype: type[np.generic], operation: str) -> None:
         _, mpi = self._mpi()
         comm = self._reducing_comm()
-        started_s = time.perf_counter()
         kind = mpi.INT64_T if dtype is np.int64 else mpi.INT32_T
         for piece in _pieces(array, dtype):
             comm.Allreduce(mpi.IN_PLACE, [piece, kind], getattr(mpi, operation))
-        totals.add(started_s, 2 * array.nbytes * (comm.size - 1) // comm.size)
+        self.ledger.sent(2 * array.nbytes * (comm.size - 1) // comm.size)
 
     def _reducing_comm(self) -> Any:
         """The ranks that reduce and broadcast by MPI."""
         return self._mpi()[0]
 
-    @waiting
+    def token_groups(self) -> TokenGroups:
+        """Which ranks share memory, for exchanges of tokens: here none do."""
+        members = tuple((rank,) for rank in range(self.world.size))
+        return TokenGroups(members, self.world.node_of_rank, None if self._alone else self.world.comm, None)
+
+    @noted(Kind.HEADER)
     def post_step(self, header: NDArray[np.int64]) -> None:
         """Leader: wake the followers with the next step's header.
 
@@ -140,13 +153,12 @@ class Exchange:
         if not ranks:
             return
         comm, mpi = self._mpi()
-        started_s = time.perf_counter()
         message = [_whole(header, np.int64, HEADER_WORDS), mpi.INT64_T]
         # 128 bytes go eagerly: the request ends when the message is copied, whatever the follower is doing.
         mpi.Request.Waitall([comm.Isend(message, rank, _HEADER_TAG) for rank in ranks])
-        self.ledger.broadcasts.add(started_s, header.nbytes * len(ranks))
+        self.ledger.sent(header.nbytes * len(ranks))
 
-    @waiting
+    @noted(Kind.HEADER)
     def wait_step(self, header: NDArray[np.int64]) -> None:
         """Follower: wait for the leader's next header: spin briefly, then nap for a quarter of the wait, at most 2 ms.
 
@@ -163,9 +175,8 @@ class Exchange:
                 os.sched_yield()
             else:
                 time.sleep(min(waited_s / 4, _LONGEST_NAP_S))
-        self.ledger.waiting.add(started_s, 0)
 
-    @waiting
+    @noted(Kind.BROADCAST)
     def broadcast(self, array: NDArray[Any]) -> None:
         """Give the leader's array to all ranks in place.
 
@@ -176,12 +187,11 @@ class Exchange:
             return
         _, mpi = self._mpi()
         comm = self._reducing_comm()
-        started_s = time.perf_counter()
         for piece in _pieces(_bytes(array), np.uint8):
             comm.Bcast([piece, mpi.BYTE], root=0)
-        self.ledger.broadcasts.add(started_s, array.nbytes * (comm.size - 1) if self.world.is_leader else 0)
+        self.ledger.sent(array.nbytes * (comm.size - 1) if self.world.is_leader else 0)
 
-    @waiting
+    @noted(Kind.GATHER)
     def gather_columns(
         self,
         local_Tn: NDArray[np.float32],
@@ -200,7 +210,6 @@ class Exchange:
         """
         if self._alone:
             return local_Tn
-        started_s = time.perf_counter()
         starts_W = [0, *accumulate(counts_W)]
         rows = local_Tn.shape[0]
         step = max(1, PIECE_ELEMENTS // max(1, starts_W[-1]))
@@ -209,7 +218,7 @@ class Exchange:
                 self._send_columns(local_Tn[first : first + step])
             else:
                 self._receive_columns(out_TN[first : first + step], local_Tn[first : first + step], starts_W)
-        self.ledger.gathers.add(started_s, 0 if self.world.is_leader else local_Tn.nbytes)
+        self.ledger.sent(0 if self.world.is_leader else local_Tn.nbytes)
         return out_TN
 
     def _send_columns(self, local_Tn: NDArray[np.float32]) -> None:
@@ -234,7 +243,7 @@ class Exchange:
         for kind in kinds:
             kind.Free()
 
-    @waiting
+    @noted(Kind.GATHER)
     def gather_equal(self, local: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any] | None:
         """Stack the ranks' equal arrays on the leader.
 
@@ -249,12 +258,11 @@ class Exchange:
             return local[np.newaxis]
         comm, mpi = self._mpi()
         assert local.nbytes * self.world.size < 1 << 31
-        started_s = time.perf_counter()
         if self.world.is_leader and out is None:
             out = np.empty((self.world.size, *local.shape), local.dtype)
         receive = None if out is None else [_bytes(out), local.nbytes, mpi.BYTE]
         comm.Gather([_bytes(local), local.nbytes, mpi.BYTE], receive, root=0)
-        self.ledger.gathers.add(started_s, 0 if self.world.is_leader else local.nbytes)
+        self.ledger.sent(0 if self.world.is_leader else local.nbytes)
         return out
 
     def _mpi(self) -> tuple[Any, Any]:

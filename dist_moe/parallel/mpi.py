@@ -12,7 +12,7 @@ from collections.abc import Mapping, MutableMapping
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
-from dist_moe.errors import EnvironmentMismatch, Interrupted
+from dist_moe.errors import EnvironmentMismatch
 from dist_moe.parallel.cpu_limits import expected_cores
 from dist_moe.parallel.launcher import Launcher
 
@@ -137,6 +137,12 @@ def _initialize(MPI: ModuleType) -> None:
 
 def _mismatch(launcher: Launcher, library: str) -> EnvironmentMismatch:
     title = _LAUNCHER_TITLES.get(launcher.name, launcher.name)
+    if launcher.name == "slurm":
+        return EnvironmentMismatch(
+            f"srun started {launcher.size} ranks, but each of them sees only itself (this Python's MPI library is "
+            f"{library}): say how srun is to connect them, --mpi=pmix for Open MPI or --mpi=pmi2 for MPICH and Intel "
+            "MPI (srun --mpi=list shows what this Slurm has)"
+        )
     return EnvironmentMismatch(
         f"{title} started {launcher.size} ranks, but this Python's MPI library is {library}, which sees only itself: "
         f"start with the mpirun of the same MPI ({sys.prefix}/bin/mpirun if it came with pip), "
@@ -169,9 +175,9 @@ def say(line: str) -> None:
         os.write(2, f"dist-moe: error: {line}\n".encode())
 
 
-def end_interrupted(MPI: ModuleType | None) -> NoReturn:
-    """End all ranks because the user wants so, while the main thread is inside a kernel or an exchange."""
-    end_from_thread(MPI, Interrupted.exit_code, "interrupted in the middle of a step, or while it was waited for")
+def end_interrupted(MPI: ModuleType | None, code: int) -> NoReturn:
+    """End all ranks because a signal wants so, while the main thread is inside a kernel or an exchange."""
+    end_from_thread(MPI, code, "interrupted in the middle of a step, or while it was waited for")
 
 
 def end_from_thread(MPI: ModuleType | None, code: int, line: str = "") -> NoReturn:

@@ -5,7 +5,6 @@ T tokens · N columns of all ranks · n columns of one rank · W ranks
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Protocol
@@ -13,8 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_moe.parallel.exchange import HEADER_WORDS, Exchange, waiting
+from dist_moe.parallel.exchange import HEADER_WORDS, Exchange, noted
 from dist_moe.parallel.host_sums import HostSums
+from dist_moe.parallel.ledger import Kind
+from dist_moe.parallel.token_owners import TokenGroups
 from dist_moe.parallel.world import World
 
 
@@ -51,35 +52,37 @@ class NodeExchange(Exchange):
         self._first = world.local_rank == 0
         self._firsts = firsts
 
-    @waiting
     def _sum(self, sums: NDArray[np.int64]) -> None:
-        started_s = time.perf_counter()
         self._node.sum(sums)
-        self.ledger.sums.add(started_s, sums.nbytes)
+        self.ledger.sent(0, sums.nbytes)
         if self._firsts is not None:
             if self._first:
                 self._sum_between_hosts(sums)
-            started_s = time.perf_counter()
             self._node.broadcast(sums)
-            self.ledger.sums.add(started_s, 0)
 
-    @waiting
+    @noted(Kind.FAULTS)
     def min_faults(self, fault_T: NDArray[np.int32]) -> None:
         """Reduce the tokens' fault flags in place to the lowest over ranks; see Exchange."""
-        started_s = time.perf_counter()
         self._node.minimum(fault_T)
-        self.ledger.faults.add(started_s, fault_T.nbytes)
+        self.ledger.sent(0, fault_T.nbytes)
         if self._firsts is not None:
             if self._first:
                 super().min_faults(fault_T)
-            started_s = time.perf_counter()
             self._node.broadcast(fault_T)
-            self.ledger.faults.add(started_s, 0)
 
     def _reducing_comm(self) -> Any:
         return self._firsts
 
-    @waiting
+    def token_groups(self) -> TokenGroups:
+        """Which ranks share memory: those of a host."""
+        nodes = self.world.node_of_rank
+        members = tuple(
+            tuple(rank for rank in range(self.world.size) if nodes[rank] == node) for node in range(self.world.nodes)
+        )
+        channel = None if self.world.local_size == 1 else self._node
+        return TokenGroups(members, tuple(range(len(members))), self._firsts if self._first else None, channel)
+
+    @noted(Kind.HEADER)
     def post_step(self, header: NDArray[np.int64]) -> None:
         """Leader: wake the other hosts' first ranks by one message each, and the own host's ranks from their futex.
 
@@ -90,7 +93,7 @@ class NodeExchange(Exchange):
         self._send_header(header, [rank for rank, node in self._first_ranks() if node != 0])
         self._node.broadcast(header)
 
-    @waiting
+    @noted(Kind.HEADER)
     def wait_step(self, header: NDArray[np.int64]) -> None:
         """Follower: sleep until the leader's next header; only a remote host's first rank polls for it.
 
@@ -100,11 +103,9 @@ class NodeExchange(Exchange):
         assert not self.world.is_leader
         if self._first:
             super().wait_step(header)
-        started_s = time.perf_counter()
         self._node.broadcast(header)
-        self.ledger.waiting.add(started_s, 0)
 
-    @waiting
+    @noted(Kind.BROADCAST)
     def broadcast(self, array: NDArray[Any]) -> None:
         """Give the leader's array to all ranks in place.
 
@@ -113,11 +114,10 @@ class NodeExchange(Exchange):
         """
         if self._firsts is not None and self._first:
             super().broadcast(array)
-        started_s = time.perf_counter()
         self._node.broadcast(array)
-        self.ledger.broadcasts.add(started_s, array.nbytes if self._first else 0)
+        self.ledger.sent(0, array.nbytes if self._first else 0)
 
-    @waiting
+    @noted(Kind.GATHER)
     def gather_columns(
         self, local_Tn: NDArray[np.float32], counts_W: Sequence[int], out_TN: NDArray[np.float32] | None
     ) -> NDArray[np.float32] | None:
@@ -134,14 +134,13 @@ class NodeExchange(Exchange):
             out_TN[:, stop - counts_W[rank] : stop] = gathered_WTn[rank, :, : counts_W[rank]]
         return out_TN
 
-    @waiting
+    @noted(Kind.GATHER)
     def gather_equal(self, local: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any] | None:
         """Stack the ranks' equal arrays on the leader; see Exchange."""
         if self._firsts is not None:
             return super().gather_equal(local, out)
-        started_s = time.perf_counter()
         gathered = self._node.gather(local)
-        self.ledger.gathers.add(started_s, 0 if self._first else local.nbytes)
+        self.ledger.sent(0, 0 if self._first else local.nbytes)
         if gathered is not None and out is not None:
             np.copyto(out, gathered)
         return gathered

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import numpy as np
 
+from dist_moe.parallel.cost import LinkCosts as LinkCosts
 from dist_moe.parallel.host_exchange import HostExchange
 
 SIZES_BYTES = (2048, 65536, 1 << 20)
@@ -17,18 +17,6 @@ _MESSAGE_BYTES = 16384
 _MOST_ROUNDS = 20
 # When a size took longer than this, larger ones are not tried.
 _SLOW_S = 0.1
-
-
-@dataclass(frozen=True)
-class LinkCosts:
-    """What a message between two hosts costs: `latency_s` + bytes / `bytes_per_s`."""
-
-    latency_s: float
-    bytes_per_s: float
-
-    def seconds(self, messages: float, sent_bytes: float) -> float:
-        """Of messages one after the other, and their bytes."""
-        return messages * self.latency_s + sent_bytes / self.bytes_per_s
 
 
 # Before anything was measured, and where hosts are as near as ranks: 1 Gbit/s Ethernet.

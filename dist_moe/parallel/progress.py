@@ -40,9 +40,10 @@ class Progress:
         phase: What is being done.
         exchanges: Exchanges begun so far.
         waiting: How many exchanges this rank is inside of (one may be made of others); 0 while it computes.
+        asked: The signal that asked this rank, which does not decide, for the job's end; 0 if none did.
     """
 
-    __slots__ = ("exchanges", "layer", "phase", "step", "waiting")
+    __slots__ = ("asked", "exchanges", "layer", "phase", "step", "waiting")
 
     def __init__(self) -> None:
         """Before the first step."""
@@ -51,6 +52,7 @@ class Progress:
         self.phase = Phase.STARTING
         self.exchanges = 0
         self.waiting = 0
+        self.asked = 0
 
     def begin(self, phase: Phase) -> None:
         """A step, or another order of rank 0, begins."""

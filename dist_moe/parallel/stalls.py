@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from dist_moe.parallel.progress import Phase
 
-_REPORT = struct.Struct("!qiB??f")
+_REPORT = struct.Struct("!qiB??Bf")
 
 # A rank that says something every second is silent when it has missed a few words.
 SILENT_S = 3.5
@@ -19,7 +19,8 @@ SILENT_S = 3.5
 class Report:
     """What a rank says of itself: its place, whether it waits in an exchange, and for how long it has not moved.
 
-    `leaving`: ranks end from now on, in good order or because this one ends the job.
+    `leaving`: ranks end from now on, in good order or because this one ends the job. `asked`: the signal that asked
+    this rank for the job's end, for rank 0 to obey; 0 if none did.
     """
 
     step: int = 0
@@ -28,18 +29,19 @@ class Report:
     waiting: bool = False
     still_s: float = 0.0
     leaving: bool = False
+    asked: int = 0
 
     SIZE: ClassVar[int] = _REPORT.size
 
     def pack(self) -> bytes:
         """As it travels."""
-        return _REPORT.pack(self.step, self.layer, self.phase, self.waiting, self.leaving, self.still_s)
+        return _REPORT.pack(self.step, self.layer, self.phase, self.waiting, self.leaving, self.asked, self.still_s)
 
     @staticmethod
     def unpack(data: bytes) -> Report:
         """The inverse of `pack`."""
-        step, layer, phase, waiting, leaving, still_s = _REPORT.unpack(data)
-        return Report(step, layer, Phase(phase), waiting, still_s, leaving)
+        step, layer, phase, waiting, leaving, asked, still_s = _REPORT.unpack(data)
+        return Report(step, layer, Phase(phase), waiting, still_s, leaving, asked)
 
     @property
     def order(self) -> tuple[int, bool, int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
 import secrets
 import threading
@@ -71,7 +72,7 @@ class OwnWatch:
         moved = mark != self._mark or (not waiting and (blocks != self._blocks or computes))
         self._mark, self._blocks, self._cpu_s = mark, blocks, cpu_s
         self._still_s = 0.0 if moved else self._still_s + elapsed_s
-        return Report(progress.step, progress.layer, progress.phase, waiting, self._still_s)
+        return Report(progress.step, progress.layer, progress.phase, waiting, self._still_s, asked=progress.asked)
 
 
 class Watchdog:
@@ -171,6 +172,7 @@ class _Leader(_Watcher):
         super().__init__(world, timeout_s, naming_s)
         self._channel = channel
         self._seen = {0: Seen(Report())}
+        self._asked = 0
 
     def leave(self) -> None:
         self._leaving = True
@@ -182,8 +184,15 @@ class _Leader(_Watcher):
                 self._lose(news.rank)
             else:
                 self._seen[news.rank] = Seen(news.report)
+                self._obey(news.report.asked)
                 if news.report.leaving and not self._leaving:
                     self.leave()
+
+    def _obey(self, asked: int) -> None:
+        """A signal came to another rank alone, as of a host that is taken down: it is as if it had come here."""
+        if asked and not self._asked and not self._leaving:
+            self._asked = asked
+            os.kill(os.getpid(), asked)
 
     def _look(self, own: Report, elapsed_s: float) -> None:
         self._channel.say(LEAVING if self._leaving else WELL)

@@ -15,7 +15,7 @@ from dist_moe.store.lock import refuse_used, store_lock
 from dist_moe.store.manifest import MANIFEST_NAME, PROGRESS_NAME, Manifest, read_manifest
 from dist_moe.store.state import remove_store, remove_texts
 
-# What `cli.models` calls a directory: the model, the format (or that it is the text of a GGUF file), a fingerprint.
+# What `store.models` calls a directory: the model, the format (or that it is the text of a GGUF file), a fingerprint.
 _NAME = re.compile(r".+-([a-z0-9]+)-[0-9a-f]{12}")
 _TEXT = "text"
 

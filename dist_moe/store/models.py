@@ -42,8 +42,11 @@ class ModelSource:
     synthetic: SyntheticModel | None = None
     in_cache: bool = True  # of a synthetic model: a damaged store is ours to replace
 
-    def read_config(self) -> ModelConfig:
+    def read_config(self, with_text: bool = True) -> ModelConfig:
         """The model's sizes; a store's small files are checked on the way, before one of them is parsed.
+
+        Args:
+            with_text: Whether a store's small files must be there.
 
         Raises:
             StoreError: The store's manifest is damaged or of another version, or its tokenizer's files are damaged.
@@ -53,7 +56,7 @@ class ModelSource:
             return self.synthetic.config
         if self.format is None:
             manifest = read_manifest(self.path / MANIFEST_NAME)
-            check_text_files(self.path, manifest)
+            check_text_files(self.path, manifest, required=with_text)
             return manifest.config
         return open_source(self.path).config if is_gguf(self.path) else read_hf_config(self.path)
 

@@ -82,13 +82,20 @@ class Store:
                 self._tensors.setdefault(tensor.spec.name, []).append(_Held(name, tensor, rows))
 
     @classmethod
-    def open(cls, directory: Path | str, check: Check = "fast", rope_scaling: RopeScaling | None = None) -> Store:
+    def open(
+        cls,
+        directory: Path | str,
+        check: Check = "fast",
+        rope_scaling: RopeScaling | None = None,
+        with_text: bool = True,
+    ) -> Store:
         """Map a store; shards that are not on this machine may be absent until `require` asks for their units.
 
         Args:
             directory: The store.
             check: `fast` compares sizes, headers and the checksums of files below 64 MB; `full` those of all files.
             rope_scaling: Run the model with other rotary frequencies and a longer context.
+            with_text: Whether the small files, such as the tokenizer's, must be there.
 
         Raises:
             UsageError: `rope_scaling` makes no sense for this model.
@@ -100,7 +107,8 @@ class Store:
         weights_of = {}
         for entry in manifest.files:
             path = directory / entry.name
-            if entry.name in weights[1:] and not files.exists(path):
+            optional = entry.name in weights[1:] or (entry.name not in weights and not with_text)
+            if optional and not files.exists(path):
                 continue
             if check == "full" or entry.file_bytes < FULL_CHECK_BYTES:
                 check_file(path, entry, manifest)

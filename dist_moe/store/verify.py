@@ -88,15 +88,20 @@ def check_file(path: Path, entry: StoreFile, manifest: Manifest) -> None:
     )
 
 
-def check_text_files(directory: Path, manifest: Manifest) -> None:
+def check_text_files(directory: Path, manifest: Manifest, required: bool = True) -> None:
     """Compare a store's small files, such as the tokenizer's, with their checksums, before somebody parses them.
+
+    Args:
+        directory: The store.
+        manifest: Its manifest.
+        required: Whether they must be there; rank 0 alone reads them.
 
     Raises:
         StoreError: As `check_file`.
     """
     weights = weight_files(manifest)
     for entry in manifest.files:
-        if entry.name not in weights:
+        if entry.name not in weights and (required or files.exists(directory / entry.name)):
             check_file(directory / entry.name, entry, manifest)
 
 

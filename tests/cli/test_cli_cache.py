@@ -10,12 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from dist_moe.cli.models import ModelSource, local_store
+from dist_moe.cli.shard import ShardProgress
+from dist_moe.engine.job import local_store
 from dist_moe.errors import DistMoeError, PlaceError
 from dist_moe.kernels import WeightFormat
 from dist_moe.parallel.world import World
 from dist_moe.store import convert as convert_module
 from dist_moe.store import models, state
+from dist_moe.store.models import ModelSource
 from dist_moe.store.reader import Store
 from helpers.tiny_model import TinyModel
 from helpers.tiny_store import contents
@@ -51,7 +53,9 @@ def pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     def run(*, full_check: bool = False) -> tuple[Path, list[str]]:
         lines.clear()
         world: World = Alone()  # type: ignore[assignment]
-        return local_store(world, ModelSource(source, WeightFormat.Q4), full_check=full_check), list(lines)
+        return local_store(
+            world, ModelSource(source, WeightFormat.Q4), full_check=full_check, show=ShardProgress
+        ), list(lines)
 
     yield run
     logger.removeHandler(handler)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from dist_moe.cli.main import execute
+from dist_moe.cli.reference_trace import ComparedStep, read_trace
 from dist_moe.cli.token_lines import token_line
-from dist_moe.cli.trace import ComparedStep, read_trace
 from dist_moe.demo import demo_model_directory
 from dist_moe.errors import UsageError
 from dist_moe.text.tokenizer import Tokenizer

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from dist_moe.cli.logs import start_logging
-from dist_moe.cli.models import ModelSource, cache_directory, find_model
-from dist_moe.cli.npy_rows import NpyRows, require_writable
+from dist_moe.cli.models import find_model
+from dist_moe.cli.npy_rows import NpyRows
 from dist_moe.cli.options import RunOptions
 from dist_moe.cli.output import Output
 from dist_moe.cli.prompt import Prompt, read_prompt
@@ -27,8 +27,10 @@ from dist_moe.engine.request import Completion, SamplingOptions
 from dist_moe.engine.statistics import EngineStatistics
 from dist_moe.engine.writer import Writer
 from dist_moe.errors import UsageError
+from dist_moe.files import require_writable
 from dist_moe.kernels import WeightFormat
 from dist_moe.parallel.launcher import Launcher
+from dist_moe.store.models import ModelSource, cache_directory
 from dist_moe.text.generation_config import GenerationConfig
 from dist_moe.text.tokenizer import Tokenizer
 from helpers.command_options import MODEL, RUN

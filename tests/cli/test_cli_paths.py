@@ -15,11 +15,11 @@ from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.cli import text_files
 from dist_moe.cli.main import execute
 from dist_moe.cli.models import find_model
-from dist_moe.cli.npy_rows import require_writable
-from dist_moe.cli.prompt import read_prompt, read_tokenizer
+from dist_moe.cli.prompt import read_prompt
 from dist_moe.cli.token_ids import read_ids
 from dist_moe.demo import demo_model_directory
 from dist_moe.errors import UsageError
+from dist_moe.files import require_writable
 from dist_moe.parallel.launcher import Launcher
 from dist_moe.store.inspection import inspect_path
 from dist_moe.store.reader import Store
@@ -60,7 +60,6 @@ def test_a_path_that_cannot_be_looked_at_is_one_sentence(hidden: Path) -> None:
         lambda: require_writable(hidden),
         lambda: find_model(replace(MODEL, model=str(hidden))),
         lambda: read_ids(str(hidden), "--ids"),
-        lambda: read_tokenizer(hidden, required=False),
         lambda: Checkpoint.open(hidden),
         lambda: Store.open(hidden),
         lambda: inspect_path(hidden),

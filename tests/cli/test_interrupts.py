@@ -12,16 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.cli.interrupts import Interrupts
+from dist_moe.cli.interrupts import FINISH, Interrupts
+from dist_moe.errors import Interrupted, Terminated
+from dist_moe.parallel.progress import Progress
 from helpers import launching
 
 
 @pytest.fixture(autouse=True)
 def _restore() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *FINISH)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def interrupt() -> None:
@@ -62,12 +65,57 @@ def test_a_process_started_to_ignore_it_goes_on_doing_so() -> None:
     assert not interrupts.requested()
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_schedulers_signal_asks_however_often_it_comes(number: signal.Signals, code: int) -> None:
+    interrupts = Interrupts(leads=True)
+    with interrupts.orderly():
+        for _ in range(3):
+            os.kill(os.getpid(), number)
+        assert interrupts.requested()
+        assert interrupts.final
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+    error = Interrupted("interrupted after 3 tokens")
+    interrupts.explain(error)
+    assert str(error) == f"interrupted after 3 tokens (by {number.name})"
+    assert error.exit_code == code
+
+
+def test_a_schedulers_signal_at_the_start_ends_at_once() -> None:
+    Interrupts(leads=True)
+    with pytest.raises(Terminated) as caught:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.exit_code == 143
+
+
+def test_control_c_keeps_its_sentence_and_code() -> None:
+    interrupts, error = Interrupts(leads=True), Interrupted("interrupted after 3 tokens")
+    with interrupts.orderly():
+        interrupt()
+    interrupts.explain(error)
+    assert (str(error), error.exit_code, interrupts.final) == ("interrupted after 3 tokens", 130, False)
+
+
+def test_the_other_ranks_pass_a_schedulers_signal_on() -> None:
+    progress = Progress()
+    interrupts = Interrupts(leads=False, progress=progress)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert progress.asked == signal.SIGUSR1
+    assert not interrupts.requested()
+
+
+def test_a_task_that_does_not_look_keeps_the_default() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    Interrupts(leads=True, finish=False)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 # A mutex that its owner locks again: C code that no signal gets the main thread out of.
 STUCK = """
 import ctypes, os, sys
 from dist_moe.cli.interrupts import Interrupts
 mutex = ctypes.create_string_buffer(64)
-interrupts = Interrupts(leads=True, end=lambda: os._exit(77))
+interrupts = Interrupts(leads=True, end=lambda code: os._exit(code - 53))
 def stick():
     for _ in range(2):
         print("locks", flush=True)

@@ -16,10 +16,11 @@ from dist_moe.engine.memory import Demand, check_memory, host_need
 from dist_moe.engine.request import Request
 from dist_moe.kernels import KvFormat, Operand
 from dist_moe.model.workspace import workspace_bytes
-from dist_moe.parallel.plan import EXPERT_LAYOUTS, Plan, make_plan
+from dist_moe.parallel.plan import EXPERT_LAYOUTS, Plan
 from dist_moe.parallel.world import AgreedError, World
 from dist_moe.store.reader import Store
 from dist_moe.store.units import UNIT_KINDS, unit_bytes
+from helpers.plans import job_of
 from helpers.start_record import RECORD
 from helpers.tiny_model import TinyModel, random_ids
 
@@ -27,18 +28,7 @@ DEMAND = Demand(KvFormat.F16, 130, 64)
 
 
 def plans_of(store: Store, ranks: int, layout: str = "whole") -> list[Plan]:
-    config = store.config
-    return [
-        make_plan(
-            heads=config.heads,
-            heads_per_kv_head=config.heads_per_kv_head,
-            vocabulary=config.vocabulary,
-            rank=rank,
-            ranks=ranks,
-            layout=layout,
-        )
-        for rank in range(ranks)
-    ]
+    return list(job_of(store, ranks, layout).plans)
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,11 @@ from dist_moe.engine.memory import Demand, host_need, layers_with_room
 from dist_moe.engine.request import Request
 from dist_moe.kernels import KvFormat
 from dist_moe.model.own_spans import OwnSpans, Span, dealt, joined, own_spans, pieces
-from dist_moe.parallel.plan import EXPERT_LAYOUTS, Plan, make_plan
+from dist_moe.parallel.plan import EXPERT_LAYOUTS, Plan
 from dist_moe.parallel.world import AgreedError, World
 from dist_moe.store.reader import Store
 from dist_moe.store.units import chunks_per_expert, unit_bytes
+from helpers.plans import plan_of
 from helpers.start_record import RECORD
 from helpers.tiny_model import TinyModel
 
@@ -37,24 +38,12 @@ def store(request: pytest.FixtureRequest, make_store, source: Path) -> Store:
     return make_store(source, "q8", nodes=request.param)
 
 
-def plan_of(store: Store, rank: int, ranks: int, layout: str) -> Plan:
-    config = store.config
-    return make_plan(
-        heads=config.heads,
-        heads_per_kv_head=config.heads_per_kv_head,
-        vocabulary=config.vocabulary,
-        rank=rank,
-        ranks=ranks,
-        layout=layout,
-    )
-
-
 def unit_bytes_of(store: Store, plan: Plan, routed_layers: int) -> set[int]:
     """The address of every 64th byte of the units that a rank computes with."""
     config, manifest, found = store.config, store.manifest, set()
     for layer in range(config.layers):
         experts, chunks = config.layer_experts(layer), chunks_per_expert(config, manifest.group_size, layer)
-        owned = plan.owned_chunks(experts, chunks)
+        owned = plan.owned_chunks(layer)
         wanted = {"head": plan.heads, "kv_head": plan.kv_heads}
         if layer < routed_layers or config.is_dense(layer):
             wanted["chunk"] = range(experts * chunks) if owned is None else owned

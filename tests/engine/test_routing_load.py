@@ -10,9 +10,9 @@ import pytest
 
 from dist_moe.engine.routing_facts import RoutingFacts
 from dist_moe.engine.routing_load import LoadCounter, layer_loads, total_load
-from dist_moe.kernels import ExpertsLayer, Kernels, LayerSizes, WeightFormat
+from dist_moe.kernels import ExpertsLayer, Kernels, LayerSizes, Picks, WeightFormat, Workers
+from dist_moe.parallel.chunk_owners import sliced_owners, whole_owners
 from dist_moe.parallel.plan import CHUNK_READ_COST_TOKENS as READ_COST
-from dist_moe.parallel.plan import make_plan
 
 FACTS = RoutingFacts(
     model="tiny",
@@ -30,9 +30,7 @@ SIZES = LayerSizes(
     kv_heads=1,
     head_dim=32,
     experts_per_token=3,
-    rank=0,
-    ranks=1,
-    chunk_read_cost=READ_COST,
+    workers=Workers(node=0, rank=0, ranks=1, read_cost=READ_COST),
     format=WeightFormat.Q4,
     group=32,
     output_group=32,
@@ -60,8 +58,8 @@ def work_of_ranks(layout: str, tokens_E: np.ndarray, ranks: int) -> list[int]:
     """Each rank's work in one layer, from the plan's own list of chunks or from the kernel's."""
     work = []
     for rank in range(ranks):
-        plan = make_plan(heads=64, heads_per_kv_head=1, vocabulary=1000, rank=rank, ranks=ranks, layout=layout)
-        owned = plan.owned_chunks(12, 5)
+        owners = {"whole": whole_owners, "sliced": sliced_owners}.get(layout)
+        owned = owners(np.ones((1, 60), np.bool_), 12, [range(ranks)])[rank] if owners else None
         layer = ExpertsLayer(
             SIZES,
             0,
@@ -73,7 +71,7 @@ def work_of_ranks(layout: str, tokens_E: np.ndarray, ranks: int) -> list[int]:
             width=32,
         )
         offset_E1 = np.concatenate([[0], np.cumsum(tokens_E)]).astype(np.int32)
-        words = Kernels.pick_chunks(layer, offset_E1, rank, ranks, READ_COST).astype(np.int64)
+        words = Kernels.pick_chunks(Picks(1, 12), layer, offset_E1, Workers(0, rank, ranks, READ_COST)).astype(np.int64)
         work.append(int((words[:, 2][words[:, 2] > 0] + READ_COST).sum()))
     return work
 

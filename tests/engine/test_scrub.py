@@ -15,13 +15,14 @@ from dist_moe.engine.request import Request
 from dist_moe.engine.runtime import EngineOptions, Runtime
 from dist_moe.engine.scrub import PIECE_BYTES, Scrubber, own_copies, own_units
 from dist_moe.kernels import WeightFormat, address_of
-from dist_moe.parallel.plan import EXPERT_LAYOUTS, Plan, make_plan
+from dist_moe.parallel.plan import EXPERT_LAYOUTS
 from dist_moe.parallel.world import AgreedError, World
 from dist_moe.store.checksum import checksum_text
 from dist_moe.store.convert import convert
 from dist_moe.store.plan import StoreOptions
 from dist_moe.store.reader import Store
 from dist_moe.store.sealed import Sealed
+from helpers.plans import plan_of
 from helpers.tiny_model import TinyModel
 
 LONG_S = 30.0
@@ -42,18 +43,6 @@ def scrubber(store: Store) -> Iterator[Scrubber]:
     made = Scrubber(lambda: own_units(store, plan_of(store, 0, 1, "whole"), 0, 1))
     yield made
     made.close()
-
-
-def plan_of(store: Store, rank: int, ranks: int, layout: str) -> Plan:
-    config = store.config
-    return make_plan(
-        heads=config.heads,
-        heads_per_kv_head=config.heads_per_kv_head,
-        vocabulary=config.vocabulary,
-        rank=rank,
-        ranks=ranks,
-        layout=layout,
-    )
 
 
 def flip(sealed: Sealed, byte: int) -> None:

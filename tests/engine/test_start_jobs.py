@@ -94,8 +94,9 @@ def test_another_version_of_the_package_on_a_rank(mpirun: MpiRun, tmp_path: Path
     # What the ranks say after the versions may be anything in another version.
     job = other / "cli" / "job.py"
     text = job.read_text()
-    assert text.count("    options = _options_of_leader(world, options)\n") == 1
-    job.write_text(text.replace("    options = _options_of_leader(world, options)\n", "    world.barrier()\n"))
+    first_words = "    options = fields_of_leader(world, options, _OWN_OPTIONS)\n"
+    assert text.count(first_words) == 1
+    job.write_text(text.replace(first_words, "    world.barrier()\n"))
     script = f'PYTHONPATH="{other.parent}:$PYTHONPATH"; export PYTHONPATH'
     done = mpirun(3, *on_rank(odd, script, *PROGRAM, "run", "-p", "Once"), cwd=tmp_path)
     expect_table(done, odd, "99.0")

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -55,14 +55,17 @@ class Ended:
 class Job:
     """`with Job(4, ...) as job:` runs a command on ranks; whatever happens, nothing of it survives the block."""
 
-    def __init__(self, ranks: int, *command: str, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, ranks: int, *command: str, env: Mapping[str, str] | None = None, launch: Sequence[str] = ()
+    ) -> None:
+        """Start it: `launch`, by default `mpirun -n ranks`, and the command."""
         self._mark = uuid.uuid4().hex
         self._shared_before = _shared_memory()
         self._stdout = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._since_s = time.monotonic()
         self.process = subprocess.Popen(
-            [launching.mpirun_path(), "-n", str(ranks), *command],
+            [*(launch or (launching.mpirun_path(), "-n", str(ranks))), *command],
             stdin=subprocess.DEVNULL,
             stdout=self._stdout,
             stderr=self._stderr,

@@ -25,7 +25,7 @@ from dist_moe.model.transformer import Transformer
 from dist_moe.parallel.cores import may_spin
 from dist_moe.parallel.exchange import Exchange
 from dist_moe.parallel.launcher import detect_launcher
-from dist_moe.parallel.plan import EXPERT_LAYOUTS, make_plan
+from dist_moe.parallel.plan import EXPERT_LAYOUTS, plan_job
 from dist_moe.parallel.world import World
 from dist_moe.store.reader import Store
 from helpers.tiny_model import random_ids
@@ -63,16 +63,8 @@ def logits_hash(worker: Worker, chunk: int, in_batch: bool, vocabulary: int) -> 
 
 def run_store(world: World, exchange: Exchange, store: Store, kernels: Kernels, layout: str, kv: KvFormat) -> Worker:
     """A fresh model on all ranks."""
-    config = store.config
-    plan = make_plan(
-        heads=config.heads,
-        heads_per_kv_head=config.heads_per_kv_head,
-        vocabulary=config.vocabulary,
-        rank=world.rank,
-        ranks=world.size,
-        layout=layout,
-    )
-    return Worker(Transformer(store, plan, exchange, kernels, kv, 256), exchange, world.size)
+    job = plan_job(store.config, store.manifest.group_size, layout, node_of_rank=world.node_of_rank)
+    return Worker(Transformer(store, job, exchange, kernels, kv, 256), exchange)
 
 
 def main() -> None:

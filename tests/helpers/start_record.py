@@ -15,6 +15,7 @@ RECORD = StartRecord(
     resident=4096,
     prefill_chunk=256,
     experts="auto",
+    exchange="auto",
     check="fast",
     scrub="off",
     weights="mapped",

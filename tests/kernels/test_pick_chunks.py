@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from dist_moe.kernels import ExpertsLayer, Kernels, LayerSizes, WeightFormat
+from dist_moe.kernels import ExpertsLayer, Kernels, LayerSizes, Picks, WeightFormat, Workers
 from dist_moe.parallel.plan import CHUNK_READ_COST_TOKENS as READ_COST
 
 Int64s = npt.NDArray[np.int64]
@@ -18,9 +18,7 @@ SIZES = LayerSizes(
     kv_heads=1,
     head_dim=32,
     experts_per_token=1,
-    rank=0,
-    ranks=1,
-    chunk_read_cost=READ_COST,
+    workers=Workers(node=0, rank=0, ranks=1, read_cost=READ_COST),
     format=WeightFormat.Q4,
     group=32,
     output_group=32,
@@ -46,7 +44,8 @@ def picked(tokens_E: Int64s, chunks_per_expert: int, rank: int, ranks: int, owne
         width=32,
     )
     offset_E1 = np.concatenate([[0], np.cumsum(tokens_E)]).astype(np.int32)
-    words = Kernels.pick_chunks(layer, offset_E1, rank, ranks, READ_COST).astype(np.int64)
+    workers = Workers(node=0, rank=rank, ranks=ranks, read_cost=READ_COST)
+    words = Kernels.pick_chunks(Picks(1, experts), layer, offset_E1, workers).astype(np.int64)
     numbers = words[:, 0] // 64
     expert = numbers // chunks_per_expert
     assert (words[:, 1] == offset_E1[expert]).all()

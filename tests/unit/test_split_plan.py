@@ -7,17 +7,15 @@ from itertools import chain
 import pytest
 
 from dist_moe import split
-from dist_moe.errors import UsageError
 from dist_moe.kernels import VOCABULARY_BLOCK
-from dist_moe.parallel.plan import Plan, make_plan
+from dist_moe.parallel.plan import Plan, plan_job
 from dist_moe.split import contiguous, head_range_kv_heads, sliced_chunks, whole_chunks
+from helpers.models import model
 
 
-def plans(ranks: int, *, heads: int = 32, group: int = 8, vocabulary: int = 1000, layout: str = "whole") -> list[Plan]:
-    return [
-        make_plan(heads=heads, heads_per_kv_head=group, vocabulary=vocabulary, rank=rank, ranks=ranks, layout=layout)
-        for rank in range(ranks)
-    ]
+def plans(ranks: int, *, vocabulary: int = 1000, layout: str = "whole") -> list[Plan]:
+    config = model(heads=32, kv_heads=4, vocabulary=vocabulary)
+    return list(plan_job(config, 32, layout, node_of_rank=[0] * ranks).plans)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 7, 8, 31])
@@ -47,23 +45,25 @@ def test_kv_heads_cover_the_head_range() -> None:
     assert head_range_kv_heads(range(3, 3), 8) == range(0)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6, 7, 8, 32])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6, 7, 8, 32, 40])
 def test_heads_and_vocabulary_have_one_owner_each(ranks: int) -> None:
     all_plans = plans(ranks)
     assert list(chain(*(plan.heads for plan in all_plans))) == list(range(32))
-    assert list(chain(*(plan.vocabulary_rows for plan in all_plans))) == list(range(1000))
-    for plan in all_plans:
+    assert list(chain(*(plan.vocabulary_blocks for plan in all_plans))) == list(range(8))
+    assert sum(plan.vocabulary_rows for plan in all_plans) == 1000
+    for rank, plan in enumerate(all_plans):
+        assert plan.heads == tuple(contiguous(32, ranks, rank))
+        assert plan.vocabulary_blocks == tuple(contiguous(8, ranks, rank))
         assert {head // 8 for head in plan.heads} == set(plan.kv_heads)
-        assert plan.vocabulary_rows.start % 128 == 0 or not plan.vocabulary_rows
 
 
 def test_a_rank_may_own_no_vocabulary() -> None:
-    assert [len(plan.vocabulary_rows) for plan in plans(4, vocabulary=130)] == [128, 2, 0, 0]
+    assert [plan.vocabulary_rows for plan in plans(4, vocabulary=130)] == [128, 2, 0, 0]
 
 
-def test_more_ranks_than_heads_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"33 ranks.*32 query heads.*mpirun -n 32"):
-        plans(33)
+def test_ranks_beyond_the_heads_own_none() -> None:
+    assert [len(plan.heads) for plan in plans(35)] == [1] * 32 + [0] * 3
+    assert plans(35)[34].kv_heads == ()
 
 
 def test_the_block_of_the_split_is_the_block_of_the_kernels() -> None:

@@ -103,7 +103,7 @@ def test_a_rank_that_cannot_report_is_named_when_all_others_wait() -> None:
 
 
 def test_reports_travel() -> None:
-    for report in (WAITS, BUSY, Report(leaving=True), Report(2**40, 93, Phase.LOGITS)):
+    for report in (WAITS, BUSY, Report(leaving=True), Report(2**40, 93, Phase.LOGITS), Report(asked=15)):
         assert Report.unpack(report.pack()) == replace(report, still_s=float(report.still_s))
         assert len(report.pack()) == Report.SIZE
 

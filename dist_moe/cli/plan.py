@@ -1,0 +1,163 @@
+"""`dist-moe plan`: memory, bytes on the wire and speed of a model on a number of nodes, before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from dist_moe.cli.config_file import option
+from dist_moe.cli.values import Number, OneOf, PathName, Whole, WholeRange, ends
+from dist_moe.parallel.cpu_limits import own_cores
+from dist_moe.parallel.launcher import detect_launcher
+
+if TYPE_CHECKING:
+    from dist_moe.engine.planning import Workload
+    from dist_moe.engine.prediction import Nodes
+    from dist_moe.parallel.cost import LinkCosts
+    from dist_moe.store.manifest import Manifest
+
+MOST_NODES = 1024
+DEFAULT_NODES = (1, 8)
+DEFAULT_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """As parsed; None means: decided later."""
+
+    model: str
+    nodes: str | None
+    ranks_per_node: int
+    threads: int | None
+    net: str
+    bandwidth: float | None
+    memory: float | None
+    quant: str | None
+    kv: str
+    ctx: int | None
+    prompt: int
+    batch: int
+    prefill_chunk: int
+    format: str
+
+
+@click.command()
+@click.argument("model", metavar="MODEL", type=PathName())
+@option(
+    "--nodes",
+    type=WholeRange(1, MOST_NODES),
+    metavar="N|A-B",
+    show_default="1-8",
+    help="How many nodes: one number, or a range to compare.",
+)
+@option("--ranks-per-node", type=Whole(min=1, max=4096), default=1, help="MPI ranks on each node.")
+@option(
+    "--threads",
+    type=Whole(min=1, max=1024),
+    show_default="this machine's cores / ranks per node",
+    help="Threads of each rank.",
+)
+@option(
+    "--net",
+    type=OneOf(["1gbe", "10gbe", "ib100", "measured"]),
+    default="1gbe",
+    help="What connects the nodes; measured: between the hosts of this mpirun job.",
+)
+@option(
+    "--bandwidth",
+    metavar="GB/S",
+    type=Number(min=0.1, max=100_000),
+    show_default="measured on this machine",
+    help="How fast a node reads its memory.",
+)
+@option(
+    "--memory",
+    metavar="GB",
+    type=Number(min=0.001, max=10_000_000),
+    show_default="what this machine has free",
+    help="What a node can hold.",
+)
+@option(
+    "--quant",
+    type=OneOf(["f32", "bf16", "q8", "q4"]),
+    show_default="as a run would pack it; a store has its own",
+    help="Format of the weights.",
+)
+@option("--kv", type=OneOf(["f32", "f16", "q8"]), default="f16", help="Format of the KV cache.")
+@option(
+    "--ctx",
+    type=Whole(min=1, max=2**31 - 1),
+    show_default=f"{DEFAULT_CONTEXT}, at most the model's maximum",
+    help="Positions that the KV cache holds.",
+)
+@option("--prompt", type=Whole(min=1, max=1 << 24), default=512, help="Tokens of the prompt.")
+@option("--batch", type=Whole(min=1, max=16), default=1, help="Sequences that decode together.")
+@option("--prefill-chunk", type=Whole(min=1, max=65536), default=256, help="Prompt tokens of a step at most.")
+@option("-o", "--format", type=OneOf(["md", "json"]), default="md", help="Form of the report.")
+def plan(**values: object) -> None:
+    """Predict what a model needs and how fast it runs on a number of nodes; nothing is loaded.
+
+    MODEL is a store, a Hugging Face directory, a GGUF file or a file of configs/.
+
+    \b
+    Examples:
+      dist-moe plan configs/qwen3-30b-a3b.toml --nodes 1-4 --net 10gbe
+      dist-moe plan store/ --nodes 4 --memory 16 --bandwidth 25
+      mpirun -f hosts dist-moe plan store/ --net measured
+    """  # noqa: D301  click wants the character
+    options = PlanOptions(**values)  # type: ignore[arg-type]
+    launcher = detect_launcher(os.environ)
+    if not launcher.is_first:
+        return
+    from dist_moe.engine.planning import describe_model
+
+    manifest = describe_model(options.model, options.quant)
+    click.echo(_predict(options, manifest, workload_of(options, manifest)))
+
+
+def workload_of(options: PlanOptions, manifest: Manifest) -> Workload:
+    """What is to run."""
+    from dist_moe.engine.memory import Demand
+    from dist_moe.engine.planning import Workload
+    from dist_moe.kernels import KvFormat
+
+    context = options.ctx or min(DEFAULT_CONTEXT, manifest.config.max_positions)
+    demand = Demand(KvFormat.parse(options.kv), context, options.prefill_chunk)
+    return Workload(demand, options.prompt, options.batch)
+
+
+def node_counts(options: PlanOptions, manifest: Manifest) -> range:
+    """The numbers of nodes to look at."""
+    if options.nodes is not None:
+        first, last = ends(options.nodes)
+        return range(first, last + 1)
+    first, last = DEFAULT_NODES
+    return range(first, max(first, min(last, manifest.config.heads)) + 1)
+
+
+def _predict(options: PlanOptions, manifest: Manifest, workload: Workload) -> str:
+    from dist_moe.cli.plan_output import Facts, render
+    from dist_moe.engine.available_memory import available_memory
+    from dist_moe.engine.planning import Ranks, check_request, make_report
+    from dist_moe.parallel.cost import PRESET_LINKS
+
+    counts = node_counts(options, manifest)
+    memory_bytes = available_memory().available_bytes if options.memory is None else int(options.memory * 1e9)
+    threads = options.threads or max(1, len(own_cores()) // options.ranks_per_node)
+    check_request(manifest, Ranks(1, options.ranks_per_node, threads), counts, workload, memory_bytes)
+    nodes = _nodes_like_this(options, threads, manifest, PRESET_LINKS[options.net])
+    report = make_report(manifest, nodes, counts, workload, memory_bytes)
+    return render(options.format, report, Facts(manifest, nodes, memory_bytes, options.net))
+
+
+def _nodes_like_this(options: PlanOptions, threads: int, manifest: Manifest, link: LinkCosts) -> Nodes:
+    """Nodes like this machine, but for what the options say."""
+    from dist_moe.engine.plan_machine import measure_machine
+    from dist_moe.engine.prediction import Nodes
+
+    read = None if options.bandwidth is None else options.bandwidth * 1e9
+    machine, isa = measure_machine(min(len(own_cores()), options.ranks_per_node * threads), manifest.format, read)
+    return Nodes(1, options.ranks_per_node, threads, machine, link, isa)

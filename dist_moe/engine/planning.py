@@ -1,0 +1,257 @@
+"""`dist-moe plan`: for a model and numbers of nodes, what each way to split the work needs and how fast it will be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dist_moe import files
+from dist_moe.checkpoint.model_toml import read_model_toml
+from dist_moe.checkpoint.source import open_source
+from dist_moe.engine.memory import Demand, MemoryNeed, host_need
+from dist_moe.engine.prediction import Nodes, Predictor, Split, StepCost
+from dist_moe.engine.record import show_bytes
+from dist_moe.errors import UsageError
+from dist_moe.kernels import WeightFormat
+from dist_moe.model.step import MAX_LOGIT_ROWS
+from dist_moe.parallel.cost import EXCHANGES, ExchangeKind
+from dist_moe.parallel.plan import plan_job
+from dist_moe.store.manifest import MANIFEST_NAME, Manifest, read_manifest
+from dist_moe.store.models import find_model
+from dist_moe.store.plan import StoreOptions, plan_store
+from dist_moe.store.synthetic import synthetic_model
+
+ANSWER_TOKENS = 256  # of the request whose time decides which way is best
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the model shall do.
+
+    Attributes:
+        demand: Format of the KV cache, positions, tokens of a step at most.
+        prompt: Tokens of a prompt; decoding goes on from there.
+        batch: Sequences that decode together.
+    """
+
+    demand: Demand
+    prompt: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many nodes, ranks on each of them, and threads of each rank."""
+
+    nodes: int
+    per_node: int
+    threads: int
+
+    @classmethod
+    def of(cls, nodes: Nodes) -> Ranks:
+        """The counts of some machines."""
+        return cls(nodes.nodes, nodes.ranks, nodes.threads)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to split the experts over nodes, and what comes of it with each exchange; `auto` takes the quicker one.
+
+    Attributes:
+        nodes: How many.
+        experts: "shared" on one node, else "whole" or "sliced" over nodes.
+        need: Memory of the node that needs most.
+        decode: One step, by exchange.
+        prefill: All steps of the prompt, by exchange.
+        workload: What was asked.
+    """
+
+    nodes: int
+    experts: str
+    need: MemoryNeed
+    decode: Mapping[ExchangeKind, StepCost]
+    prefill: Mapping[ExchangeKind, StepCost]
+    workload: Workload
+
+    @property
+    def exchanges(self) -> tuple[ExchangeKind, ExchangeKind]:
+        """The quicker exchange of decoding, and of prefill."""
+        return quickest(self.decode), quickest(self.prefill)
+
+    def decode_tokens_per_s(self, exchange: ExchangeKind | None = None) -> float:
+        """Of all sequences together; None is `auto`."""
+        return self.workload.batch / self.decode[exchange or quickest(self.decode)].seconds
+
+    def prefill_tokens_per_s(self, exchange: ExchangeKind | None = None) -> float:
+        """Of one prompt; None is `auto`."""
+        return self.workload.prompt / self.prefill[exchange or quickest(self.prefill)].seconds
+
+    @property
+    def request_seconds(self) -> float:
+        """A prompt, and ANSWER_TOKENS of each sequence after it."""
+        decode, prefill = self.exchanges
+        return self.prefill[prefill].seconds + ANSWER_TOKENS * self.decode[decode].seconds
+
+
+def quickest(costs: Mapping[ExchangeKind, StepCost]) -> ExchangeKind:
+    """The exchange that takes least; of equal ones the first."""
+    return min(costs, key=lambda exchange: costs[exchange].seconds)
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What `plan` found.
+
+    Attributes:
+        ways: All that fit in memory, by nodes.
+        best: For each number of nodes that fits, the quickest way.
+        too_small: Numbers of nodes that do not fit, and the bytes that each of their nodes would need.
+    """
+
+    ways: tuple[Way, ...]
+    best: tuple[Way, ...]
+    too_small: tuple[tuple[int, int], ...]
+
+    @property
+    def winner(self) -> Way:
+        """The quickest of all; of equal ones that with fewest nodes."""
+        return min(self.best, key=lambda way: way.request_seconds)
+
+    def slower_steps(self) -> Iterator[tuple[Way, Way]]:
+        """Pairs (fewer nodes, next more nodes) of which the second one decodes slower."""
+        for fewer, more in zip(self.best, self.best[1:], strict=False):
+            if more.decode_tokens_per_s() < fewer.decode_tokens_per_s():
+                yield fewer, more
+
+
+def describe_model(model: str, quant: str | None) -> Manifest:
+    """What a model's store is, or would be, without reading a weight.
+
+    Args:
+        model: A store, a Hugging Face directory, a GGUF file or a file of configs/.
+        quant: The format of the weights, where it is not decided yet.
+
+    Raises:
+        UsageError: The path is none of them, or `quant` contradicts the store.
+        CheckpointError, StoreError: The model's files are damaged or not supported.
+    """
+    path = Path(model)
+    if path.suffix == ".toml" and files.is_file(path):
+        fmt = WeightFormat.parse(quant or "q4")
+        plan = plan_store(synthetic_model(read_model_toml(path), path.stem, None), StoreOptions(format=fmt))
+        return replace(plan, source_name=path.stem)
+    source = find_model(model, quant, "")
+    if source.format is None:
+        return read_manifest(source.path / MANIFEST_NAME)
+    return plan_store(open_source(source.path), StoreOptions(format=source.format))
+
+
+def check_request(
+    manifest: Manifest, ranks: Ranks, counts: Sequence[int], workload: Workload, memory_bytes: int
+) -> None:
+    """Refuse what cannot run, before anything is measured.
+
+    Args:
+        manifest: Of the model.
+        ranks: On each node; their number of nodes is ignored.
+        counts: Numbers of nodes, ascending.
+        workload: What to run.
+        memory_bytes: What a node can hold; 0 is not known.
+
+    Raises:
+        UsageError: The context does not fit the model or the prompt, or the model none of these numbers of nodes.
+    """
+    context, most = workload.demand.context, manifest.config.max_positions
+    if context > most:
+        raise UsageError(f"--ctx {context}: the model has {most} positions; give at most that")
+    if workload.prompt >= context:
+        raise UsageError(f"--prompt {workload.prompt}: leaves no room to answer in {context} positions: raise --ctx")
+    needs = [least_need(manifest, replace(ranks, nodes=count), workload) for count in counts]
+    if not any(_fits(need, memory_bytes) for need in needs):
+        raise UsageError(_too_large(manifest, ranks, counts[-1], workload, memory_bytes, needs[-1]))
+
+
+def make_report(
+    manifest: Manifest, machine: Nodes, counts: Sequence[int], workload: Workload, memory_bytes: int
+) -> PlanReport:
+    """Predict every way on each number of nodes.
+
+    Args:
+        manifest: Of the model.
+        machine: A node, its ranks and the link; the number of nodes is ignored.
+        counts: Numbers of nodes, ascending; `check_request` found that the model fits on some of them.
+        workload: What to run.
+        memory_bytes: What a node can hold; 0 is not known.
+    """
+    ways, best, too_small = [], [], []
+    for count in counts:
+        nodes = replace(machine, nodes=count)
+        fits = [way for way in _ways(manifest, nodes, workload) if _fits(way.need, memory_bytes)]
+        if fits:
+            ways += fits
+            best.append(min(fits, key=lambda way: way.request_seconds))
+        else:
+            too_small.append((count, least_need(manifest, Ranks.of(nodes), workload).full_bytes))
+    return PlanReport(tuple(ways), tuple(best), tuple(too_small))
+
+
+def least_need(manifest: Manifest, ranks: Ranks, workload: Workload) -> MemoryNeed:
+    """Memory of the node that needs most, in the layout that needs least."""
+    needs = (node_need(manifest, ranks, layout, workload) for layout in _layouts(ranks.nodes))
+    return min(needs, key=lambda need: need.full_bytes)
+
+
+def node_need(manifest: Manifest, ranks: Ranks, layout: str, workload: Workload) -> MemoryNeed:
+    """Memory of the node that needs most."""
+    demand = replace(workload.demand, step_tokens=max(workload.demand.step_tokens, MAX_LOGIT_ROWS))
+    node_of_rank = [node for node in range(ranks.nodes) for _ in range(ranks.per_node)]
+    job = plan_job(manifest.config, manifest.group_size, layout, node_of_rank=node_of_rank)
+    threads = [ranks.threads] * ranks.per_node
+    needs = (host_need(manifest, job.of_node(node), threads, demand) for node in range(ranks.nodes))
+    return max(needs, key=lambda need: need.full_bytes)
+
+
+def _layouts(nodes: int) -> tuple[str, ...]:
+    """On one node ranks share what it owns; on several, nodes own whole or sliced experts."""
+    return ("shared",) if nodes == 1 else ("whole", "sliced")
+
+
+def _ways(manifest: Manifest, nodes: Nodes, workload: Workload) -> Iterator[Way]:
+    exchanges: tuple[ExchangeKind, ...] = EXCHANGES[:1] if nodes.nodes == 1 else EXCHANGES
+    chunk = workload.demand.step_tokens
+    for layout in _layouts(nodes.nodes):
+        predictors = {
+            exchange: Predictor(manifest, workload.demand.kv, nodes, Split(layout, True, exchange))
+            for exchange in exchanges
+        }
+        decode = {name: one.decode(workload.prompt, workload.batch) for name, one in predictors.items()}
+        prefill = {name: one.prefill(workload.prompt, chunk) for name, one in predictors.items()}
+        need = node_need(manifest, Ranks.of(nodes), layout, workload)
+        yield Way(nodes.nodes, layout, need, decode, prefill, workload)
+
+
+def _fits(need: MemoryNeed, memory_bytes: int) -> bool:
+    return memory_bytes == 0 or need.full_bytes <= memory_bytes
+
+
+def _too_large(
+    manifest: Manifest, ranks: Ranks, count: int, workload: Workload, memory_bytes: int, need: MemoryNeed
+) -> str:
+    """One sentence: what does not fit, and how many nodes would do."""
+    enough = _enough_nodes(manifest, ranks, workload, memory_bytes)
+    advice = f"take --nodes {enough}" if enough else "no number of nodes is enough: take larger ones"
+    return (
+        f"{manifest.source_name} in {manifest.format.label} does not fit on {count} node{'s' if count > 1 else ''} of "
+        f"{show_bytes(memory_bytes)}: each needs {show_bytes(need.full_bytes)} (weights "
+        f"{show_bytes(need.weights_bytes)}, KV cache {show_bytes(need.kv_bytes)}, buffers "
+        f"{show_bytes(need.buffer_bytes)}); {advice}, fewer bits (--quant), a shorter --ctx or --kv q8"
+    )
+
+
+def _enough_nodes(manifest: Manifest, ranks: Ranks, workload: Workload, memory_bytes: int) -> int:
+    """The least number of nodes that hold the model; 0 if none does."""
+    for count in range(1, max(manifest.config.heads, manifest.config.experts) + 1):
+        if _fits(least_need(manifest, replace(ranks, nodes=count), workload), memory_bytes):
+            return count
+    return 0
