@@ -136,7 +136,7 @@ class RoutingRows:
     def __init__(self, ids_TK: I32Array, weights_TK: F32Array) -> None:
         """Of these arrays."""
         self._ids_TK, self._weights_TK = ids_TK, weights_TK
-        self._choices = ids_TK.shape[1]
+        self._choices = int(ids_TK.shape[1])
 
     def bound(self, count: int) -> int:
         """The bytes of so many rows."""

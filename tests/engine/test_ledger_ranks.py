@@ -25,8 +25,8 @@ from dist_moe.parallel.world import World
 from dist_moe.store.convert import convert
 from dist_moe.store.plan import StoreOptions
 from dist_moe.store.reader import Store
+from helpers.nodes import on_two_hosts
 from helpers.tiny_model import TinyModel, random_ids
-from helpers.two_hosts import on_two_hosts
 
 pytestmark = pytest.mark.mpi
 

@@ -16,3 +16,9 @@ def on_nodes(world: World, node_of_rank: Sequence[int]) -> World:
     local = [rank for rank in range(world.size) if there.node_of_rank[rank] == there.node]
     there.local_rank, there.local_size = local.index(world.rank), len(local)
     return there
+
+
+def on_two_hosts(world: World) -> World:
+    """The world as it would be if the upper third of the ranks were on another host."""
+    first = world.size - world.size // 3
+    return on_nodes(world, [int(rank >= first) for rank in range(world.size)])
