@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -105,10 +105,6 @@ def run_job(
 
     def prepare(world: World) -> float:
         nonlocal options
-        own_place = getattr(options, "model", None)  # a rank's own -m is its place
-        options = fields_of_leader(world, options, _OWN_OPTIONS)
-        if own_place is not None and options.model is not None:
-            options = replace(options, model=own_place)
         own_model = options.model
         options = fields_of_leader(world, options, _OWN_OPTIONS)
         if own_model is not None and options.model is not None:  # a host may have its store at another place
