@@ -15,7 +15,7 @@ from dist_moe.parallel.exchange import Exchange
 from dist_moe.parallel.world import World
 from helpers import launching
 from helpers.mpi_session import pytest_configure, world
-from helpers.two_hosts import on_two_hosts
+from helpers.nodes import on_two_hosts
 
 __all__ = ["exchange", "mpirun", "pytest_configure", "world"]
 

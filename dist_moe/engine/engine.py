@@ -101,9 +101,7 @@ class Engine(SeveralTexts):
         with own_errors():
             job = Job(threads if isinstance(threads, int) else None, start_timeout_s, lambda _: stall_timeout_s, comm)
             finalize_at_exit()
-            own = "" if store in (None, DEMO) else os.fspath(store or "")
-            leader = job.of_leader(own)
-            name = own if own and leader else leader
+            name = job.own_or_leaders("" if store in (None, DEMO) else os.fspath(store or ""))
             super().__init__(job, settings, lambda: find_model(name or None, quant, "", "quant="), Shows())
 
     @classmethod

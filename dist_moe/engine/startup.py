@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from dist_moe.errors import EnvironmentMismatch, StoreError
-from dist_moe.kernels import NodeMemory, SumsCodec, WireFormat, catch_bus_errors
+from dist_moe.kernels import NodeMemory, SumsCodec, WireFormat, catch_bus_errors, linger_after_crash
 from dist_moe.parallel.exchange import Exchange
 from dist_moe.parallel.host_exchange import HostExchange
 from dist_moe.parallel.host_sums import HostSums
@@ -25,6 +25,8 @@ WAITING_SPINS = 2000
 
 _BUS_DELAY_PER_RANK_S = 1.0
 _LONGEST_BUS_DELAY_S = 5.0
+# MPICH's UCX crashes in a rank whose peer on another host was killed, before the watchdog has said who that was.
+_LAST_WORDS_S = 1.0
 
 
 def agreed(world: World, phase: str, make: Callable[[], Made]) -> Made:
@@ -106,3 +108,5 @@ def name_bus_errors(world: World, channel: int | None) -> None:
     # Ranks of a host meet the same fault: the first prints and ends the others.
     delay_s = min(_BUS_DELAY_PER_RANK_S * world.rank, _LONGEST_BUS_DELAY_S)
     catch_bus_errors(f"dist-moe: error: {place}", delay_s, StoreError.exit_code, channel)
+    if world.size > 1:
+        linger_after_crash(_LAST_WORDS_S)

@@ -27,8 +27,8 @@ from dist_moe.parallel.launcher import detect_launcher
 from dist_moe.parallel.plan import EXPERT_LAYOUTS
 from dist_moe.parallel.world import World
 from dist_moe.store.reader import Store
+from helpers.nodes import on_two_hosts
 from helpers.same_bits import TOKENS, run_store, steps
-from helpers.two_hosts import on_two_hosts
 
 # Which steps are partitioned: all, or every other one.
 MODES = {"alltoall": lambda number: True, "by turns": lambda number: number % 2 == 0}
