@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dist_moe.errors import EnvironmentMismatch
 from dist_moe.kernels import Kernels, Operand, OperandRows, RoutingRows, SumRows
 
 T = 7
@@ -53,7 +54,7 @@ def test_bytes_that_are_no_packed_sums_are_noticed() -> None:
     packed = np.empty(rows.bound(len(ROWS)) + 1, np.uint8)
     used = rows.pack(packed, ROWS)
     for cut in (used - 1, used + 1, 0):
-        with pytest.raises(RuntimeError, match="packed rows"):
+        with pytest.raises(EnvironmentMismatch, match="packed rows"):
             rows.unpack(packed[:cut], ROWS)
 
 

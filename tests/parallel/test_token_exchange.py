@@ -23,7 +23,8 @@ SIZES = [1, 2, 7, 64]
 def tokens(exchange: Exchange, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> TokenExchange:
     """Over all ranks, by each kind of exchange; long messages in pieces of some rows each."""
     if request.param == "pieces":
-        monkeypatch.setattr(token_exchange, "PIECE_BYTES", 3000)
+        monkeypatch.setattr(token_exchange, "FEWEST_BYTES", 1000)
+        monkeypatch.setattr(token_exchange, "MOST_BYTES", 1000)
     return TokenExchange(exchange)
 
 
