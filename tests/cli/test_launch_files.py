@@ -51,7 +51,9 @@ def cluster(tmp_path: Path, mpi: str, hosts: str, **variables: str) -> subproces
         (programs / name).write_text(f"#!/bin/sh\n{text}\n")
         (programs / name).chmod(0o755)
     (tmp_path / "hosts").write_text(hosts)
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("DIST_MOE_", "UCX_", "MPI_IFACE"))}
+    environ = {
+        name: value for name, value in os.environ.items() if not name.startswith(("DIST_MOE_", "UCX_", "MPI_IFACE"))
+    }
     environ |= {"PATH": f"{programs}:/usr/bin:/bin", **variables}
     command = [str(CLUSTER), "--dry-run", str(tmp_path / "hosts"), "run", "-p", "Once upon a time"]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=20, env=environ)
