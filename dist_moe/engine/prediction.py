@@ -56,7 +56,7 @@ class PhaseShares:
 
 VECTOR_SHARES = PhaseShares(0.62, 0.70)
 # Tiles compute so fast that unpacking the weights for them decides.
-PHASE_SHARES = {"amx": PhaseShares(0.50, 0.42)}
+PHASE_SHARES = {"amx": PhaseShares(0.51, 0.44)}
 
 
 @dataclass(frozen=True)
