@@ -4,7 +4,7 @@
 
 The cases below were fixed before anything was measured. Each runs both exchanges in turn on hosts that are network
 namespaces (tests/helpers/cluster.py), one rank and one thread each, and compares the quicker one with what `auto`
-would have taken by its own start-up probe of that job. Cases whose times differ by less than 5 % do not count. With more
+would have taken by the start-up probe of such a job. Cases whose times differ by less than 5 % do not count. With more
 hosts than cores the computing of all hosts shares the cores, which slows both exchanges alike.
 """
 

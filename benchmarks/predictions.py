@@ -139,20 +139,20 @@ def predict(group: Group, row: Row, link: LinkCosts, stores: Path) -> float:
     return row["batch"] / predictor.decode(row["depth"] + row["tokens"] // 2, row["batch"]).seconds
 
 
-def compare(group: Group, stores: Path, wrap: Sequence[str]) -> Iterator[Row]:
-    """One line per case of a group."""
-    rows, link = run(group, stores, wrap)
+def compare(group: Group, stores: Path, rows: Sequence[Row], link: LinkCosts) -> Iterator[Row]:
+    """Bench's rows with what is predicted for them."""
     for row in rows:
         predicted = predict(group, row, link, stores)
-        yield {
-            "group": group.name,
-            **{name: row[name] for name in ("test", "tokens", "batch", "depth", "read_gb_s", "matmul_gops", "isa")},
-            "latency_us": link.latency_s * 1e6 if group.hosts > 1 else None,
-            "link_mb_s": link.bytes_per_s / 1e6 if group.hosts > 1 else None,
-            "predicted": predicted,
-            "measured": row["tokens_per_s"],
-            "error": predicted / row["tokens_per_s"] - 1,
-        }
+        found = {"predicted": predicted, "error": predicted / row["tokens_per_s"] - 1}
+        net = {"latency_us": link.latency_s * 1e6, "link_mb_s": link.bytes_per_s / 1e6}
+        yield {"group": group.name, **row, **found, **(net if group.hosts > 1 else {})}
+
+
+def earlier(path: Path, group: Group) -> tuple[list[Row], LinkCosts]:
+    """What an earlier call of this program wrote for a group, as `run` gives it."""
+    rows = [row for row in json.loads(path.read_text()) if row["group"] == group.name]
+    nets = [LinkCosts(row["latency_us"] * 1e-6, row["link_mb_s"] * 1e6) for row in rows if "latency_us" in row]
+    return rows, nets[0] if nets else PRESET_LINKS["1gbe"]
 
 
 def line(row: Row) -> str:
@@ -162,10 +162,10 @@ def line(row: Row) -> str:
         if row["test"] == "prefill"
         else f"decode {row['batch']} x, depth {row['depth']}"
     )
-    net = "" if row["link_mb_s"] is None else f"{row['latency_us']:.0f} us, {row['link_mb_s']:.0f} MB/s"
+    net = f"{row['latency_us']:.0f} us, {row['link_mb_s']:.0f} MB/s" if "link_mb_s" in row else ""
     return (
         f"| {row['group']} | {case} | {row['read_gb_s']:.1f} | {row['matmul_gops']:.0f} | {net} "
-        f"| {row['predicted']:.1f} | {row['measured']:.1f} | {row['error']:+.1%} |"
+        f"| {row['predicted']:.1f} | {row['tokens_per_s']:.1f} | {row['error']:+.1%} |"
     )
 
 
@@ -176,20 +176,26 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only groups whose name holds this word")
     parser.add_argument("--wrap", default="", help="words before each command")
     parser.add_argument("--json", type=Path, help="write the rows there, too")
+    parser.add_argument("--again", type=Path, help="do not measure, predict what was measured for such a file")
     options = parser.parse_args()
     rows: list[Row] = []
     print("| group | case | GB/s | GOPS | link | predicted tokens/s | measured | error |")
     print("|---|---|--:|--:|---|--:|--:|--:|")
     for group in GROUPS:
-        if options.only in group.name:
-            for row in compare(group, options.stores, shlex.split(options.wrap)):
-                rows.append(row)
-                print(line(row), flush=True)
+        if options.only not in group.name:
+            continue
+        if options.again:
+            measured, link = earlier(options.again, group)
+        else:
+            measured, link = run(group, options.stores, shlex.split(options.wrap))
+        for row in compare(group, options.stores, measured, link):
+            rows.append(row)
+            print(line(row), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1) + "\n")
     errors = [abs(row["error"]) for row in rows]
     within = sum(error <= 0.2 for error in errors)
     print(f"\n{within} of {len(errors)} within 20 %, median error {median(errors):.1%}, largest {max(errors):.1%}")
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
