@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 # Rows of lm_head that one rank owns together (NUMERICS rule 13).
 VOCABULARY_BLOCK = 128
 
@@ -14,6 +16,23 @@ def contiguous(total: int, parts: int, index: int) -> range:
     length, longer = divmod(total, parts)
     first = index * length + min(index, longer)
     return range(first, first + length + (index < longer))
+
+
+def weighted(total: int, weights: Sequence[int]) -> list[range]:
+    """`total` items cut into contiguous runs by weight, one per weight, ends rounded to the nearest item.
+
+    Where there are enough items, each run gets at least one.
+    """
+    parts, whole, before, first = len(weights), sum(weights), 0, 0
+    runs = []
+    for index, weight in enumerate(weights):
+        before += weight
+        stop = (2 * total * before + whole) // (2 * whole)
+        if total >= parts:
+            stop = min(max(stop, first + 1), total - (parts - 1 - index))
+        runs.append(range(first, stop))
+        first = stop
+    return runs
 
 
 def whole_chunks(experts: int, chunks_per_expert: int, parts: int, index: int) -> range:

@@ -108,9 +108,27 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "embedding": manifest.embedding_format.label,
         "expert_layout": manifest.experts,
         "nodes": manifest.nodes,
+        **_copies(manifest),
         "chunk_widths": sorted({manifest.layer_chunk_width(layer) for layer in range(config.layers)}),
         "nonfinite": manifest.nonfinite,
         "package_version": manifest.package_version,
+    }
+
+
+def _copies(manifest: Manifest) -> dict[str, Any]:
+    """Of a placed store: how the nodes differ, and in how many shards its expert chunks stand."""
+    if not manifest.node_weights:
+        return {}
+    from dist_moe.store.inspection import chunk_copies
+
+    counts = chunk_copies(manifest)
+    return {
+        "node_weights": list(manifest.node_weights),
+        "chunk_copies": {
+            "fewest": int(counts.min()),
+            "mean": round(float(counts.mean()), 2),
+            "most": int(counts.max()),
+        },
     }
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,12 +17,15 @@ from dist_moe.cli.values import OneOf, PathName, Whole
 from dist_moe.errors import Interrupted, PlaceError, UsageError
 from dist_moe.parallel.launcher import detect_launcher
 
+if TYPE_CHECKING:
+    from dist_moe.store.placement import Placement
+
 _LINE_EVERY_S = 5.0
 
 
 @click.command("shard")
 @click.argument("source", required=False, metavar="[SRC]", type=PathName())
-@click.option("--nodes", type=Whole(min=1), default=1, show_default=True, help="Shards: one per node.")
+@click.option("--nodes", type=Whole(min=1), help="Shards: one per node.  [default: 1]")
 @click.option(
     "--quant",
     type=OneOf(["f32", "bf16", "q8", "q4"]),
@@ -39,9 +42,14 @@ _LINE_EVERY_S = 5.0
 @click.option(
     "--experts",
     type=OneOf(["whole", "sliced"]),
-    default="whole",
-    show_default=True,
-    help="Each shard gets whole experts, or a slice of every expert.",
+    help="Each shard gets whole experts, or a slice of every expert.  [default: whole]",
+)
+@click.option(
+    "--placement",
+    metavar="FILE|STORE",
+    type=PathName(),
+    help="What each node gets, as dist-moe place wrote it or as another store has it; in place of --nodes and "
+    "--experts.",
 )
 @click.option(
     "-o",
@@ -59,10 +67,11 @@ _LINE_EVERY_S = 5.0
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def shard(
     source: str | None,
-    nodes: int,
+    nodes: int | None,
     quant: str | None,
     group_size: str,
-    experts: str,
+    experts: str | None,
+    placement: str | None,
     output: str | None,
     force: bool,
     allow_nonfinite: bool,
@@ -81,16 +90,19 @@ def shard(
     from dist_moe.store.convert import convert
     from dist_moe.store.plan import StoreOptions, source_name
 
+    placed = None if placement is None else _placement(Path(placement), nodes, experts)
     path = Path(source) if source else demo_model_directory()
     _refuse_store(path)
     model = open_source(path)
     fmt = WeightFormat.parse(quant) if quant else default_format(model)
-    destination = Path(output or f"{source_name(path)}-{fmt.label}-{nodes}")
+    shards = len(placed.shards) if placed else nodes or 1
+    destination = Path(output or f"{source_name(path)}-{fmt.label}-{shards}{'-placed' if placed else ''}")
     options = StoreOptions(
-        nodes=nodes,
+        nodes=shards,
         format=fmt,
         group_size=int(group_size),
-        experts=experts,
+        experts=experts or "whole",
+        placement=placed,
         force=force,
         allow_nonfinite=allow_nonfinite,
     )
@@ -104,7 +116,25 @@ def shard(
     except KeyboardInterrupt:
         raise Interrupted(f"{destination}: interrupted; repeat the same command to continue where it stopped") from None
     _report(result.manifest.files, destination, result.written_files, result.manifest.nonfinite)
-    click.echo(shlex.join(["mpirun", "-n", str(nodes), "dist-moe", "run", "-m", str(destination)]))
+    click.echo(shlex.join(["mpirun", "-n", str(shards), "dist-moe", "run", "-m", str(destination)]))
+
+
+def _placement(path: Path, nodes: int | None, experts: str | None) -> Placement:
+    """What --placement names: a file, or the cut of a store.
+
+    Raises:
+        UsageError: --nodes or --experts is given, too.
+        StoreError: There is neither.
+    """
+    from dist_moe.store.placement_json import read_placement
+    from dist_moe.store.reader import read_store_manifest
+
+    for name, value in (("--nodes", nodes), ("--experts", experts)):
+        if value is not None:
+            raise UsageError(f"{name} {value}: the placement says that; leave out {name} or --placement")
+    if files.is_directory(path):
+        return read_store_manifest(path).placement
+    return read_placement(path)
 
 
 def _refuse_store(directory: Path) -> None:

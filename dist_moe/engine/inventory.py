@@ -75,39 +75,45 @@ def plan_from_inventory(world: World, manifest: Manifest, inventory: Inventory, 
 
     Raises:
         StoreError: Units are on no host.
-        UsageError: There is no such layout, or a host lacks files that it takes.
+        UsageError: There is no such layout.
     """
     held = holdings_of(manifest, inventory.shards)
     lines = tuple(missing_units(manifest, held, inventory))
     if lines:
         raise StoreError("\n".join(lines))
-    layout = choose_layout(wanted, held, manifest, inventory)
+    layout = choose_layout(wanted)
     config = manifest.config
     idle = world.size - config.heads
     if idle > 0 and world.is_leader:
         words = "%d ranks for %d query heads: %d have no part in attention; fewer ranks with more --threads are quicker"
         logger.warning(words, world.size, config.heads, idle)
-    return plan_job(config, manifest.group_size, layout, node_of_rank=world.node_of_rank, holdings=held)
+    return plan_job(
+        config,
+        manifest.group_size,
+        layout,
+        node_of_rank=world.node_of_rank,
+        holdings=held,
+        speeds=placed_speeds(manifest, inventory),
+    )
 
 
-def choose_layout(wanted: str, held: Holdings, manifest: Manifest, inventory: Inventory) -> str:
-    """Turn `auto` into a layout: shared if every node has every chunk, else whole.
+def choose_layout(wanted: str) -> str:
+    """Turn `auto` into a layout: shared, which gives each step's work to the hosts that hold the experts.
 
     Raises:
-        UsageError: There is no such layout, or a host lacks files that it takes.
+        UsageError: There is no such layout.
     """
-    if wanted == "auto":
-        return "shared" if held.every_chunk_everywhere else "whole"
-    if wanted not in EXPERT_LAYOUTS:
+    if wanted not in ("auto", *EXPERT_LAYOUTS):
         raise UsageError(f"--experts {wanted}: expected auto, {', '.join(EXPERT_LAYOUTS)}")
-    if wanted == "shared" and not held.every_chunk_everywhere:
-        lacking = next(node for node in range(held.nodes) if not all(held_NC[node].all() for held_NC in held.chunks_NC))
-        absent = [name for i, name in enumerate(shard_names(manifest)) if i not in inventory.shards[lacking]]
-        raise UsageError(
-            f"--experts shared: every host needs all experts; {inventory.hosts[lacking]} lacks {', '.join(absent)}; "
-            f"copy it into {inventory.directories[lacking]} there, or take --experts auto"
-        )
-    return wanted
+    return "shared" if wanted == "auto" else wanted
+
+
+def placed_speeds(manifest: Manifest, inventory: Inventory) -> tuple[int, ...] | None:
+    """The nodes' weights of a placed store of which each node has one shard; None: nobody said how fast they are."""
+    weights = manifest.node_weights
+    if not weights or any(len(shards) != 1 for shards in inventory.shards):
+        return None
+    return tuple(weights[shard] for shards in inventory.shards for shard in shards)
 
 
 def holdings_of(manifest: Manifest, shards: Sequence[frozenset[int]]) -> Holdings:

@@ -29,6 +29,7 @@ from dist_moe.kernels.mapped_files import (
 from dist_moe.kernels.native import Kernels
 from dist_moe.kernels.node import NODE_RANK_BYTES, NodeMemory
 from dist_moe.kernels.paging import is_absent, populate
+from dist_moe.kernels.pick_kernels import WorkModel
 from dist_moe.kernels.picks import LARGEST_SPEED, ChunkHolders, Picks, Workers
 from dist_moe.kernels.sampling_kernels import Penalties, SamplingParameters
 from dist_moe.kernels.sums_wire import SumsCodec, WireFormat
@@ -67,6 +68,7 @@ __all__ = [
     "SumsCodec",
     "WeightFormat",
     "WireFormat",
+    "WorkModel",
     "Workers",
     "address_of",
     "aligned_empty",

@@ -40,7 +40,7 @@ def make_share(store: Store, job: JobPlan, rank: int) -> Share:
         kv_heads=len(plan.kv_heads),
         head_dim=config.head_dim,
         experts_per_token=config.experts_per_token,
-        workers=Workers(node=0, rank=plan.rank, ranks=plan.ranks, read_cost=CHUNK_READ_COST_TOKENS),
+        workers=Workers(plan.node, plan.local_rank, plan.local_ranks, CHUNK_READ_COST_TOKENS, job.speeds),
         format=manifest.format,
         group=manifest.group_size,
         output_group=output_group(config, manifest.group_size),

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dist_moe.kernels import AttentionLayer, ExpertsLayer, MatrixList, packed_bytes
+from dist_moe.kernels import AttentionLayer, ChunkHolders, ExpertsLayer, MatrixList, packed_bytes
 from dist_moe.model.share import Share
+from dist_moe.parallel.expert_plan import runs_of_layer
 from dist_moe.parallel.plan import Plan
 from dist_moe.split import VOCABULARY_BLOCK
 from dist_moe.store.private_copy import PrivateCopy
@@ -116,6 +117,7 @@ def _experts(store: Store, source: Store | PrivateCopy, share: Share, layer: int
     router = None
     if not config.is_dense(layer):
         router = MatrixList([(source.common(f"layers.{layer}.router"), experts, 0)])
+    runs = runs_of_layer(share.job, layer, experts)
     return ExpertsLayer(
         share.sizes,
         layer,
@@ -125,6 +127,7 @@ def _experts(store: Store, source: Store | PrivateCopy, share: Share, layer: int
         owned=owned,
         experts=experts,
         width=layer_chunk_width(config, manifest.group_size, layer),
+        holders=None if runs is None else ChunkHolders(runs.runs_R5, runs.node_H, share.job.nodes),
     )
 
 

@@ -1,4 +1,4 @@
-"""The expert half of a plan: which nodes may compute which chunks, and how fast each node is. Pure.
+"""The expert half of a plan: which nodes may compute which chunks. Pure.
 
 Each step gives the work on every distinct expert to the nodes that hold it (csrc/pick.c), then to the ranks of a node.
 Shape suffixes: N nodes, E experts, C chunks of one layer, R runs of chunks, H entries of their holders.
@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-# Reading a chunk's weights costs as much as multiplying them with this many tokens.
-CHUNK_READ_COST_TOKENS = 8
-
-Held = npt.NDArray[np.bool_]
+from dist_moe.parallel.holdings import Held
+from dist_moe.parallel.plan import JobPlan
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +52,21 @@ def chunk_runs(held_NC: Held, experts: int) -> ChunkRuns:
     )
 
 
-def single_holders(owned: Sequence[npt.NDArray[np.int64]], node_of_rank: Sequence[int], chunks: int) -> Held:
-    """Where each chunk has one rank that always computes it: the node of that rank as its only holder, bool [N, C].
+def runs_of_layer(job: JobPlan, layer: int, experts: int) -> ChunkRuns | None:
+    """The chunks of a layer by the nodes that may compute them; None on one node, which computes all.
+
+    With shared experts that is every node that holds them; else each chunk has one rank, and so one node.
+    """
+    if job.nodes == 1:
+        return None
+    if job.layout == "shared":
+        return chunk_runs(job.holds(layer), experts)
+    owned = [plan.owned_chunks(layer) for plan in job.plans]
+    return chunk_runs(single_holders(owned, job.node_of_rank, job.holds(layer).shape[1]), experts)
+
+
+def single_holders(owned: Sequence[npt.NDArray[np.int64] | None], node_of_rank: Sequence[int], chunks: int) -> Held:
+    """The node of the rank that always computes a chunk as its only holder, bool [N, C].
 
     Args:
         owned: Each rank's chunks.

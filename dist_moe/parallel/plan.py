@@ -69,11 +69,13 @@ class JobPlan:
         plans: By rank.
         node_of_rank: The node of each rank.
         holdings: What each node has in its files.
+        speeds: How much of a step's work on experts each node does in the same time, where several could do it.
     """
 
     plans: tuple[Plan, ...]
     node_of_rank: tuple[int, ...]
     holdings: Holdings
+    speeds: tuple[int, ...]
 
     @property
     def ranks(self) -> int:
@@ -129,15 +131,17 @@ def plan_job(
     *,
     node_of_rank: Sequence[int],
     holdings: Holdings | None = None,
+    speeds: Sequence[int] | None = None,
 ) -> JobPlan:
     """Give every unit to one rank whose node holds it: units to nodes first, then to the node's ranks, evenly.
 
     Args:
         config: The model.
         group_size: Weights per scale, which decides the chunks.
-        layout: `whole`, `sliced` or `shared`; the last takes every chunk on every node.
+        layout: `whole`, `sliced` or `shared`: each step deals a node's part of the work out to its ranks.
         node_of_rank: The node of each rank; nodes count from 0, and each has a rank.
         holdings: What each node has; each unit is on some node. None: each has everything.
+        speeds: Of the nodes; None: as many as they have ranks.
     """
     nodes = max(node_of_rank) + 1
     held = holdings or everything_held(config, group_size, nodes)
@@ -167,7 +171,8 @@ def plan_job(
                 ),
             )
         )
-    return JobPlan(tuple(plans), tuple(node_of_rank), held)
+    node_speeds = tuple(speeds or (len(ranks) for ranks in ranks_of_node))
+    return JobPlan(tuple(plans), tuple(node_of_rank), held, node_speeds)
 
 
 def block_rows(vocabulary: int, block: int) -> int:

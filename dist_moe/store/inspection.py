@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from dist_moe import files
 from dist_moe.checkpoint.safetensors_file import SafetensorsFile
@@ -17,7 +18,9 @@ from dist_moe.errors import StoreError
 from dist_moe.store.checksum import checksum_text
 from dist_moe.store.layout import CHECKSUM_SUFFIX, weight_files
 from dist_moe.store.manifest import MANIFEST_NAME, Manifest, StoreFile, read_manifest
+from dist_moe.store.placement import indices_of
 from dist_moe.store.reader import read_store_manifest
+from dist_moe.store.units import unit_count
 from dist_moe.store.verify import check_header, compare_checksums
 
 _EVERY_NODE = "every node"
@@ -115,6 +118,16 @@ def verify_lone_file(path: Path) -> list[str]:
         raise StoreError(f"{path}: has no checksums, as only the files of a store have them; leave out --verify")
     units = {tensor.name: _unit_namer(tensor) for tensor in report.tensors if tensor.units}
     return [f"{path}: {damage}" for damage in compare_checksums(weights, units)]
+
+
+def chunk_copies(manifest: Manifest) -> npt.NDArray[np.int64]:
+    """In how many shards each expert chunk stands, int64 [chunks of all layers]."""
+    counts = []
+    for layer in range(manifest.config.layers):
+        shards = [indices_of(shard.runs("chunk", layer)) for shard in manifest.shards]
+        total = unit_count(manifest.config, manifest.group_size, "chunk", layer)
+        counts.append(np.bincount(np.concatenate(shards), minlength=total))
+    return np.concatenate(counts)
 
 
 def _gguf_report(path: Path) -> FileReport:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from dist_moe.checkpoint.safetensors_file import FileLayout, file_layout
 from dist_moe.kernels.formats import packed_bytes
-from dist_moe.store.manifest import COMMON_NAME, FORMAT_VERSION, NUMERICS_VERSION, Manifest, shard_to_json
-from dist_moe.store.placement import Indices, indices_of, shard_name
+from dist_moe.store.manifest import COMMON_NAME, NUMERICS_VERSION, Manifest
+from dist_moe.store.placement import PLACED, Indices, indices_of, shard_name
+from dist_moe.store.placement_json import shard_to_json
 from dist_moe.store.units import UnitKind, tensor_name, unit_bytes
 
 CHECKSUM_SUFFIX = ".xxh3"
@@ -101,7 +102,7 @@ def file_metadata(manifest: Manifest, name: str) -> dict[str, str]:
     """The tags in a weight file's header: what it is a part of and how its tensors are packed."""
     tags = {
         "format": "dist-moe",
-        "format_version": str(FORMAT_VERSION),
+        "format_version": str(manifest.format_version),
         "numerics_version": str(NUMERICS_VERSION),
         "source": manifest.source_name,
         "source_fingerprint": manifest.source_fingerprint,
@@ -120,8 +121,10 @@ def file_metadata(manifest: Manifest, name: str) -> dict[str, str]:
 def shard_command(manifest: Manifest, directory: Path) -> str:
     """The command that makes a store again, or the files of it that are missing; the source has but its name."""
     words = ["dist-moe", "shard", manifest.source_name]
-    words += ["--nodes", str(manifest.nodes), "--quant", manifest.format.label]
-    words += ["--group-size", str(manifest.group_size), "--experts", manifest.experts, "-o", str(directory)]
+    placed = manifest.experts == PLACED
+    words += ["--placement", str(directory)] if placed else ["--nodes", str(manifest.nodes)]
+    words += ["--quant", manifest.format.label, "--group-size", str(manifest.group_size)]
+    words += [*([] if placed else ["--experts", manifest.experts]), "-o", str(directory)]
     return shlex.join(words)
 
 

@@ -18,10 +18,12 @@ from dist_moe.model_config import ModelConfig
 from dist_moe.store.checksum import checksum_text
 from dist_moe.store.fields import Fields
 from dist_moe.store.model_json import model_from_json, model_to_json
-from dist_moe.store.placement import EXPERT_LAYOUTS, LayerRuns, ShardUnits
-from dist_moe.store.units import GROUP_SIZES, check_format, chunks_per_expert, layer_chunk_width, unit_count
+from dist_moe.store.placement import EXPERT_LAYOUTS, PLACED, Placement, ShardUnits, unit_counts
+from dist_moe.store.placement_json import LARGEST_WEIGHT, shard_from_json, shard_to_json
+from dist_moe.store.units import GROUP_SIZES, check_format, chunks_per_expert, layer_chunk_width
 
 FORMAT_VERSION = 1
+PLACED_FORMAT_VERSION = 2  # of stores that were cut as a placement says; the others stay readable for old programs
 NUMERICS_VERSION = 1  # equals DM_NUMERICS_VERSION; a test compares them
 MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = ".progress.json"  # while a store is being written: a manifest that lists the finished files
@@ -55,11 +57,23 @@ class Manifest:
     group_size: int  # weights per scale, 0 for whole rows; decides chunk widths in every format
     router_format: WeightFormat  # f32 or bf16
     embedding_format: WeightFormat  # f32 or bf16
-    experts: str  # "whole" or "sliced": how the shards were cut
+    experts: str  # "whole", "sliced" or "placed": how the shards were cut
     nodes: int
     shards: tuple[ShardUnits, ...]  # one per node, in the order of their file names
     package_version: str
     files: tuple[StoreFile, ...]
+    node_weights: tuple[int, ...] = ()  # of a placement: work of each shard's node in the same time
+
+    @property
+    def format_version(self) -> int:
+        """The lowest one that can say all this."""
+        return PLACED_FORMAT_VERSION if self.experts == PLACED else FORMAT_VERSION
+
+    @property
+    def placement(self) -> Placement:
+        """Which units stand in which shard, for another store."""
+        counts = unit_counts(self.config, self.group_size)
+        return Placement(self.source_name, self.node_weights or (1,) * self.nodes, counts, self.shards)
 
     def layer_chunk_width(self, layer: int) -> int:
         """Hidden units of each of a layer's chunks."""
@@ -106,13 +120,13 @@ def parse_manifest(text: str, where: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{where}: is not valid JSON ({error}); {_ADVICE}") from None
     entry = Fields(value, where, _ADVICE)
-    _check_version(entry, where, "format_version", FORMAT_VERSION)
-    _check_version(entry, where, "numerics_version", NUMERICS_VERSION)
+    format_version = _check_version(entry, where, "format_version", FORMAT_VERSION, PLACED_FORMAT_VERSION)
+    _check_version(entry, where, "numerics_version", NUMERICS_VERSION, NUMERICS_VERSION)
     found = entry.text("checksum", _CHECKSUM)
     expected = checksum_text(_dump({key: item for key, item in value.items() if key != "checksum"}).encode())
     if found != expected:
         raise StoreError(f"{where}: its checksum is {found}, but its contents give {expected}; {_ADVICE}")
-    manifest = _from_json(entry)
+    manifest = _from_json(entry, format_version == PLACED_FORMAT_VERSION)
     if manifest.render() != text:
         raise StoreError(f"{where}: its text is not as dist-moe writes it; {_ADVICE}")
     return manifest
@@ -138,13 +152,14 @@ def read_manifest(path: Path) -> Manifest:
 _ADVICE = "it was damaged or edited; copy it again from another machine or make the store again with dist-moe shard"
 
 
-def _check_version(entry: Fields, where: str, key: str, supported: int) -> None:
+def _check_version(entry: Fields, where: str, key: str, first: int, last: int) -> int:
     found = entry.integer(key, 0, 2**31)
-    if found != supported:
-        raise StoreError(
-            f"{where}: has {key.replace('_', ' ')} {found}, but this dist-moe reads version {supported}: "
-            f"{'install a newer dist-moe' if found > supported else 'make the store again with dist-moe shard'}"
-        )
+    if not first <= found <= last:
+        known, advice = f"reads up to version {last}", "install a newer dist-moe"
+        if found < first:
+            known, advice = f"reads no older one than version {first}", "make the store again with dist-moe shard"
+        raise StoreError(f"{where}: has {key.replace('_', ' ')} {found}, but this dist-moe {known}: {advice}")
+    return found
 
 
 def _dump(value: dict[str, Any]) -> str:
@@ -152,8 +167,9 @@ def _dump(value: dict[str, Any]) -> str:
 
 
 def _body(manifest: Manifest) -> dict[str, Any]:
+    weights = {"node_weights": list(manifest.node_weights)} if manifest.node_weights else {}
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": manifest.format_version,
         "numerics_version": NUMERICS_VERSION,
         "package_version": manifest.package_version,
         "source": {"name": manifest.source_name, "fingerprint": manifest.source_fingerprint},
@@ -163,23 +179,14 @@ def _body(manifest: Manifest) -> dict[str, Any]:
         "embedding": manifest.embedding_format.label,
         "experts": manifest.experts,
         "nodes": manifest.nodes,
+        **weights,
         "model": model_to_json(manifest.config),
         "shards": [shard_to_json(shard) for shard in manifest.shards],
         "files": [{**vars(file), "nonfinite": dict(sorted(file.nonfinite.items()))} for file in manifest.files],
     }
 
 
-def shard_to_json(shard: ShardUnits) -> dict[str, Any]:
-    """The units of one shard as a JSON object."""
-    return {
-        "heads": shard.heads,
-        "kv_heads": shard.kv_heads,
-        "vocabulary": shard.vocabulary,
-        "chunks": [vars(part) for part in shard.chunks],
-    }
-
-
-def _from_json(entry: Fields) -> Manifest:
+def _from_json(entry: Fields, placed: bool) -> Manifest:
     source = entry.object("source")
     config = model_from_json(entry.object("model"))
     weights = WeightFormat.parse(entry.choice("weights", [format.label for format in WeightFormat]))
@@ -189,6 +196,7 @@ def _from_json(entry: Fields) -> Manifest:
     except UsageError as error:
         entry.require(False, str(error))
     nodes = entry.integer("nodes", 1, 8191)
+    counts = unit_counts(config, group_size)
     manifest = Manifest(
         config=config,
         source_name=source.text("name"),
@@ -197,38 +205,22 @@ def _from_json(entry: Fields) -> Manifest:
         group_size=group_size,
         router_format=WeightFormat.parse(entry.choice("router", ("f32", "bf16"))),
         embedding_format=WeightFormat.parse(entry.choice("embedding", ("f32", "bf16"))),
-        experts=entry.choice("experts", EXPERT_LAYOUTS),
+        experts=entry.choice("experts", (PLACED,) if placed else EXPERT_LAYOUTS),
         nodes=nodes,
-        shards=tuple(_shard(shard, config, group_size) for shard in entry.objects("shards")),
+        shards=tuple(shard_from_json(shard, counts) for shard in entry.objects("shards")),
         package_version=entry.text("package_version"),
         files=tuple(_file(file) for file in entry.objects("files")),
+        node_weights=tuple(entry.integers("node_weights", 1, LARGEST_WEIGHT)) if placed else (),
     )
     source.done()
     entry.done()
     entry.require(len(manifest.shards) == nodes, f"has {len(manifest.shards)} shards for {nodes} nodes")
+    entry.require(
+        not placed or len(manifest.node_weights) == nodes, f"has not one node weight for each of {nodes} nodes"
+    )
     names = [file.name for file in manifest.files]
     entry.require(len(names) == len(set(names)), "names a file twice")
     return manifest
-
-
-def _shard(entry: Fields, config: ModelConfig, group_size: int) -> ShardUnits:
-    chunks = []
-    next_layer = 0
-    for part in entry.objects("chunks"):
-        first_layer = part.integer("first_layer", next_layer, next_layer)
-        next_layer = part.integer("stop_layer", first_layer + 1, config.layers)
-        stop = min(unit_count(config, group_size, "chunk", layer) for layer in range(first_layer, next_layer))
-        chunks.append(LayerRuns(first_layer, next_layer, part.runs("runs", stop)))
-        part.done()
-    entry.require(next_layer == config.layers, f"has chunks for {next_layer} of {config.layers} layers")
-    shard = ShardUnits(
-        heads=entry.runs("heads", config.heads),
-        kv_heads=entry.runs("kv_heads", config.kv_heads),
-        vocabulary=entry.runs("vocabulary", unit_count(config, group_size, "vocabulary", 0)),
-        chunks=tuple(chunks),
-    )
-    entry.done()
-    return shard
 
 
 def _file(entry: Fields) -> StoreFile:

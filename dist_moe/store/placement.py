@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dist_moe.errors import UsageError
 from dist_moe.model_config import ModelConfig
 from dist_moe.split import contiguous, head_range_kv_heads, sliced_chunks, whole_chunks
-from dist_moe.store.units import UnitKind, chunks_per_expert, unit_count
+from dist_moe.store.units import UnitKind, chunks_per_expert, describe_unit, unit_count
 
 Runs = tuple[tuple[int, int], ...]  # ascending half-open ranges [first, stop) that do not touch
 Indices = npt.NDArray[np.int64]
 
 EXPERT_LAYOUTS = ("whole", "sliced")
+PLACED = "placed"  # what a manifest says of shards that were cut as a placement says
 
 
 def runs_of(indices: Iterable[int]) -> Runs:
@@ -61,6 +63,85 @@ class ShardUnits:
         if kind == "chunk":
             return next(part.runs for part in self.chunks if part.first_layer <= layer < part.stop_layer)
         return {"head": self.heads, "kv_head": self.kv_heads, "vocabulary": self.vocabulary}[kind]
+
+
+@dataclass(frozen=True)
+class UnitCounts:
+    """How many units of each kind a model has; of chunks, in each layer."""
+
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    chunks: tuple[int, ...]
+
+    def of(self, kind: UnitKind, layer: int) -> int:
+        """Units of one kind in one layer."""
+        counts = {"head": self.heads, "kv_head": self.kv_heads, "vocabulary": self.vocabulary}
+        return self.chunks[layer] if kind == "chunk" else counts[kind]
+
+
+def unit_counts(config: ModelConfig, group_size: int) -> UnitCounts:
+    """Of a model whose chunks follow from the group size."""
+    return UnitCounts(
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        vocabulary=unit_count(config, group_size, "vocabulary", 0),
+        chunks=tuple(unit_count(config, group_size, "chunk", layer) for layer in range(config.layers)),
+    )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which units each node gets, of which some may stand in several shards.
+
+    Attributes:
+        model: The model's name.
+        node_weights: How much work each node does in the same time; a whole number from 1.
+        counts: The model's units.
+        shards: One per node.
+    """
+
+    model: str
+    node_weights: tuple[int, ...]
+    counts: UnitCounts
+    shards: tuple[ShardUnits, ...]
+
+
+def check_placement(placement: Placement, config: ModelConfig, group_size: int) -> None:
+    """Refuse a placement of another model, or one that leaves a unit out.
+
+    Raises:
+        UsageError: Says what does not fit.
+    """
+    advice = "make a placement of this model with dist-moe place"
+    counts = unit_counts(config, group_size)
+    if placement.counts != counts:
+        raise UsageError(
+            f"the placement of {placement.model} does not fit this model: it has {describe_counts(placement.counts)}, "
+            f"the model {describe_counts(counts)}; {advice}"
+        )
+    kinds: tuple[UnitKind, ...] = ("head", "kv_head", "vocabulary")
+    places: list[tuple[UnitKind, int]] = [(kind, 0) for kind in kinds]
+    for kind, layer in [*places, *(("chunk", layer) for layer in range(config.layers))]:
+        missing = np.ones(counts.of(kind, layer), np.bool_)
+        for shard in placement.shards:
+            missing[indices_of(shard.runs(kind, layer))] = False
+        if missing.any():
+            unit = describe_unit(config, group_size, kind, layer, int(missing.argmax()))
+            raise UsageError(f"the placement of {placement.model} gives {unit} to no node; {advice}")
+    for number, shard in enumerate(placement.shards, 1):
+        heads, kv_heads = indices_of(shard.heads), {*indices_of(shard.kv_heads).tolist()}
+        if not {*(heads // config.heads_per_kv_head).tolist()} <= kv_heads:
+            raise UsageError(f"the placement of {placement.model} gives node {number} heads without K and V; {advice}")
+
+
+def describe_counts(counts: UnitCounts) -> str:
+    """Units in words, for error messages."""
+    chunks = sorted({*counts.chunks})
+    return (
+        f"{len(counts.chunks)} layers of {' or '.join(map(str, chunks))} chunks, {counts.heads} query heads, "
+        f"{counts.kv_heads} KV heads, {counts.vocabulary} vocabulary blocks"
+    )
 
 
 def place(config: ModelConfig, group_size: int, layout: str, nodes: int, index: int) -> ShardUnits:

@@ -14,18 +14,19 @@ from dist_moe.errors import UsageError
 from dist_moe.kernels.formats import WeightFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.store.manifest import Manifest
-from dist_moe.store.placement import EXPERT_LAYOUTS, place
+from dist_moe.store.placement import EXPERT_LAYOUTS, PLACED, Placement, ShardUnits, check_placement, place
 from dist_moe.store.units import check_format
 
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """How to make a store. The first four decide its bytes."""
+    """How to make a store. The first five decide its bytes."""
 
     nodes: int = 1
     format: WeightFormat = WeightFormat.Q4
     group_size: int = 32  # weights per scale, 0 for whole rows
     experts: str = "whole"  # or "sliced"
+    placement: Placement | None = None  # takes the place of nodes and experts
     force: bool = False  # replace a store that stands there
     allow_nonfinite: bool = False  # pack NaN and infinite weights, too
     wait: bool = False  # for another process that is writing the same store
@@ -64,15 +65,18 @@ def plan_store(source: WeightSource, options: StoreOptions) -> Manifest:
     Raises:
         UsageError: The model cannot be stored like that; says what works.
     """
-    config = source.config
-    if not 1 <= options.nodes <= config.heads:
+    config, placement = source.config, options.placement
+    nodes = options.nodes if placement is None else len(placement.shards)
+    if not 1 <= nodes <= config.heads:
         raise UsageError(
-            f"--nodes {options.nodes}: this model has {config.heads} query heads and each node needs one; "
+            f"--nodes {nodes}: this model has {config.heads} query heads and each node needs one; "
             f"give 1 to {config.heads}"
         )
     if options.experts not in EXPERT_LAYOUTS:
         raise UsageError(f"--experts {options.experts}; give one of {', '.join(EXPERT_LAYOUTS)}")
     check_format(config, options.format, options.group_size)
+    if placement is not None:
+        check_placement(placement, config, options.group_size)
     routers = {source.source_dtype(name) for name in source.names() if name.endswith(".router")}
     return Manifest(
         config=config,
@@ -82,14 +86,20 @@ def plan_store(source: WeightSource, options: StoreOptions) -> Manifest:
         group_size=options.group_size,
         router_format=_exact_format(routers),
         embedding_format=_exact_format({source.source_dtype("embedding")}),
-        experts=options.experts,
-        nodes=options.nodes,
-        shards=tuple(
-            place(config, options.group_size, options.experts, options.nodes, shard) for shard in range(options.nodes)
-        ),
+        experts=options.experts if placement is None else PLACED,
+        nodes=nodes,
+        shards=_shards(config, options),
         package_version=dist_moe.__version__,
         files=(),
+        node_weights=() if placement is None else placement.node_weights,
     )
+
+
+def _shards(config: ModelConfig, options: StoreOptions) -> tuple[ShardUnits, ...]:
+    if options.placement is not None:
+        return options.placement.shards
+    nodes = range(options.nodes)
+    return tuple(place(config, options.group_size, options.experts, options.nodes, node) for node in nodes)
 
 
 def source_name(source: Path) -> str:

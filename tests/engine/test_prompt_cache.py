@@ -16,7 +16,7 @@ from dist_moe.engine.prompt_cache import PromptCache
 from dist_moe.engine.request import Request, SamplingOptions
 from dist_moe.engine.runtime import Runtime
 from dist_moe.errors import UsageError
-from dist_moe.files import NewFile
+from dist_moe.files import NewFile, write_errors
 from dist_moe.kernels import Kernels, KvFormat, KvView, aligned_empty, kv_block_bytes
 from dist_moe.model.kv_layout import read_rows, row_bytes, write_rows
 from dist_moe.store.prompt_file import PromptFile
@@ -194,7 +194,7 @@ def test_the_old_file_stays_when_the_disk_is_full(make_engine, store, saved: Pat
     def write_little(self: NewFile, data: memoryview) -> None:
         left[0] -= 1
         if left[0] < 0:
-            with self._write_errors():
+            with write_errors(self._path):
                 raise OSError(errno.ENOSPC, "No space left on device")
         write(self, data)
 

@@ -60,12 +60,14 @@ def test_resealing_in_this_test_is_what_the_writer_does(manifest: Manifest) -> N
     assert sealed(json.loads(manifest.render())) == manifest.render()
 
 
-@pytest.mark.parametrize("version", [0, 2])
-@pytest.mark.parametrize("key", ["format_version", "numerics_version"])
-def test_another_version_is_named_with_ours_and_what_to_do(manifest: Manifest, key: str, version: int) -> None:
+@pytest.mark.parametrize("version", [0, 3])
+@pytest.mark.parametrize(("key", "newest"), [("format_version", 2), ("numerics_version", 1)])
+def test_another_version_is_named_with_ours_and_what_to_do(
+    manifest: Manifest, key: str, newest: int, version: int
+) -> None:
     value = json.loads(manifest.render()) | {key: version, "a key of the future": 1}
-    advice = "install a newer dist-moe" if version > 1 else "make the store again"
-    with pytest.raises(StoreError, match=rf"version {version}, .* version 1: {advice}"):
+    known, advice = (newest, "install a newer dist-moe") if version > newest else (1, "make the store again")
+    with pytest.raises(StoreError, match=rf"version {version}, .* version {known}: {advice}"):
         parse_manifest(sealed(value), "m")
 
 
