@@ -169,6 +169,25 @@ void dm_end_without_memory(size_t bytes) {
     end_process(&to, line);
 }
 
+static int linger_ms;
+
+static void on_crash(int number, siginfo_t *info, void *context) {
+    (void)context;
+    if (info->si_code <= 0) { /* sent by kill: there is nothing that would happen again */
+        raise(number);
+        return;
+    }
+    nap(linger_ms);
+}
+
+int dm_linger_after_crash(int milliseconds) {
+    struct sigaction action = {.sa_sigaction = on_crash, .sa_flags = SA_SIGINFO | SA_RESETHAND}, previous;
+    if (sigaction(SIGSEGV, NULL, &previous) != 0) return 0;
+    int free = (previous.sa_flags & SA_SIGINFO) == 0 && previous.sa_handler == SIG_DFL;
+    linger_ms = milliseconds;
+    return !free || sigaction(SIGSEGV, &action, NULL) == 0;
+}
+
 int dm_catch_bus_errors(const char *before, int delay_ms, int exit_code, int abort_fd) {
     text to = {ending.before, ending.before + sizeof ending.before};
     put_string(&to, before);

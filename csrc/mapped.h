@@ -32,6 +32,9 @@ int dm_describe_address(char *out, size_t out_bytes, const void *address);
  * unit, writes PMI-1's abort command to the file abort_fd (-1: none), and ends the process; so does a kernel that gets
  * no memory. Any other SIGBUS goes where it went before. Returns 0 with errno set on failure. */
 int dm_catch_bus_errors(const char *before, int delay_ms, int exit_code, int abort_fd);
+/* From now on a process that crashes (SIGSEGV) ends so much later, in which its other threads can speak; a handler that
+ * somebody else has set stays. Returns 0 with errno set on failure. */
+int dm_linger_after_crash(int milliseconds);
 
 /* 1 if some page of a run of mapped bytes is not in memory, of which one in every `stride` bytes is looked at: each
  * look takes 0.4 us. 0 if the system does not tell; to a user who neither owns the file nor may write it, Linux calls

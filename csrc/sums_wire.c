@@ -19,6 +19,7 @@
 #define LARGEST (INT64_C(1) << 55) /* a rounded contribution beyond it is cut off; the sum is out of range then */
 #define LARGEST_F32 0x1p23f
 #define ROUNDING_MAGIC 0x1.8p52 /* its last mantissa bit is worth 1 */
+#define ROUNDING_MAGIC_F32 0x1.8p23f
 #define ROUNDING_MAGIC_BITS UINT64_C(0x4338000000000000)
 
 static size_t least(size_t a, size_t b) { return a < b ? a : b; }
@@ -108,8 +109,14 @@ static inline uint16_t to_bf16(float x) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/* A sum of any size. */
-static inline float any_sum(int64_t value) { return (float)((double)value * 0x1p-32); }
+/* Sums of any size as f32. */
+static void to_floats(float *x, const int64_t *values, size_t n) {
+    if (all_small(values, n)) {
+        for (size_t i = 0; i < n; i++) x[i] = small_sum(values[i]);
+    } else {
+        for (size_t i = 0; i < n; i++) x[i] = (float)((double)values[i] * 0x1p-32);
+    }
+}
 
 static int64_t any_fixed(float x) {
     if (x > -LIMIT_F32 && x < LIMIT_F32) return small_fixed(x);
@@ -117,43 +124,64 @@ static int64_t any_fixed(float x) {
     return x < 0 ? -LARGEST : LARGEST;
 }
 
+static void to_fixed(int64_t *values, const float *x, size_t n) {
+    if (all_below_limit(x, n)) {
+        for (size_t i = 0; i < n; i++) values[i] = small_fixed(x[i]);
+    } else {
+        for (size_t i = 0; i < n; i++) values[i] = any_fixed(x[i]);
+    }
+}
+
 static void encode_bf16(uint8_t *out, const int64_t *values, size_t n) {
+    float x[BLOCK];
     uint16_t halves[BLOCK];
-    for (size_t i = 0; i < n; i++) halves[i] = to_bf16(any_sum(values[i]));
+    to_floats(x, values, n);
+    for (size_t i = 0; i < n; i++) halves[i] = to_bf16(x[i]);
     memcpy(out, halves, n * sizeof *halves);
 }
 
 static void decode_bf16(int64_t *values, const uint8_t *bytes, size_t n) {
     uint16_t halves[BLOCK];
     memcpy(halves, bytes, n * sizeof *halves);
-    for (size_t i = 0; i < n; i++) values[i] = any_fixed(float_of((uint32_t)halves[i] << 16));
+    float x[BLOCK];
+    for (size_t i = 0; i < n; i++) x[i] = float_of((uint32_t)halves[i] << 16);
+    to_fixed(values, x, n);
 }
 
 /* The least bf16 number that is not below x >= 0. */
 static uint16_t bf16_above(float x) { return (uint16_t)((bits_of(x) + 0xffff) >> 16); }
 
+/* The nearest integer, ties to even, for |x| < 2^22. */
+static inline int32_t nearest(float x) {
+    return (int32_t)(bits_of(x + ROUNDING_MAGIC_F32) - bits_of(ROUNDING_MAGIC_F32));
+}
+
 static void encode_q8(uint8_t *out, const int64_t *values, size_t n) {
-    float x[BLOCK], largest = 0;
+    float x[BLOCK];
+    uint32_t largest = 0;
+    to_floats(x, values, n);
     for (size_t i = 0; i < n; i++) {
-        x[i] = any_sum(values[i]);
-        const float magnitude = x[i] < 0 ? -x[i] : x[i];
-        largest = magnitude > largest ? magnitude : largest;
+        const uint32_t bits = bits_of(x[i]) & 0x7fffffffu;
+        largest = bits > largest ? bits : largest;
     }
-    const uint16_t scale = bf16_above(largest / 127.0f);
+    /* The scale is rounded upwards, so no number is beyond 127. */
+    const uint16_t scale = bf16_above(float_of(largest) / 127.0f);
     const float step = float_of((uint32_t)scale << 16), inverse = step > 0 ? 1.0f / step : 0.0f;
     memcpy(out, &scale, sizeof scale);
-    for (size_t i = 0; i < n; i++) {
-        const float place = x[i] * inverse + (x[i] < 0 ? -0.5f : 0.5f);
-        const int number = (int)place;
-        out[sizeof scale + i] = (uint8_t)(int8_t)(number > 127 ? 127 : number < -127 ? -127 : number);
-    }
+    int8_t numbers[BLOCK];
+    for (size_t i = 0; i < n; i++) numbers[i] = (int8_t)nearest(x[i] * inverse);
+    memcpy(out + sizeof scale, numbers, n);
 }
 
 static void decode_q8(int64_t *values, const uint8_t *bytes, size_t n) {
     uint16_t scale;
+    int8_t numbers[BLOCK];
+    float x[BLOCK];
     memcpy(&scale, bytes, sizeof scale);
+    memcpy(numbers, bytes + sizeof scale, n);
     const float step = float_of((uint32_t)scale << 16);
-    for (size_t i = 0; i < n; i++) values[i] = any_fixed((float)(int8_t)bytes[sizeof scale + i] * step);
+    for (size_t i = 0; i < n; i++) x[i] = (float)numbers[i] * step;
+    to_fixed(values, x, n);
 }
 
 static size_t block_bytes(size_t n, int wire) {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from dist_moe.parallel.exchange import Exchange
 from dist_moe.parallel.world import World
 from helpers import launching
 from helpers.mpi_session import pytest_configure, world
+from helpers.nodes import on_two_hosts
 
 __all__ = ["exchange", "mpirun", "pytest_configure", "world"]
 
@@ -44,16 +44,6 @@ def exchange(world: World, request: pytest.FixtureRequest) -> Exchange:
     return open_exchange(
         world, may_spin(world, 1, os.environ), {"DIST_MOE_SHARED_MEMORY": "0" if request.param == "MPI" else "1"}
     )
-
-
-def on_two_hosts(world: World) -> World:
-    """The world as it would be if the upper third of the ranks were on another host."""
-    there = copy.copy(world)
-    first = world.size - world.size // 3
-    there.node_of_rank = tuple(int(rank >= first) for rank in range(world.size))
-    local = [rank for rank in range(world.size) if there.node_of_rank[rank] == there.node]
-    there.local_rank, there.local_size = local.index(world.rank), len(local)
-    return there
 
 
 @pytest.fixture

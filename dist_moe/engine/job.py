@@ -104,6 +104,11 @@ class Job:
         """Rank 0's text, on all ranks; collective."""
         return self.world.gather_texts(text)[0]
 
+    def own_or_leaders(self, text: str) -> str:
+        """This rank's text where rank 0 has one too, else rank 0's; collective."""
+        leader = self.of_leader(text)
+        return text if text and leader else leader
+
 
 def fields_of_leader(world: World, own: Fields, kept: Collection[str]) -> Fields:
     """Rank 0's values: scripts and environments may differ between hosts, the steps may not; collective.

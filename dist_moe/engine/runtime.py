@@ -15,6 +15,7 @@ from dist_moe.engine.agreement import agree_on, log_records, own_record
 from dist_moe.engine.beam_search import BeamSearch
 from dist_moe.engine.beams import BeamOptions
 from dist_moe.engine.crew import Crew, recorded_timeline
+from dist_moe.engine.exchange_rule import partition_rule
 from dist_moe.engine.generation import Drawn, Generation
 from dist_moe.engine.inventory import plan_from_inventory, take_inventory
 from dist_moe.engine.leader import Leader
@@ -26,7 +27,7 @@ from dist_moe.engine.read_ahead import ReadProgress
 from dist_moe.engine.request import Completion, Request, check_prompt, describe_fault
 from dist_moe.engine.schedule import Part, Schedule, count_tokens
 from dist_moe.engine.scrub import start_scrub
-from dist_moe.engine.startup import agreed, open_exchange
+from dist_moe.engine.startup import agreed, log_links, open_exchange
 from dist_moe.engine.statistics import Clock, EngineStatistics, summarize
 from dist_moe.engine.text_reading import read_text
 from dist_moe.engine.timeline import Timeline
@@ -34,6 +35,7 @@ from dist_moe.engine.worker import RowSink, StepResult, Worker
 from dist_moe.kernels import NO_FAULT, Kernels
 from dist_moe.model.step import MAX_LOGIT_ROWS
 from dist_moe.parallel.cores import may_spin
+from dist_moe.parallel.cost import WireShape
 from dist_moe.parallel.world import World
 from dist_moe.store.reader import Store
 
@@ -77,14 +79,17 @@ class Runtime:
         records = agree_on(world, own_record(store, self.kernels, world.library, options))
         if world.is_leader:
             log_records(records, world.hosts)
-        exchange = open_exchange(world, spin, os.environ)
+        exchange = open_exchange(world, spin, os.environ, options.wire)
+        log_links(exchange, options.wire, self.config.layers, self.config.model_dim)
         inventory = agreed(world, "start", lambda: take_inventory(world, store, records))
         job = agreed(world, "start", lambda: plan_from_inventory(world, store.manifest, inventory, options.layout))
         self.layout = job.layout
         self.model = load_model(exchange, store, job, self.kernels, options, self._step_tokens, records, on_reading)
         self._scrubber = start_scrub(world, self.model.weights, job.plans[world.rank]) if options.scrub else None
         worker = Worker(self.model, exchange, self._scrubber)
-        self._crew = Crew(worker, exchange, self._step_tokens, self._measure, self._partitions)
+        shape = WireShape.of(self.config, store.manifest.format.quantized)
+        partitions = partition_rule(options.step_exchange, shape, world.nodes, exchange.link_costs)
+        self._crew = Crew(worker, exchange, self._step_tokens, self._measure, partitions)
         self._prefixes = PrefixIndex(options.resident_positions)
         self.prompt_cache = PromptCache(self._crew, self._prefixes, store.manifest, options.kv)
         self._clock = Clock(self.model.stopwatch, exchange.ledger)
@@ -253,10 +258,6 @@ class Runtime:
         """What was found in idle time ends the job before it spoils an answer."""
         if self._scrubber is not None:
             self._crew.compare()
-
-    def _partitions(self, tokens: int) -> bool:
-        """Whether a step of so many tokens is partitioned by them."""
-        return self._options.exchange == "alltoall"
 
     def _measure(self, argument: int) -> npt.NDArray[np.float64]:
         """This rank's part of a measurement (`bench_machine.Measurement`)."""

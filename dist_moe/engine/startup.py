@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from dist_moe.errors import EnvironmentMismatch, StoreError
-from dist_moe.kernels import NodeMemory, SumsCodec, WireFormat, catch_bus_errors
+from dist_moe.kernels import NodeMemory, SumsCodec, WireFormat, catch_bus_errors, linger_after_crash
 from dist_moe.parallel.exchange import Exchange
 from dist_moe.parallel.host_exchange import HostExchange
 from dist_moe.parallel.host_sums import HostSums
@@ -25,6 +25,8 @@ WAITING_SPINS = 2000
 
 _BUS_DELAY_PER_RANK_S = 1.0
 _LONGEST_BUS_DELAY_S = 5.0
+# MPICH's UCX crashes in a rank whose peer on another host was killed, before the watchdog has said who that was.
+_LAST_WORDS_S = 1.0
 
 
 def agreed(world: World, phase: str, make: Callable[[], Made]) -> Made:
@@ -62,8 +64,27 @@ def open_exchange(world: World, spin: bool, environ: Mapping[str, str], wire: st
         partial = SumsCodec(WireFormat[wire.upper()])
         hosts = HostSums(links, partial, partial if partial.rounds else SumsCodec(WireFormat.F32), costs)
     exchange = Exchange(world, hosts) if node is None else NodeExchange(world, node, speakers, hosts)
-    exchange.link_costs = costs
+    exchange.links, exchange.link_costs = links, costs
     return exchange
+
+
+def log_links(exchange: Exchange, wire: str, layers: int, model_dim: int) -> None:
+    """Log what a decoded token's sums between hosts will cost, and on rank 0 warn where they are rounded.
+
+    Args:
+        exchange: Of the job.
+        wire: How sums travel between hosts.
+        layers: Of the model, with two sums each.
+        model_dim: Values of a sum.
+    """
+    if exchange.link_costs is None or not exchange.world.is_leader:
+        return
+    if wire != "exact":
+        logger.warning("--wire %s: sums between hosts are rounded, so the result depends on the number of hosts", wire)
+    costs, hosts = exchange.link_costs, exchange.hosts
+    sum_s = costs.seconds(2, 8 * model_dim) if hosts is None else hosts.expected_s(model_dim)
+    link = (costs.latency_s * 1e6, costs.bytes_per_s * 1e-6, 2e3 * layers * sum_s)
+    logger.info("between hosts: latency %.0f us, %.0f MB/s; expected exchange %.2f ms per token", *link)
 
 
 def _agreed_costs(world: World, links: HostExchange | None) -> LinkCosts:
@@ -106,3 +127,5 @@ def name_bus_errors(world: World, channel: int | None) -> None:
     # Ranks of a host meet the same fault: the first prints and ends the others.
     delay_s = min(_BUS_DELAY_PER_RANK_S * world.rank, _LONGEST_BUS_DELAY_S)
     catch_bus_errors(f"dist-moe: error: {place}", delay_s, StoreError.exit_code, channel)
+    if world.size > 1:
+        linger_after_crash(_LAST_WORDS_S)

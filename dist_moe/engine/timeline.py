@@ -143,6 +143,11 @@ class Timeline:
         return len(self._steps)
 
     @property
+    def spans_at_most(self) -> int:
+        """How many spans its steps have at most."""
+        return self._spans
+
+    @property
     def begin_ns(self) -> int:
         """When the first of them begins, on rank 0's clock; 0 if there is none."""
         return min((step.first_ns for step in self._steps), default=0)

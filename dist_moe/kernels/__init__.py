@@ -19,7 +19,13 @@ from dist_moe.kernels.formats import (
 )
 from dist_moe.kernels.hashing import hash_floats
 from dist_moe.kernels.layer_kernels import AttentionLayer, ExpertsLayer, LayerBuffers, LayerSizes
-from dist_moe.kernels.mapped_files import MappedFile, MappedTensor, catch_bus_errors, describe_address
+from dist_moe.kernels.mapped_files import (
+    MappedFile,
+    MappedTensor,
+    catch_bus_errors,
+    describe_address,
+    linger_after_crash,
+)
 from dist_moe.kernels.native import Kernels
 from dist_moe.kernels.node import NODE_RANK_BYTES, NodeMemory
 from dist_moe.kernels.paging import is_absent, populate
@@ -73,6 +79,7 @@ __all__ = [
     "is_absent",
     "isa_levels",
     "kv_block_bytes",
+    "linger_after_crash",
     "packed_bytes",
     "populate",
 ]

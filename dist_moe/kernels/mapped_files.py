@@ -99,3 +99,13 @@ def catch_bus_errors(before: str, delay_s: float, exit_code: int, abort_channel:
     channel = -1 if abort_channel is None else abort_channel
     if not lib.dm_catch_bus_errors(os.fsencode(before), int(delay_s * 1000), exit_code, channel):
         raise EnvironmentMismatch(f"a handler for SIGBUS cannot be installed: {os.strerror(ffi.errno)}")
+
+
+def linger_after_crash(seconds: float) -> None:
+    """From now on a process that crashes ends so much later, in which its other threads can speak.
+
+    Raises:
+        EnvironmentMismatch: The system refuses a signal handler.
+    """
+    if not lib.dm_linger_after_crash(int(seconds * 1000)):
+        raise EnvironmentMismatch(f"a handler for SIGSEGV cannot be installed: {os.strerror(ffi.errno)}")

@@ -48,8 +48,7 @@ def q8_sums(sums: I64Array) -> I64Array:
         exact = np.array([np.abs(x).max() / np.float32(127)], np.float32)
         scale = bf16_to_f32(((exact.view(np.uint32) + 0xFFFF) >> 16).astype(np.uint16))[0]
         inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
-        q = np.trunc(x * inverse + np.where(x < 0, np.float32(-0.5), np.float32(0.5)))
-        out[first : first + GROUP] = _fixed((np.clip(q, -127, 127) * scale).astype(np.float32))
+        out[first : first + GROUP] = _fixed((np.rint(x * inverse) * scale).astype(np.float32))
     return out
 
 

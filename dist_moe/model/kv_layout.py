@@ -51,7 +51,9 @@ def write_rows(block_g: U8, rows: U8, kv_format: KvFormat, head_dim: int) -> Non
 def _parts(
     block_g: U8, rows: U8, kv_format: KvFormat, head_dim: int
 ) -> Iterator[tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]]:
-    """Pairs of views of the same shape: a part of the block, and its place in the rows."""
+    """Pairs of views of the same shape: a part of the block, and its place in the rows; none without heads."""
+    if not len(block_g):
+        return
     place = 0
     for part in _quantized(block_g, head_dim) if kv_format == KvFormat.Q8 else _plain(block_g, kv_format, head_dim):
         end = place + part[0, 0].nbytes // len(block_g)

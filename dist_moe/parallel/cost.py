@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, comb
 from typing import Literal, get_args
 
@@ -21,17 +22,23 @@ SUM_BYTES = 4.5  # of a packed exact sum: one width of 4 or 5 bytes for 32 value
 RESULT_BYTES = 4.0  # of a sum that was converted: f32
 QUANTIZED_OPERAND_BYTES = 1.125  # of a value that a kernel takes: int8, and one f32 scale for 32 of them
 FLOAT_OPERAND_BYTES = 4.0
+ROUTING_BYTES = 8.0  # of one choice: the expert's number, and the weight of what it makes
 PACK_S = 0.35e-9  # to pack one value, or to unpack and add it
 
 LARGEST_STEP_TOKENS = 65536
+LOOKED_AT_TOKENS = 256  # up to here every count is looked at: few tokens do not divide evenly
 
 
 @dataclass(frozen=True)
 class LinkCosts:
-    """A link between two nodes: a message of n bytes takes latency_s + n / bytes_per_s seconds."""
+    """What a message between two hosts costs: `latency_s` + bytes / `bytes_per_s`."""
 
     latency_s: float
     bytes_per_s: float
+
+    def seconds(self, messages: float, sent_bytes: float) -> float:
+        """Of messages one after the other, and their bytes."""
+        return messages * self.latency_s + sent_bytes / self.bytes_per_s
 
 
 # Of MPI over TCP, or verbs for the last: latency with the software's part, and payload rate.
@@ -90,13 +97,14 @@ class Traffic:
 
     def wire_seconds(self, link: LinkCosts) -> float:
         """Latencies and bytes / rate."""
-        return self.phases * link.latency_s + self.bytes / link.bytes_per_s
+        return link.seconds(self.phases, self.bytes)
 
     def seconds(self, link: LinkCosts) -> float:
         """The wire's time and that of packing."""
         return self.wire_seconds(link) + self.packed * PACK_S
 
 
+@lru_cache(maxsize=64)
 def touch_probability(experts: int, picked: int, nodes: int) -> float:
     """How likely a node owns at least one of the experts that a token picks, if all are equally likely; mean of nodes.
 
@@ -111,14 +119,14 @@ def touch_probability(experts: int, picked: int, nodes: int) -> float:
 
 
 def sum_traffic(values: float, nodes: int, link: LinkCosts) -> Traffic:
-    """An exact sum over nodes of so many values, in whichever form is quicker: one phase, or two."""
+    """An exact sum over nodes of so many values: in one phase or in two, as `HostSums` chooses."""
     if nodes == 1:
         return Traffic()
     others = nodes - 1
     one_phase = Traffic(others * values * SUM_BYTES, 1, 2 * others * values)
     share = others / nodes * values
     two_phases = Traffic(share * (SUM_BYTES + RESULT_BYTES), 2, 2 * share)
-    return min(one_phase, two_phases, key=lambda traffic: traffic.seconds(link))
+    return one_phase if one_phase.wire_seconds(link) <= two_phases.wire_seconds(link) else two_phases
 
 
 def allreduce_layer(shape: WireShape, nodes: int, tokens: float, link: LinkCosts) -> Traffic:
@@ -127,17 +135,23 @@ def allreduce_layer(shape: WireShape, nodes: int, tokens: float, link: LinkCosts
 
 
 def alltoall_layer(shape: WireShape, nodes: int, tokens: int, dense: bool = False) -> Traffic:
-    """A layer whose tokens are dealt out to nodes: reduce-scatter, dispatch, return, allgather of the next operand."""
+    """A layer whose tokens are dealt out to nodes.
+
+    The operand of attention goes to all, its sums to the tokens' owners, the routing to all, the experts' operand to
+    the nodes that own some of a token's experts, and their sums back.
+    """
     if nodes == 1:
         return Traffic()
     # The node that has most tokens decides: at T < N one of them receives all that there is.
-    share = (nodes - 1) * ceil(tokens / nodes) * shape.model_dim
+    rows = (nodes - 1) * ceil(tokens / nodes)
+    values = rows * shape.model_dim
     touched = 1.0 if dense else touch_probability(shape.experts, shape.experts_per_token, nodes)
-    scattered = Traffic(share * SUM_BYTES, 1, 2 * share)
-    dispatched = Traffic(share * touched * shape.operand_bytes, 2)  # how many to each node, then the operands
-    returned = Traffic(share * touched * SUM_BYTES, 1, 2 * share * touched)
-    gathered = Traffic(share * shape.operand_bytes, 1)
-    return scattered + dispatched + returned + gathered
+    gathered = Traffic(values * shape.operand_bytes, 1)
+    scattered = Traffic(values * SUM_BYTES, 1, 2 * values)
+    routed = Traffic() if dense else Traffic(rows * shape.experts_per_token * ROUTING_BYTES, 1)
+    dispatched = Traffic(values * touched * shape.operand_bytes, 1)
+    returned = Traffic(values * touched * SUM_BYTES, 1, 2 * values * touched)
+    return gathered + scattered + routed + dispatched + returned
 
 
 def step_traffic(shape: WireShape, nodes: int, tokens: int, exchange: ExchangeKind, link: LinkCosts) -> Traffic:
@@ -172,15 +186,19 @@ def choose_exchange(tokens: int, table: ExchangeTable) -> ExchangeKind:
 
 
 def _changes(wins: Callable[[int], bool]) -> Iterator[int]:
-    """Where a yes/no function of tokens changes, from no: between powers of two, then halved down to one token."""
-    before, first = False, 0
-    for power in range(LARGEST_STEP_TOKENS.bit_length()):
-        last = 1 << power
-        now = wins(last)
-        if now != before:
-            low, high = first, last
+    """Where a yes/no function of tokens changes, from no: looked at one by one, then between powers of two."""
+    before = False
+    for tokens in range(1, LOOKED_AT_TOKENS + 1):
+        if wins(tokens) != before:
+            before = not before
+            yield tokens
+    first = LOOKED_AT_TOKENS
+    while first < LARGEST_STEP_TOKENS:
+        last = 2 * first
+        if wins(last) != before:
+            before, low, high = not before, first, last
             while high - low > 1:
                 middle = (low + high) // 2
-                low, high = (low, middle) if wins(middle) == now else (middle, high)
+                low, high = (low, middle) if wins(middle) == before else (middle, high)
             yield high
-        before, first = now, last
+        first = last

@@ -50,6 +50,8 @@ class HostExchange:
         self.sent_bytes = 0
         self.progress = progress
         self._mpi = mpi
+        self._byte = mpi.BYTE
+        self._status = mpi.Status()
         self._spin = spin
 
     def post(self, outgoing_N: Sequence[Bytes | None], incoming_N: Sequence[Bytes | None]) -> Swap:
@@ -60,19 +62,19 @@ class HostExchange:
                 None: that host expects no message. The own entry is not read.
             incoming_N: Where each host's message goes, as long as it may become; None: none is expected.
         """
-        comm, byte = self.comm, self._mpi.BYTE
-        hosts, requests = [], []
+        comm, byte = self.comm, self._byte
+        hosts, receives, sends = [], [], []
         for host in self.others:
             incoming = incoming_N[host]
             if incoming is not None:
                 hosts.append(host)
-                requests.append(comm.Irecv([incoming, byte], host, _TAG))
+                receives.append(comm.Irecv([incoming, byte], host, _TAG))
         for host in self.others:
             outgoing = outgoing_N[host]
             if outgoing is not None:
-                requests.append(comm.Isend([outgoing, byte], host, _TAG))
+                sends.append(comm.Isend([outgoing, byte], host, _TAG))
                 self.sent_bytes += outgoing.nbytes
-        return Swap(self, hosts, requests)
+        return Swap(self, hosts, receives, sends)
 
     def swap(self, outgoing_N: Sequence[Bytes | None], incoming_N: Sequence[Bytes | None]) -> list[int]:
         """Like `post`, and wait for the end.
@@ -86,15 +88,26 @@ class HostExchange:
                 lengths_N[host] = length
         return lengths_N
 
-    def wait_any(self, requests: list[Any], status: Any) -> int:
-        """The place of a request that has ended (it becomes REQUEST_NULL)."""
+    def wait_any(self, requests: list[Any]) -> tuple[int, int]:
+        """The place of a receive that has ended (it becomes REQUEST_NULL), and the length of its message in bytes."""
+        status, request = self._status, self._mpi.Request
         if self._spin:
-            return int(self._mpi.Request.Waitany(requests, status))
+            place = request.Waitany(requests, status)
+        else:
+            started_s = time.perf_counter()
+            place, ended = request.Testany(requests, status)
+            while not ended:
+                self._rest(time.perf_counter() - started_s)
+                place, ended = request.Testany(requests, status)
+        return int(place), int(status.Get_count(self._byte))
+
+    def wait_all(self, requests: list[Any]) -> None:
+        """Until all of some sends have ended."""
+        if self._spin:
+            self._mpi.Request.Waitall(requests)
+            return
         started_s = time.perf_counter()
-        while True:
-            place, ended = self._mpi.Request.Testany(requests, status)
-            if ended:
-                return int(place)
+        while not self._mpi.Request.Testall(requests):
             self._rest(time.perf_counter() - started_s)
 
     @staticmethod
@@ -104,31 +117,23 @@ class HostExchange:
         else:
             time.sleep(min(waited_s / 8, _LONGEST_NAP_S))
 
-    def new_status(self) -> Any:
-        """What a request that has ended tells of itself."""
-        return self._mpi.Status()
-
-    @property
-    def byte(self) -> Any:
-        """MPI's byte."""
-        return self._mpi.BYTE
-
 
 class Swap:
-    """Messages under way: those from some hosts, then those to others."""
+    """Messages under way from some hosts and to others."""
 
-    __slots__ = ("_exchange", "_hosts", "_requests")
+    __slots__ = ("_exchange", "_hosts", "_receives", "_sends")
 
-    def __init__(self, exchange: HostExchange, hosts: list[int], requests: list[Any]) -> None:
+    def __init__(self, exchange: HostExchange, hosts: list[int], receives: list[Any], sends: list[Any]) -> None:
+        """Of an exchange: `receives` are from `hosts`."""
         self._exchange = exchange
         self._hosts = hosts
-        self._requests = requests
+        self._receives = receives
+        self._sends = sends
 
     def finish(self) -> Iterator[tuple[int, int]]:
         """Wait until all have ended; each (host, length in bytes) as its message arrives."""
-        exchange, byte = self._exchange, self._exchange.byte
-        status = exchange.new_status()
-        for _ in self._requests:
-            place = exchange.wait_any(self._requests, status)
-            if place < len(self._hosts):
-                yield self._hosts[place], int(status.Get_count(byte))
+        exchange, receives = self._exchange, self._receives
+        for _ in receives:
+            place, length = exchange.wait_any(receives)
+            yield self._hosts[place], length
+        exchange.wait_all(self._sends)

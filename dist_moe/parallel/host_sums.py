@@ -17,11 +17,17 @@ from dist_moe.parallel.probe import LinkCosts
 
 Sums = NDArray[np.int64]
 
-# Sums travel in pieces of this many, so that packing, the wire and adding overlap and buffers stay small.
-PIECE_SUMS = 32768
+# Many sums travel in messages that keep the wire busy for so long: then packing, the wire and adding overlap. A
+# message costs a rank 30 us. Over 1 Gbit/s (tbf, burst 16 KB) 18 KB at a time reach its rate, 150 KB 3/4 of it.
+_MESSAGE_S = 1.5e-4
+FEWEST_SUMS = 4096
+MOST_SUMS = 16384
+# Pieces that are sent before the first of them must have arrived.
+AHEAD = 3
+_SLOTS = 2 * AHEAD + 1
 # A part is whole blocks of what the codecs treat as one.
 _BLOCK = 32
-# Where sums are rounded on their way, what a sum becomes must not depend on measured costs.
+# Up to so many bytes of rounded sums go to every host.
 _SMALL_ROUNDED_BYTES = 32768
 
 
@@ -63,18 +69,32 @@ class HostSums:
         self._partial = partial
         self._finished = finished
         N = exchange.hosts
-        # Three pieces are under way at most.
-        self._out = np.empty((3, N, partial.bound(PIECE_SUMS)), np.uint8)
-        self._in = np.empty((3, N, partial.bound(PIECE_SUMS)), np.uint8)
+        shape = (N, max(partial.bound(MOST_SUMS), finished.bound(MOST_SUMS)))
+        self._out = [list(np.empty(shape, np.uint8)) for _ in range(_SLOTS)]
+        self._in = [list(np.empty(shape, np.uint8)) for _ in range(_SLOTS)]
+        wanted = int(costs.bytes_per_s * _MESSAGE_S / partial.value_bytes) // _BLOCK * _BLOCK
+        self._message_sums = min(MOST_SUMS, max(FEWEST_SUMS, wanted))
+        self._one_phase_for: dict[int, bool] = {}
 
     def is_one_phase(self, count: int) -> bool:
         """Whether `count` sums are added up on every host, which takes one phase of messages instead of two."""
-        N, partial, finished = self.exchange.hosts, self._partial, self._finished
-        one_bytes = (N - 1) * count * partial.value_bytes
-        two_bytes = (N - 1) * count * (partial.value_bytes + finished.value_bytes) / N
-        if partial.rounds:
-            return one_bytes <= two_bytes or one_bytes <= _SMALL_ROUNDED_BYTES
-        return self.costs.seconds(1, one_bytes) <= self.costs.seconds(2, two_bytes)
+        if not self._partial.rounds:
+            # Two hosts: the bytes are about the same, and no sum is packed twice.
+            return self.exchange.hosts == 2 or self._expected_s(count, 1) <= self._expected_s(count, 2)
+        # What rounding makes of a sum must not depend on measured costs.
+        one_bytes = self._sent_bytes(count, 1)
+        return one_bytes <= self._sent_bytes(count, 2) or one_bytes <= _SMALL_ROUNDED_BYTES
+
+    def expected_s(self, count: int) -> float:
+        """What a sum of `count` costs by the links' costs: latencies, and bytes by rate."""
+        return self._expected_s(count, 1 if self.is_one_phase(count) else 2)
+
+    def _expected_s(self, count: int, phases: int) -> float:
+        return self.costs.seconds(phases, self._sent_bytes(count, phases))
+
+    def _sent_bytes(self, count: int, phases: int) -> float:
+        N, own, finished = self.exchange.hosts, self._partial.value_bytes, self._finished.value_bytes
+        return (N - 1) * count * (own if phases == 1 else (own + finished) / N)
 
     def sum(self, sums: Sums) -> None:
         """Add up in place; every host ends with the same values, which are used as the same numbers (NUMERICS 7).
@@ -83,49 +103,60 @@ class HostSums:
             sums: int64, C-contiguous, any shape; the same on all hosts.
         """
         flat = sums.reshape(-1)
-        pieces = [flat[first : first + PIECE_SUMS] for first in range(0, flat.size, PIECE_SUMS)]
-        phases = self._one_phase if self.is_one_phase(flat.size) else self._two_phases
-        under_way = [phases(piece, place % 3) for place, piece in enumerate(pieces)]
-        # One step of each of three pieces in turn: the wire has work while this rank packs and adds.
-        for turn in range(len(pieces) + 2):
-            for place in range(turn, max(-1, turn - 3), -1):
-                if place < len(pieces):
+        count = flat.size
+        if count not in self._one_phase_for:
+            self._one_phase_for[count] = self.is_one_phase(count)
+        one_phase = self._one_phase_for[count]
+        phases = self._one_phase if one_phase else self._two_phases
+        parts = 1 if one_phase else self.exchange.hosts
+        piece = parts * self._message_sums
+        if count <= piece:
+            for _ in phases(flat, 0):
+                pass
+            return
+        under_way = [
+            phases(flat[first : first + piece], place % _SLOTS) for place, first in enumerate(range(0, count, piece))
+        ]
+        # The wire has work while this rank packs and adds: each piece's next phase comes AHEAD pieces later.
+        for turn in range(len(under_way) + 2 * AHEAD):
+            for place in (turn, turn - AHEAD, turn - 2 * AHEAD):
+                if 0 <= place < len(under_way):
                     next(under_way[place], None)
 
     def _one_phase(self, sums: Sums, slot: int) -> Iterator[None]:
         """Everyone gets everyone's own sums."""
-        own = self._encode(self._partial, self._out[slot, 0], sums)
-        swap = self.exchange.post([own] * self.exchange.hosts, list(self._in[slot]))
+        own = self._encode(self._partial, self._out[slot][0], sums)
+        swap = self.exchange.post([own] * self.exchange.hosts, self._in[slot])
         if self._partial.rounds:
             self._decode(self._partial, sums, own)
         yield
         for host, length in swap.finish():
-            self._decode(self._partial, sums, self._in[slot, host, :length], add=True)
+            self._decode(self._partial, sums, self._in[slot][host][:length], add=True)
 
     def _two_phases(self, sums: Sums, slot: int) -> Iterator[None]:
         """Everyone gets one part of everyone's own sums, adds it up, and gives it to all."""
         yield from self._reduce(sums, slot)
         parts, own = self._parts(sums), self.exchange.host
-        done = self._encode(self._finished, self._out[slot, own], parts[own])
-        swap = self.exchange.post([done] * len(parts), list(self._in[slot]))
+        done = self._encode(self._finished, self._out[slot][own], parts[own])
+        swap = self.exchange.post([done] * len(parts), self._in[slot])
         self._decode(self._finished, parts[own], done)  # the same values as everyone else
         yield
         for host, length in swap.finish():
-            self._decode(self._finished, parts[host], self._in[slot, host, :length])
+            self._decode(self._finished, parts[host], self._in[slot][host][:length])
 
     def _reduce(self, sums: Sums, slot: int) -> Iterator[None]:
         parts, own = self._parts(sums), self.exchange.host
         rounds = self._partial.rounds
         outgoing_N = [
-            self._encode(self._partial, self._out[slot, host], part) if rounds or host != own else None
+            self._encode(self._partial, self._out[slot][host], part) if rounds or host != own else None
             for host, part in enumerate(parts)
         ]
-        swap = self.exchange.post(outgoing_N, list(self._in[slot]))
+        swap = self.exchange.post(outgoing_N, self._in[slot])
         if (rounded := outgoing_N[own]) is not None:
             self._decode(self._partial, parts[own], rounded)
         yield
         for host, length in swap.finish():
-            self._decode(self._partial, parts[own], self._in[slot, host, :length], add=True)
+            self._decode(self._partial, parts[own], self._in[slot][host][:length], add=True)
 
     def _parts(self, sums: Sums) -> list[Sums]:
         """Each host's part: whole blocks, perhaps none."""

@@ -1,15 +1,18 @@
 """Time for the others to say that a rank was killed. Hydra else ends the job at once, naming nothing but a process id.
 
-Hydra looks for dead ranks whenever something happens on its connections to one. A shell of a few hundred kilobytes
-keeps copies of this rank's open, so that the next thing that happens is the line which names the rank (`watchdog.py`).
+Hydra looks for dead ranks whenever something happens on its connections to one, and ends the job when a host's proxy,
+with which that host's ranks die, has hung up. A shell of a few hundred kilobytes keeps copies of the connections open
+that this rank has inherited, so that the next thing that happens is the line which names the rank (`watchdog.py`).
 prterun and srun name the rank themselves.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 
 from dist_moe.parallel.launcher import Launcher
 
@@ -36,7 +39,7 @@ class LastWords:
             self._shell = subprocess.Popen(
                 ["/bin/sh", "-c", _SCRIPT],
                 stdin=subprocess.PIPE,
-                pass_fds=(int(hydra_fd),),
+                pass_fds=_inherited(),
                 start_new_session=True,  # Hydra kills a rank's whole process group
             )
 
@@ -45,3 +48,13 @@ class LastWords:
         if self._shell is not None:
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 self._shell.communicate(b"spared\n", _GONE_WITHIN_S)
+
+
+def _inherited() -> tuple[int, ...]:
+    """The open files that a started program would have too: what this process opened itself is not among them."""
+    found = []
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if os.get_inheritable(int(entry.name)):
+                found.append(int(entry.name))
+    return tuple(found)

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import numpy as np
 
+from dist_moe.parallel.cost import LinkCosts as LinkCosts
 from dist_moe.parallel.host_exchange import HostExchange
 
 SIZES_BYTES = (2048, 65536, 1 << 20)
 # A size is sent again until this time has passed; at least twice.
 _SIZE_S = 2e-3
+# Longer ones travel in messages of this many bytes, as sums do.
+_MESSAGE_BYTES = 16384
 _MOST_ROUNDS = 20
 # When a size took longer than this, larger ones are not tried.
 _SLOW_S = 0.1
-
-
-@dataclass(frozen=True)
-class LinkCosts:
-    """What a message between two hosts costs: `latency_s` + bytes / `bytes_per_s`."""
-
-    latency_s: float
-    bytes_per_s: float
-
-    def seconds(self, messages: float, sent_bytes: float) -> float:
-        """Of messages one after the other, and their bytes."""
-        return messages * self.latency_s + sent_bytes / self.bytes_per_s
 
 
 # Before anything was measured, and where hosts are as near as ranks: 1 Gbit/s Ethernet.
@@ -59,25 +49,31 @@ def fit_costs(seconds_of: dict[int, float], hosts: int) -> LinkCosts:
     rate = DEFAULT_COSTS.bytes_per_s
     if large > small and seconds_of[large] > seconds_of[small]:
         rate = peers * (large - small) / (seconds_of[large] - seconds_of[small])
-    latency_s = max(1e-7, seconds_of[small] - peers * small / rate)
+    # A shaped link lets small messages through faster than its rate.
+    latency_s = max(seconds_of[small] / 2, seconds_of[small] - peers * small / rate)
     return LinkCosts(latency_s, rate)
 
 
 def _round_seconds(exchange: HostExchange, size_bytes: int) -> float:
     """The quickest of some rounds on this host; the hosts do equally many."""
-    outgoing = np.zeros(size_bytes, np.uint8)
-    incoming_N = list(np.zeros((exchange.hosts, size_bytes), np.uint8))
+    lengths = [min(_MESSAGE_BYTES, size_bytes - first) for first in range(0, size_bytes, _MESSAGE_BYTES)]
     first_s = 0.0
     for _ in range(2):
-        first_s = _one_round(exchange, outgoing, incoming_N)
+        first_s = _one_round(exchange, lengths)
     rounds = int(min(_MOST_ROUNDS, max(2, _SIZE_S / _slowest(exchange, first_s))))
-    return min(_one_round(exchange, outgoing, incoming_N) for _ in range(rounds))
+    return min(_one_round(exchange, lengths) for _ in range(rounds))
 
 
-def _one_round(exchange: HostExchange, outgoing: np.ndarray, incoming_N: list[np.ndarray]) -> float:
-    started_s = time.perf_counter()
-    exchange.swap([outgoing] * exchange.hosts, incoming_N)
-    return time.perf_counter() - started_s
+def _one_round(exchange: HostExchange, lengths: list[int]) -> float:
+    outgoing = np.zeros(max(lengths), np.uint8)
+    incoming_N = list(np.zeros((exchange.hosts, max(lengths)), np.uint8))
+    with exchange.progress.exchanging():
+        started_s = time.perf_counter()
+        swaps = [exchange.post([outgoing[:length]] * exchange.hosts, incoming_N) for length in lengths]
+        for swap in swaps:
+            for _ in swap.finish():
+                pass
+        return time.perf_counter() - started_s
 
 
 def _slowest(exchange: HostExchange, seconds: float) -> float:

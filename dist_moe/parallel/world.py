@@ -16,6 +16,7 @@ from dist_moe.errors import DistMoeError, UsageError
 from dist_moe.parallel.launcher import Launcher
 from dist_moe.parallel.mpi import abort, short_version, start_mpi, world_communicator
 from dist_moe.parallel.progress import Progress
+from dist_moe.parallel.shared_names import forget_shared_names
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm as Intracomm
@@ -117,6 +118,7 @@ class World:
         self.comm.Allgather([first, mpi.INT64_T], [firsts, mpi.INT64_T])
         order = {int(rank): node for node, rank in enumerate(np.unique(firsts))}
         self.node_of_rank = tuple(order[int(rank)] for rank in firsts)
+        forget_shared_names()
 
     @property
     def is_leader(self) -> bool:

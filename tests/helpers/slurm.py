@@ -116,6 +116,8 @@ class Slurm:
 
     def _configuration(self, cores: int) -> str:
         host, here = socket.gethostname().split(".")[0], self._directory
+        # MPICH names its memory in /dev/shm after the job: what a killed one of the same number left is in the way.
+        first_job = 1000 + secrets.randbelow(1_000_000)
         return f"""ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 AuthType=auth/munge
@@ -132,6 +134,7 @@ TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
+FirstJobId={first_job}
 SchedulerParameters=sched_interval=1,batch_sched_delay=1
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core

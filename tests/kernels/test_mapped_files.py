@@ -124,3 +124,23 @@ def test_a_kernel_that_gets_no_memory_says_so(before: str) -> None:
     assert done.stderr.startswith(f"dist-moe: error: {'rank 1 on b: ' if before else ''}out of memory: a kernel could ")
     assert " could not get 100663360 bytes of working space; " in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+CRASH = """
+import ctypes, os, sys, threading, time
+from dist_moe.kernels import linger_after_crash
+if sys.argv[1] != "at once":
+    linger_after_crash(1.0)
+threading.Thread(target=lambda: (time.sleep(0.3), os.write(1, b"spoke")), daemon=True).start()
+if sys.argv[1] == "sent":
+    os.kill(os.getpid(), 11)
+ctypes.CDLL(None).strlen(None)
+"""
+
+
+@pytest.mark.parametrize(("how", "said"), [("at once", b""), ("linger", b"spoke"), ("sent", b"")])
+def test_a_crash_gives_other_threads_time_to_speak(how: str, said: bytes) -> None:
+    # CDLL lets go of the interpreter while it calls, as mpi4py does.
+    done = subprocess.run([sys.executable, "-c", CRASH, how], capture_output=True, timeout=30, check=False)
+    assert done.returncode == -signal.SIGSEGV
+    assert done.stdout == said

@@ -120,7 +120,11 @@ def test_the_ledger_counts_what_was_sent(world: World, exchange: Exchange) -> No
     shared = isinstance(exchange, NodeExchange)
     partners = exchange.world.nodes if shared else world.size
     by_mpi = 2 * (partners - 1) * 800 // partners if not shared or exchange.world.local_rank == 0 else 0
-    assert (notes.wire_n.tolist(), notes.shared_n.tolist()) == ([by_mpi], [800 if shared else 0])
+    if exchange.hosts is None:
+        assert notes.wire_n.tolist() == [by_mpi]
+    else:  # zeros are packed, without loss
+        assert 0 < notes.wire_n[0] < by_mpi
+    assert notes.shared_n.tolist() == [800 if shared else 0]
     assert exchange.ledger.count == 0
 
 

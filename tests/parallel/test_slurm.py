@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -123,7 +123,7 @@ def test_a_job_near_its_limit_goes_on_in_the_next_one(
     job = submitted.stdout.strip()
     assert job.isdecimal(), submitted.output
     slurm.wait_for_state(job, "RUNNING")
-    wait_for(lambda: "a slow step" in log.read_text() if log.exists() else False)
+    wait_for(lambda: "a slow step" in text_of(log), lambda: text_of(log) + slurm.logs())
     time.sleep(1.0)
     slurm.run("scancel", "--signal=USR1", job)
     slurm.wait_for_state(job, "PENDING")
@@ -137,9 +137,12 @@ def test_a_job_near_its_limit_goes_on_in_the_next_one(
     assert (state / "answer.txt").read_text() == json.loads(whole.stdout)["text"]
 
 
-def wait_for(what: object, timeout_s: float = 90) -> None:
+def text_of(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def wait_for(what: Callable[[], object], why: Callable[[], str] = str, timeout_s: float = 40) -> None:
     until_s = time.monotonic() + timeout_s
-    assert callable(what)
     while not what():
-        assert time.monotonic() < until_s
+        assert time.monotonic() < until_s, why()
         time.sleep(0.05)
