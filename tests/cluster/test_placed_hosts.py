@@ -13,6 +13,8 @@ from helpers.cluster import Cluster
 
 pytestmark = pytest.mark.cluster
 
+# Long enough that the work on an expert is split by tokens between the hosts that hold it.
+LONG = "Once upon a time, a quiet girl named Anna had a little dog. " * 16
 STORY = ("run", "-p", "Once upon a time", "-n", "40", "--temperature", "0", "--threads", "1", "--quiet", "-m")
 
 
@@ -70,3 +72,15 @@ def test_the_same_shard_on_two_hosts_is_a_replica(
     done = hosts(3).mpirun((1, 1, 1), sys.executable, "-m", "dist_moe", *STORY, given)
     assert done.code == 0, done.output
     assert done.stdout == dist_moe(*STORY, store)
+
+
+@pytest.mark.parametrize("exchange", ["allreduce", "alltoall"])
+def test_a_long_prompt_whose_tokens_are_split_between_replicas_gives_the_same_text(
+    exchange: str, hosts: Callable[[int], Cluster], placed: Callable[[str, str], Path]
+) -> None:
+    store = placed("3,2,1", "2x")
+    words = ("run", "-p", LONG, "-n", "10", "--temperature", "0", "--threads", "1", "--quiet", "-m")
+    given = hosts(3).give(store, {0: [1], 1: [2], 2: [3]})
+    done = hosts(3).mpirun((1, 2, 1), sys.executable, "-m", "dist_moe", *words, given, "--exchange", exchange)
+    assert done.code == 0, done.output
+    assert done.stdout == dist_moe(*words, store)
