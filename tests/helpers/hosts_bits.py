@@ -5,6 +5,7 @@ mpirun ... python hosts_bits.py STORE LAYOUT...
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -26,10 +27,10 @@ def main() -> int:
     store, kernels = Store.open(Path(sys.argv[1])), Kernels(1)
     hashes: dict[str, str] = {}
     for layout in sys.argv[2:]:
-        for chunk, in_batch in ((7, True), (same_bits.TOKENS, False)):
+        for (chunk, in_batch), partitioned in itertools.product(((7, True), (same_bits.TOKENS, False)), (False, True)):
             worker = same_bits.run_store(world, exchange, store, kernels, layout, KvFormat.F16)
-            found = same_bits.logits_hash(worker, chunk, in_batch, store.config.vocabulary)
-            hashes[f"{layout}, chunk {chunk}"] = found
+            found = same_bits.logits_hash(worker, chunk, in_batch, store.config.vocabulary, partitioned)
+            hashes[f"{layout}, chunk {chunk}, {'alltoall' if partitioned else 'allreduce'}"] = found
     if world.is_leader:
         print(json.dumps({"hosts": world.hosts, "hashes": hashes}))
     return 0
