@@ -135,6 +135,7 @@ def settings_of(options: ModelOptions, threads_by_host: dict[str, int]) -> Setti
         kv=options.kv,
         experts=options.experts,
         exchange=options.exchange,
+        wire=options.wire,
         prefill_chunk=options.prefill_chunk,
         weights=options.weights,
         check=options.check,

@@ -14,7 +14,7 @@ from dist_moe.cli.values import Number, OneOf, PathName, SomeText, Whole
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-COMMANDS_WITH_CONFIG = ("run", "chat", "logits", "bench")
+COMMANDS_WITH_CONFIG = ("run", "chat", "logits", "profile", "bench")
 DEFAULT_MAX_TOKENS = 256
 
 
@@ -30,6 +30,7 @@ class ModelOptions:
     bind: Literal["auto", "keep"]
     experts: str
     exchange: str
+    wire: str
     prefill_chunk: int
     check: Literal["fast", "full"]
     stall_timeout: float
@@ -66,6 +67,15 @@ class LogitsOptions(ModelOptions, DebugOptions):
 
     ids: str
     output: str
+
+
+@dataclass(frozen=True)
+class ProfileOptions(ModelOptions):
+    """`dist-moe profile`."""
+
+    texts: tuple[str, ...]
+    output: str
+    ctx: int
 
 
 @dataclass(frozen=True)
@@ -137,6 +147,13 @@ def model_options(command: Decorated) -> Decorated:
             default="auto",
             help="What travels between ranks: exact sums to all (allreduce), or tokens to their experts and back "
             "(alltoall), which is less for many tokens; auto chooses for each step. The result is the same.",
+        ),
+        option(
+            "--wire",
+            type=OneOf(["exact", "bf16", "q8"]),
+            default="exact",
+            help="How sums travel between hosts: packed without loss; or rounded to bf16 or q8, which takes half or a "
+            "quarter of the bytes and gives another result, which depends on how many hosts there are.",
         ),
         option(
             "--prefill-chunk",

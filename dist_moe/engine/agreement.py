@@ -56,6 +56,7 @@ class StartRecord(Versions):
     prefill_chunk: int = compared("prefill chunk", 0, _SAME_OPTIONS)
     experts: str = compared("experts", 16, _SAME_OPTIONS)
     exchange: str = compared("exchange", 16, _SAME_OPTIONS)
+    wire: str = compared("wire", 8, _SAME_OPTIONS)
     check: str = compared("check", 8, _SAME_OPTIONS)
     scrub: str = compared("scrub", 8, _SAME_OPTIONS)
     weights: str = compared("weights", 8, _SAME_OPTIONS)
@@ -96,6 +97,7 @@ def own_record(store: Store, kernels: Kernels, library: str, options: EngineOpti
         prefill_chunk=options.prefill_chunk,
         experts=options.experts,
         exchange=options.exchange,
+        wire=options.wire,
         check=options.check,
         scrub="on" if options.scrub else "off",
         weights="copy" if options.copy_weights else "mapped",

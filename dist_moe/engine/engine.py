@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from dist_moe.parallel.world import Intracomm
 
 Made = TypeVar("Made")
+Pieces = Generator[Piece, None, None]
 DEMO = "demo"
 
 
@@ -55,6 +57,7 @@ class Engine(SeveralTexts):
         kv: str = "f16",
         experts: str = "auto",
         exchange: str = "auto",
+        wire: str = "exact",
         prefill_chunk: int = 256,
         weights: str = "mapped",
         isa: str | None = None,
@@ -78,6 +81,7 @@ class Engine(SeveralTexts):
             kv: Format of the KV cache: f32, f16 or q8.
             experts: How ranks divide the experts, with one result: auto, whole, sliced or shared.
             exchange: What travels between ranks, with one result: auto, allreduce (sums) or alltoall (tokens).
+            wire: How sums travel between hosts: exact, or rounded to bf16 or q8, which gives another result.
             prefill_chunk: Prompt tokens of a step at most; the result is the same.
             weights: mapped (files as the system caches them) or copy (into huge pages of each rank).
             isa: Instruction set level of the kernels on this rank; None: the best.
@@ -113,9 +117,7 @@ class Engine(SeveralTexts):
 
     # ---- text ----
 
-    def generate(
-        self, prompt: Prompt | Sequence[Prompt], **options: Unpack[GenerateOptions]
-    ) -> Generator[Piece, None, None]:
+    def generate(self, prompt: Prompt | Sequence[Prompt], **options: Unpack[GenerateOptions]) -> Pieces:
         """Continue a prompt, or several together in shared steps; collective.
 
         Leaving the loop, or closing the generator, ends the generation. The ids are the same alone and in a batch.
@@ -140,7 +142,7 @@ class Engine(SeveralTexts):
         thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         **options: Unpack[GenerateOptions],
-    ) -> Generator[Piece, None, None]:
+    ) -> Pieces:
         """Answer a conversation, framed by the model's own chat template; collective.
 
         Args:
@@ -233,9 +235,8 @@ class Engine(SeveralTexts):
             UsageError: As in `generate`.
             DistMoeError: A NaN or overflow in the model.
         """
-        return self._together(
-            "logits", lambda: self._logits(prompt, sink, interrupted), lambda _: None, lambda _: _no_logits(self.config)
-        )
+        ask = partial(self._logits, prompt, sink, interrupted)
+        return self._together("logits", ask, lambda _: None, lambda _: _no_logits(self.config))
 
     def statistics(self) -> EngineStatistics:
         """Counts and times since the start, over all ranks and on all of them alike; collective."""
@@ -256,9 +257,7 @@ class Engine(SeveralTexts):
 
     # ---- calls ----
 
-    def _stream(
-        self, name: str, options: GenerateOptions, prepare: Callable[[Wishes], Sequences]
-    ) -> Generator[Piece, None, None]:
+    def _stream(self, name: str, options: GenerateOptions, prepare: Callable[[Wishes], Sequences]) -> Pieces:
         calls, wishes = self._ready(), Wishes(**options)
         number = calls.number()
         if self.is_leader:
@@ -268,13 +267,18 @@ class Engine(SeveralTexts):
             pieces = self._lead_pieces(calls, number, name, sequences)
         else:
             calls.follow(number, f"{name} begins")
-            pieces = _follow_pieces(calls, number, name)
+            pieces = self._follow_pieces(calls, number, name)
         self._generations.add(pieces)
         return pieces
 
-    def _lead_pieces(self, calls: Calls, number: int, name: str, sequences: Sequences) -> Generator[Piece, None, None]:
+    def _lead_pieces(self, calls: Calls, number: int, name: str, sequences: Sequences) -> Pieces:
         with calls.lead(number, f"{name} ends"):
             yield from sequences.pieces(self.runtime)
+
+    @staticmethod
+    def _follow_pieces(calls: Calls, number: int, name: str) -> Pieces:
+        calls.follow(number, f"{name} ends")
+        yield from ()
 
     def _complete(
         self, prompt: Prompt | Sequence[Prompt], on_piece: PieceCallback | None, wishes: Wishes
@@ -289,11 +293,6 @@ class Engine(SeveralTexts):
         with interrupts_wait():
             self.runtime.logits(ids, sink or (lambda rows_TV: rows.append(rows_TV.copy())), interrupted)
         return np.concatenate(rows)
-
-
-def _follow_pieces(calls: Calls, number: int, name: str) -> Generator[Piece, None, None]:
-    calls.follow(number, f"{name} ends")
-    yield from ()
 
 
 def _no_logits(config: ModelConfig) -> npt.NDArray[np.float32]:

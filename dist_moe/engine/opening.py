@@ -104,6 +104,7 @@ class Opening:
             threads=self._cores.threads,
             experts=settings.experts,
             exchange=settings.exchange,
+            wire=settings.wire,
             kv=kv,
             resident=settings.resident,
             prefill_chunk=settings.prefill_chunk,

@@ -12,7 +12,7 @@ class EngineOptions:
     """How the engine runs; every rank needs the same ones, but for `threads`, `isa` and `bind`.
 
     `context`: positions of a sequence at most. `experts`: auto, whole, sliced or shared.
-    `exchange`: auto, allreduce or alltoall. `isa` None: the best level.
+    `exchange`: auto, allreduce or alltoall. `wire`: exact, bf16 or q8. `isa` None: the best level.
     `check`: "full" recomputes the checksums of all weights first, "fast" leaves it at what opening the store did.
     `scrub`: recompute those of mapped weights in idle time, too. `bind`: a core for each thread (`parallel.cores`).
     `resident`: positions of K and V that sequences may hold together, finished ones too, for prompts that begin like
@@ -24,6 +24,7 @@ class EngineOptions:
     threads: int = 1
     experts: str = "auto"
     exchange: str = "auto"
+    wire: str = "exact"
     kv: KvFormat = KvFormat.F16
     prefill_chunk: int = 256
     isa: str | None = None
@@ -32,6 +33,11 @@ class EngineOptions:
     bind: tuple[int, ...] | None = None
     copy_weights: bool = False
     resident: int | None = None
+
+    @property
+    def step_exchange(self) -> str:
+        """The exchange to choose: what rounded sums give may depend on the hosts, but not on measured times."""
+        return "allreduce" if self.wire != "exact" and self.exchange == "auto" else self.exchange
 
     @property
     def layout(self) -> str:

@@ -27,9 +27,9 @@ from dist_moe.engine.read_ahead import ReadProgress
 from dist_moe.engine.request import Completion, Request, check_prompt, describe_fault
 from dist_moe.engine.schedule import Part, Schedule, count_tokens
 from dist_moe.engine.scrub import start_scrub
-from dist_moe.engine.startup import agreed, open_exchange
+from dist_moe.engine.startup import agreed, log_links, open_exchange
 from dist_moe.engine.statistics import Clock, EngineStatistics, summarize
-from dist_moe.engine.text_logits import text_logits
+from dist_moe.engine.text_reading import read_text
 from dist_moe.engine.timeline import Timeline
 from dist_moe.engine.worker import RowSink, StepResult, Worker
 from dist_moe.kernels import NO_FAULT, Kernels
@@ -79,7 +79,8 @@ class Runtime:
         records = agree_on(world, own_record(store, self.kernels, world.library, options))
         if world.is_leader:
             log_records(records, world.hosts)
-        exchange = open_exchange(world, spin, os.environ)
+        exchange = open_exchange(world, spin, os.environ, options.wire)
+        log_links(exchange, options.wire, self.config.layers, self.config.model_dim)
         inventory = agreed(world, "start", lambda: take_inventory(world, store, records))
         job = agreed(world, "start", lambda: plan_from_inventory(world, store.manifest, inventory, options.layout))
         self.layout = job.layout
@@ -87,7 +88,7 @@ class Runtime:
         self._scrubber = start_scrub(world, self.model.weights, job.plans[world.rank]) if options.scrub else None
         worker = Worker(self.model, exchange, self._scrubber)
         shape = WireShape.of(self.config, store.manifest.format.quantized)
-        partitions = partition_rule(options.exchange, shape, world.nodes, exchange.link_costs)
+        partitions = partition_rule(options.step_exchange, shape, world.nodes, exchange.link_costs)
         self._crew = Crew(worker, exchange, self._step_tokens, self._measure, partitions)
         self._prefixes = PrefixIndex(options.resident_positions)
         self.prompt_cache = PromptCache(self._crew, self._prefixes, store.manifest, options.kv)
@@ -214,12 +215,12 @@ class Runtime:
         self._compare_after_idling()
         return search.run(interrupted)
 
-    def logits(self, ids: Sequence[int], sink: RowSink, interrupted: Callable[[], bool] = lambda: False) -> None:
+    def logits(self, ids: Sequence[int], sink: RowSink | None, interrupted: Callable[[], bool] = lambda: False) -> None:
         """Compute the logits at every position of a text; on rank 0 alone.
 
         Args:
             ids: The text.
-            sink: Gets f32 [n, V] for the next n positions, valid only during the call.
+            sink: Gets f32 [n, V] for the next n positions, valid only during the call; None: only the layers run.
             interrupted: Asked after each step whether to give up.
 
         Raises:
@@ -230,7 +231,7 @@ class Runtime:
         """
         check_prompt(ids, self._options.context, self.config)
         self._compare_after_idling()
-        text_logits(self._leader, ids, sink, interrupted)
+        read_text(self._leader, ids, sink, interrupted)
 
     # ---- steps ----
 

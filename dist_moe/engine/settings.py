@@ -23,6 +23,7 @@ _CHOICES = {
     "kv": ("f32", "f16", "q8"),
     "experts": ("auto", "whole", "sliced", "shared"),
     "exchange": ("auto", "allreduce", "alltoall"),
+    "wire": ("exact", "bf16", "q8"),
     "weights": ("mapped", "copy"),
     "check": ("fast", "full"),
     "bind": ("auto", "keep"),
@@ -38,6 +39,7 @@ class Settings:
     kv: str = "f16"
     experts: str = "auto"
     exchange: str = "auto"
+    wire: str = "exact"
     prefill_chunk: int = 256
     weights: str = "mapped"
     isa: str | None = None

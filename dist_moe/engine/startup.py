@@ -68,6 +68,25 @@ def open_exchange(world: World, spin: bool, environ: Mapping[str, str], wire: st
     return exchange
 
 
+def log_links(exchange: Exchange, wire: str, layers: int, model_dim: int) -> None:
+    """Log what a decoded token's sums between hosts will cost, and on rank 0 warn where they are rounded.
+
+    Args:
+        exchange: Of the job.
+        wire: How sums travel between hosts.
+        layers: Of the model, with two sums each.
+        model_dim: Values of a sum.
+    """
+    if exchange.link_costs is None or not exchange.world.is_leader:
+        return
+    if wire != "exact":
+        logger.warning("--wire %s: sums between hosts are rounded, so the result depends on the number of hosts", wire)
+    costs, hosts = exchange.link_costs, exchange.hosts
+    sum_s = costs.seconds(2, 8 * model_dim) if hosts is None else hosts.expected_s(model_dim)
+    link = (costs.latency_s * 1e6, costs.bytes_per_s * 1e-6, 2e3 * layers * sum_s)
+    logger.info("between hosts: latency %.0f us, %.0f MB/s; expected exchange %.2f ms per token", *link)
+
+
 def _agreed_costs(world: World, links: HostExchange | None) -> LinkCosts:
     """What rank 0 measured, on all ranks; collective."""
     costs = DEFAULT_COSTS if links is None else probe_links(links)

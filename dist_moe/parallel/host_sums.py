@@ -17,8 +17,8 @@ from dist_moe.parallel.probe import LinkCosts
 
 Sums = NDArray[np.int64]
 
-# Many sums travel in messages that keep the wire busy for so long, so that packing, the wire and adding overlap: a
-# message costs a rank 30 us. Over 1 Gbit/s (tbf with a burst of 16 KB) 18 KB at a time reach its rate, 150 KB 3/4 of it.
+# Many sums travel in messages that keep the wire busy for so long: then packing, the wire and adding overlap. A
+# message costs a rank 30 us. Over 1 Gbit/s (tbf, burst 16 KB) 18 KB at a time reach its rate, 150 KB 3/4 of it.
 _MESSAGE_S = 1.5e-4
 FEWEST_SUMS = 4096
 MOST_SUMS = 16384
@@ -27,7 +27,7 @@ AHEAD = 3
 _SLOTS = 2 * AHEAD + 1
 # A part is whole blocks of what the codecs treat as one.
 _BLOCK = 32
-# Where sums are rounded on their way, what a sum becomes must not depend on measured costs.
+# Up to so many bytes of rounded sums go to every host.
 _SMALL_ROUNDED_BYTES = 32768
 
 
@@ -78,12 +78,23 @@ class HostSums:
 
     def is_one_phase(self, count: int) -> bool:
         """Whether `count` sums are added up on every host, which takes one phase of messages instead of two."""
-        N, partial, finished = self.exchange.hosts, self._partial, self._finished
-        one_bytes = (N - 1) * count * partial.value_bytes
-        two_bytes = (N - 1) * count * (partial.value_bytes + finished.value_bytes) / N
-        if partial.rounds:
-            return one_bytes <= two_bytes or one_bytes <= _SMALL_ROUNDED_BYTES
-        return self.costs.seconds(1, one_bytes) <= self.costs.seconds(2, two_bytes)
+        if not self._partial.rounds:
+            # Two hosts: the bytes are about the same, and no sum is packed twice.
+            return self.exchange.hosts == 2 or self._expected_s(count, 1) <= self._expected_s(count, 2)
+        # What rounding makes of a sum must not depend on measured costs.
+        one_bytes = self._sent_bytes(count, 1)
+        return one_bytes <= self._sent_bytes(count, 2) or one_bytes <= _SMALL_ROUNDED_BYTES
+
+    def expected_s(self, count: int) -> float:
+        """What a sum of `count` costs by the links' costs: latencies, and bytes by rate."""
+        return self._expected_s(count, 1 if self.is_one_phase(count) else 2)
+
+    def _expected_s(self, count: int, phases: int) -> float:
+        return self.costs.seconds(phases, self._sent_bytes(count, phases))
+
+    def _sent_bytes(self, count: int, phases: int) -> float:
+        N, own, finished = self.exchange.hosts, self._partial.value_bytes, self._finished.value_bytes
+        return (N - 1) * count * (own if phases == 1 else (own + finished) / N)
 
     def sum(self, sums: Sums) -> None:
         """Add up in place; every host ends with the same values, which are used as the same numbers (NUMERICS 7).

@@ -13,6 +13,7 @@ MODEL = ModelOptions(
     bind="auto",
     experts="auto",
     exchange="auto",
+    wire="exact",
     prefill_chunk=256,
     check="fast",
     stall_timeout=60,
