@@ -54,7 +54,7 @@ def steps(chunk: int, in_batch: bool, vocabulary: int) -> Iterator[Step]:
 
 
 def logits_hash(worker: Worker, chunk: int, in_batch: bool, vocabulary: int, partitioned: bool = False) -> str:
-    """SHA-256 over the f32 logits of every position, on rank 0."""
+    """SHA-256 over the f32 logits of every position, on rank 0; all steps partitioned by tokens, or none."""
     digest = hashlib.sha256()
     for step in steps(chunk, in_batch, vocabulary):
         step = replace(step, partitioned=partitioned)
