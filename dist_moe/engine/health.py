@@ -1,8 +1,10 @@
 """Silent corruption: the ranks compare a hash of what all of them hold alike, and mapped weights with their checksums.
 
 The hash covers the residual after the last layer and the routing weights of every layer, of every step so far: a bit
-that flips in one rank's residual, embedding, norms or routers makes that rank's hash another one for good. The
-comparison travels in the step's last exchange, as more numbers of a minimum: min(h) = max(h) only if all are equal.
+that flips in one rank's residual, embedding, norms or routers makes that rank's hash another one for good. Of a step
+that is partitioned by tokens no two ranks hold the same residual: there it covers what owners sent to all, the last
+attention's operand and the routing weights, and a flip at an owner reaches all ranks alike. The comparison travels in
+the step's last exchange, as more numbers of a minimum: min(h) = max(h) only if all are equal.
 """
 
 from __future__ import annotations

@@ -199,7 +199,9 @@ def _buffers(manifest: Manifest, plan: Plan, threads: int, step_tokens: int) -> 
     # Scratch grows by half more than was asked for.
     thread_bytes = threads * step_tokens * config.model_dim * 8 * 3 // 2 if threads > 1 else 0
     logits_bytes = MAX_LOGIT_ROWS * config.vocabulary * 4 if plan.rank == 0 and plan.ranks > 1 else 0
-    return step_bytes + thread_bytes + logits_bytes + NODE_RANK_BYTES
+    # Where ranks share memory and tokens travel, their operands pass through two arrays on the way to a host's first.
+    token_bytes = 2 * step_tokens * config.model_dim * 4 if plan.ranks > 1 else 0
+    return step_bytes + thread_bytes + logits_bytes + token_bytes + NODE_RANK_BYTES
 
 
 def _describe(need: MemoryNeed, demand: Demand, tightest: StartRecord) -> str:

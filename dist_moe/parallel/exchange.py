@@ -56,11 +56,11 @@ def noted(
             ledger: Ledger = self.ledger
             progress.exchanges += 1
             progress.waiting += 1
-            ledger.begin(kind)
+            ledger.begin()
             try:
                 return method(self, *args, **kwargs)
             finally:
-                ledger.end()
+                ledger.end(kind)
                 progress.waiting -= 1
 
         return entered

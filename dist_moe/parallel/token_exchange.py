@@ -22,10 +22,11 @@ from dist_moe.parallel.ledger import Kind, Ledger
 from dist_moe.parallel.token_owners import Owners, RowNumbers, deal_tokens, numbers, rows_within
 
 # As of sums (`host_sums`): a message keeps the wire busy for so long, and some are sent before the first must arrive.
-_MESSAGE_S = 3e-4
-FEWEST_BYTES = 1 << 15
-MOST_BYTES = 1 << 18
-AHEAD = 3
+# Between 4 hosts at 1 Gbit/s 512 tokens of 2048 columns take 1.1 times as long with 32 KB, 1.5 times with 128 KB.
+_MESSAGE_S = 1.5e-4
+FEWEST_BYTES = 1 << 14
+MOST_BYTES = 1 << 17
+AHEAD = 2
 
 
 class TokenRows(Protocol):

@@ -96,13 +96,13 @@ def test_a_run_writes_its_routing(record: Path, alone: MpiRun, tmp_path: Path) -
     assert len(set(arrays["step"].tolist())) == 5
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(("ranks", "exchange"), [(2, "allreduce"), (3, "allreduce"), (3, "alltoall")])
 def test_more_ranks_write_the_same_record(
-    ranks: int, record: Path, mpirun: MpiRun, environment, tmp_path: Path
+    ranks: int, exchange: str, record: Path, mpirun: MpiRun, environment, tmp_path: Path
 ) -> None:
     path = tmp_path / "ranks.npz"
     line = ("run", "-p", "Once upon a time", "-s", "5", "--temperature", "0", "--ignore-eos", "--routing", str(path))
-    done = mpirun(ranks, *PROGRAM, *line, "--debug", "routing", env=environment)
+    done = mpirun(ranks, *PROGRAM, *line, "--debug", "routing", "--exchange", exchange, env=environment)
     assert done.code == 0, done.output
     with np.load(path) as found, np.load(record) as expected:
         for name in ("experts", "weights", "ids", "positions", "sequence", "step"):

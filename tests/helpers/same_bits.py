@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,10 +53,11 @@ def steps(chunk: int, in_batch: bool, vocabulary: int) -> Iterator[Step]:
         yield Step((*slices, own), rows, (1.0,) * len(rows), True, vocabulary)
 
 
-def logits_hash(worker: Worker, chunk: int, in_batch: bool, vocabulary: int) -> str:
-    """SHA-256 over the f32 logits of every position, on rank 0."""
+def logits_hash(worker: Worker, chunk: int, in_batch: bool, vocabulary: int, partitioned: bool = False) -> str:
+    """SHA-256 over the f32 logits of every position, on rank 0; all steps partitioned by tokens, or none."""
     digest = hashlib.sha256()
     for step in steps(chunk, in_batch, vocabulary):
+        step = replace(step, partitioned=partitioned)
         result = worker.run(step, lambda rows_NV: digest.update(np.ascontiguousarray(rows_NV).tobytes()))
         assert result is None or (result.fault_T == NO_FAULT).all()
     return digest.hexdigest()

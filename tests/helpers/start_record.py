@@ -16,6 +16,7 @@ RECORD = StartRecord(
     prefill_chunk=256,
     experts="auto",
     exchange="auto",
+    wire="exact",
     check="fast",
     scrub="off",
     weights="mapped",
