@@ -62,19 +62,22 @@ def story(demo_stores: Stores) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
-@pytest.mark.parametrize("experts", ["auto", "whole"])
+@pytest.mark.parametrize(("experts", "exchange"), [("auto", "auto"), ("whole", "auto"), ("auto", "alltoall")])
 @pytest.mark.parametrize(("shards", "ranks"), PLACES, ids=name)
 def test_the_text_is_that_of_one_rank(
     shards: dict[int, list[int]],
     ranks: tuple[int, ...],
     experts: str,
+    exchange: str,
     hosts: Hosts,
     demo_stores: Stores,
     story: str,
 ) -> None:
     cluster = hosts(len(ranks))
     store = cluster.give(demo_stores(max(max(part) for part in shards.values())), shards)
-    done = cluster.mpirun(ranks, sys.executable, "-m", "dist_moe", *STORY, store, "--experts", experts)
+    done = cluster.mpirun(
+        ranks, sys.executable, "-m", "dist_moe", *STORY, store, "--experts", experts, "--exchange", exchange
+    )
     assert done.code == 0, done.output
     assert done.stdout == story, done.output
     assert cluster.left() == []
