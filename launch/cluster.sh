@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run dist-moe on the hosts of a host file: launch/cluster.sh HOSTFILE run -m STORE -p "..."
 # The file may be of either dialect (`node1:2` or `node1 slots=2`) whichever mpirun this is; a bare name is one rank.
-# DIST_MOE_IFACE=eth1 names the network to use, on all hosts alike; --dry-run before HOSTFILE prints the command.
+# MPI_IFACE=eth1 names the network to use, on all hosts alike; --dry-run before HOSTFILE prints the command.
 set -euo pipefail
 
 show=
@@ -45,7 +45,7 @@ if [ "$ranks" -eq 0 ]; then
 fi
 list=$(IFS=, && echo "${hosts[*]}")
 
-iface=${DIST_MOE_IFACE:-}
+iface=${MPI_IFACE:-}
 if [ "$mpi" = openmpi ]; then
     command=(mpirun --host "$list" --bind-to none)
     if [ -n "$iface" ]; then

@@ -23,6 +23,7 @@ COMMANDS = {
     "run": "Continue a text.",
     "chat": "Talk with a model, alone or on ranks that it starts itself.",
     "logits": "Write the logits at every position of a list of tokens.",
+    "perplexity": "Measure how well a model predicts a text, and how far it is from a reference.",
     "shard": "Make a store, in shards for one or more nodes, from a Hugging Face directory.",
     "plan": "Predict memory, bytes on the wire and speed of a model on a number of nodes.",
     "push": "Bring each host of a cluster its shard of a store, and verify it there.",

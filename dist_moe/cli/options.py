@@ -70,6 +70,18 @@ class LogitsOptions(ModelOptions, DebugOptions):
 
 
 @dataclass(frozen=True)
+class PerplexityOptions(ModelOptions):
+    """`dist-moe perplexity`."""
+
+    text: str
+    window: int | None
+    stride: int | None
+    split: str | None
+    kl_base: str | None
+    json: bool
+
+
+@dataclass(frozen=True)
 class ProfileOptions(ModelOptions):
     """`dist-moe profile`."""
 

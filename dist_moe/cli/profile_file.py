@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import json
 import zipfile
-import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from numpy.lib import format as npy_format
 
-from dist_moe import files
 from dist_moe.cli.npz_arrays import NpzArrays
+from dist_moe.cli.npz_reading import open_npz, read_array
 from dist_moe.cli.routing_file import RoutingReader
 from dist_moe.engine.routing_facts import RoutingFacts
 from dist_moe.engine.routing_profile import ProfileCounter, RoutingProfile
@@ -48,26 +45,18 @@ def read_profile(path: Path, config: ModelConfig) -> RoutingProfile:
     Raises:
         UsageError: The file cannot be read, is neither, or is of another model.
     """
-    if files.kind_of(path) != "file":
-        found = "there is no such file" if files.kind_of(path) is None else "it is not a file"
-        raise UsageError(f"{path}: expected the profile of a model's routing (.npz), but {found}: {_MAKE_ONE}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            is_profile = "counts.npy" in archive.namelist()
-            profile = _read(archive, config, path) if is_profile else None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error}): check it") from error
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, LookupError, ValueError, TypeError, EOFError) as error:
-        raise UsageError(f"{path}: not the profile of a model's routing ({error}): {_MAKE_ONE}") from error
+    with open_npz(path, "the profile of a model's routing", _MAKE_ONE) as archive:
+        is_profile = "counts.npy" in archive.namelist()
+        profile = _read(archive, config, path) if is_profile else None
     return profile or _from_record(path, config)
 
 
 def _read(archive: zipfile.ZipFile, config: ModelConfig, path: Path) -> RoutingProfile:
-    facts: dict[str, Any] = dict(json.loads(str(_array(archive, "facts"))))
+    facts: dict[str, Any] = dict(json.loads(str(read_array(archive, "facts"))))
     if facts.get("profile_version") != FORMAT_VERSION:
         raise UsageError(f"{path}: a profile of another version than {FORMAT_VERSION}: make it again")
     layers = tuple(int(layer) for layer in facts["routed_layers"])
-    counts_LE, sets_LSK = _array(archive, "counts"), _array(archive, "sets")
+    counts_LE, sets_LSK = read_array(archive, "counts"), read_array(archive, "sets")
     experts, picks = int(facts["experts"]), int(facts["experts_per_token"])
     _require_model(path, config, str(facts["model"]), (layers, experts, picks))
     shapes = (counts_LE.shape, (sets_LSK.shape[0], sets_LSK.shape[2]))
@@ -103,9 +92,3 @@ def _require_model(path: Path, config: ModelConfig, name: str, found: tuple[tupl
 
 def _words(sizes: tuple[tuple[int, ...], int, int]) -> str:
     return f"{len(sizes[0])} layers with {sizes[1]} experts, {sizes[2]} per token"
-
-
-def _array(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
-    with archive.open(f"{name}.npy") as stream:
-        array: npt.NDArray[Any] = npy_format.read_array(stream, allow_pickle=False)
-    return array

@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import json
 import zipfile
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib import format as npy_format
 
-from dist_moe import files
 from dist_moe.cli.npz_arrays import NpzArrays
+from dist_moe.cli.npz_reading import RowStream, open_npz, read_array
 from dist_moe.engine.routing_facts import RoutingFacts
 from dist_moe.engine.routing_record import RoutingBatch
 from dist_moe.errors import UsageError
@@ -81,14 +79,11 @@ class RoutingReader:
         Raises:
             UsageError: The file cannot be read, or is no record of the routing.
         """
-        if files.kind_of(path) != "file":
-            found = "there is no such file" if files.kind_of(path) is None else "it is not a file"
-            raise UsageError(f"{path}: expected the record of a run's routing (.npz), but {found}: {_MAKE_ONE}")
         self.path = path
         with self._reading() as archive:
             self.facts = self._read_facts(archive)
-            self._step_T = self._read(archive, "step")
-            shape = self._open_experts(archive)[1]
+            self._step_T = read_array(archive, "step")
+            shape = _open_experts(archive).shape
         expected = (len(self._step_T), self.facts.layers, self.facts.experts_per_token)
         if shape != expected:
             raise UsageError(f"{path}: experts has the shape {shape}, but its facts say {expected}: {_MAKE_ONE}")
@@ -106,11 +101,10 @@ class RoutingReader:
         """
         ends = [*(np.flatnonzero(np.diff(self._step_T)) + 1).tolist(), len(self._step_T)]
         with self._reading() as archive:
-            stream, (_, layers, picks), dtype = self._open_experts(archive)
+            rows = _open_experts(archive)
             first = 0
             for end in ends:
-                data = stream.read((end - first) * layers * picks * dtype.itemsize)
-                experts_TLK = np.frombuffer(data, dtype).reshape(end - first, layers, picks)
+                experts_TLK = rows.read(end - first)
                 self._check_range(experts_TLK)
                 yield experts_TLK
                 first = end
@@ -124,7 +118,7 @@ class RoutingReader:
             )
 
     def _read_facts(self, archive: zipfile.ZipFile) -> RoutingFacts:
-        entries: dict[str, Any] = dict(json.loads(str(self._read(archive, "facts"))))
+        entries: dict[str, Any] = dict(json.loads(str(read_array(archive, "facts"))))
         version = entries.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise UsageError(
@@ -138,31 +132,15 @@ class RoutingReader:
         _require_sizes(found)
         return found
 
-    @staticmethod
-    def _read(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
-        with archive.open(f"{name}.npy") as stream:
-            array: npt.NDArray[Any] = npy_format.read_array(stream, allow_pickle=False)
-        return array
+    def _reading(self) -> AbstractContextManager[zipfile.ZipFile]:
+        return open_npz(self.path, "a record of a run's routing", _MAKE_ONE)
 
-    @staticmethod
-    def _open_experts(archive: zipfile.ZipFile) -> tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]:
-        stream = archive.open("experts.npy")
-        npy_format.read_magic(stream)
-        shape, _, dtype = npy_format.read_array_header_1_0(stream)
-        if dtype.kind != "i":
-            raise ValueError(f"its experts are {dtype}, not integers")
-        return stream, shape, dtype
 
-    @contextmanager
-    def _reading(self) -> Iterator[zipfile.ZipFile]:
-        """Turn whatever a foreign or damaged file causes into one sentence."""
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                yield archive
-        except OSError as error:
-            raise UsageError(f"{self.path}: cannot be read ({error.strerror or error}): check it") from error
-        except (zipfile.BadZipFile, zlib.error, RuntimeError, LookupError, ValueError, TypeError, EOFError) as error:
-            raise UsageError(f"{self.path}: not a record of a run's routing ({error}): {_MAKE_ONE}") from error
+def _open_experts(archive: zipfile.ZipFile) -> RowStream:
+    rows = RowStream.open(archive, "experts")
+    if rows.dtype.kind != "i":
+        raise ValueError(f"its experts are {rows.dtype}, not integers")
+    return rows
 
 
 def read_records(paths: list[Path]) -> list[RoutingReader]:

@@ -1,10 +1,11 @@
 """The ranks' notes laid side by side: what each rank computed, whom it waited for, and what moving the bytes took.
 
-An exchange of all ranks cannot end before its last participant has come. On a rank, **waiting** is the time from its
-own coming until then, and **wire** the rest: moving the bytes, in shared memory or between hosts, and waking up. Where
-rank 0 alone has something to say, it is waited for and nobody else. What a rank spends in a step outside of exchanges
-is **computing**. Times of one host are of one clock and have no error; between hosts up to `ClockSample.error_ns` per
-exchange may stand as waiting that is wire, or the other way round.
+On a rank, **waiting** is the time from its own coming to an exchange until the last rank has come, or until its own
+leaving if that is sooner (not every rank has a message for every other one), and **wire** the rest: moving the bytes,
+in shared memory or between hosts, and waking up. Where rank 0 alone has something to say, it is waited for and nobody
+else. What a rank spends in a step outside of exchanges is **computing**. Times of one host are of one clock and have
+no error; between hosts up to `ClockSample.error_ns` per exchange may stand as waiting that is wire, or the other way
+round.
 
 R ranks · N nodes · n exchanges · S steps · L layers · P phases (prefill, decode) · K kinds · W what is computed
 """

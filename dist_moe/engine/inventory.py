@@ -14,7 +14,7 @@ from dist_moe.engine.agreement import StartRecord
 from dist_moe.engine.rank_table import name_hosts, number_runs
 from dist_moe.errors import StoreError, UsageError
 from dist_moe.parallel.holdings import Held, Holdings, chunk_counts
-from dist_moe.parallel.plan import EXPERT_LAYOUTS, JobPlan, plan_job
+from dist_moe.parallel.plan import EXPERT_LAYOUTS, JobPlan, plan_job, usable_heads
 from dist_moe.parallel.world import World
 from dist_moe.store.layout import shard_command, source_note
 from dist_moe.store.manifest import Manifest
@@ -141,15 +141,21 @@ def holdings_of(manifest: Manifest, shards: Sequence[frozenset[int]]) -> Holding
 
 
 def missing_units(manifest: Manifest, held: Holdings, inventory: Inventory) -> Iterator[str]:
-    """One sentence for each shard file that a host must get, since no host has its units."""
+    """One sentence for each shard file that a host must get, since no host has its units, and one for what none has."""
     everything = holdings_of(manifest, [frozenset([shard]) for shard in range(manifest.nodes)])
-    lacking = [~held_NU.any(axis=0) for held_NU in _arrays(held)]
+    usable_NH = usable_heads(held, manifest.config.heads_per_kv_head)
+    lacking: list[Held] = [np.logical_not(np.any(held_NU, axis=0)) for held_NU in (usable_NH, *_arrays(held)[1:])]
     absent = [shard for shard in range(manifest.nodes) if not any(shard in shards for shards in inventory.shards)]
     for shard in absent:
         brings = [wanted_U & held_NU[shard] for wanted_U, held_NU in zip(lacking, _arrays(everything), strict=True)]
         if any(brought_U.any() for brought_U in brings):
             lacking = [wanted_U & ~brought_U for wanted_U, brought_U in zip(lacking, brings, strict=True)]
             yield _missing(manifest, inventory, shard, brings)
+    if any(wanted_U.any() for wanted_U in lacking):
+        yield (
+            f"{', '.join(_describe(manifest, lacking))}: no host of this job ({name_hosts(inventory.hosts)}) has that "
+            "with all that it needs, a query head with its KV head; give each host whole shards of one store"
+        )
 
 
 def shard_names(manifest: Manifest) -> list[str]:

@@ -31,11 +31,11 @@ from dist_moe.store.manifest import Manifest
 from dist_moe.store.units import unit_count
 
 # Reading and computing overlap partly: a phase takes the root of the sum of both times' squares.
-READ_SHARE = 0.76  # of the reading loop's speed that a layer's weights are read with, unit by unit
+READ_SHARE = 0.79  # of the reading loop's speed that a layer's weights are read with, unit by unit
 LOGITS_READ_SHARE = 0.92  # lm_head is one long run
 LOGITS_SHARE = 0.8  # of our matmul's speed in the L1 cache; PHASE_SHARES has the layers'
 ATTENTION_SHARE = 0.5  # of bare f32 arithmetic: many queries against one KV head
-QUERY_SHARE = 0.25  # of a single token's
+QUERY_SHARE = 0.3  # of a single token's
 
 HALF_LAYER_S = 70e-6  # calls from Python, norms, residual, and threads waiting for each other in half a layer
 STEP_S = 200e-6  # Python and messages of a step
@@ -56,7 +56,7 @@ class PhaseShares:
 
 VECTOR_SHARES = PhaseShares(0.62, 0.70)
 # Tiles compute so fast that unpacking the weights for them decides.
-PHASE_SHARES = {"amx": PhaseShares(0.50, 0.42)}
+PHASE_SHARES = {"amx": PhaseShares(0.51, 0.44)}
 
 
 @dataclass(frozen=True)

@@ -56,11 +56,11 @@ def noted(
             ledger: Ledger = self.ledger
             progress.exchanges += 1
             progress.waiting += 1
-            ledger.begin(kind)
+            ledger.begin()
             try:
                 return method(self, *args, **kwargs)
             finally:
-                ledger.end()
+                ledger.end(kind)
                 progress.waiting -= 1
 
         return entered
@@ -193,7 +193,7 @@ class Exchange:
             return
         _, mpi = self._mpi()
         comm = self._reducing_comm()
-        for piece in _pieces(_bytes(array), np.uint8):
+        for piece in _pieces(byte_run(array), np.uint8):
             comm.Bcast([piece, mpi.BYTE], root=0)
         self.ledger.sent(array.nbytes * (comm.size - 1) if self.world.is_leader else 0)
 
@@ -266,8 +266,8 @@ class Exchange:
         assert local.nbytes * self.world.size < 1 << 31
         if self.world.is_leader and out is None:
             out = np.empty((self.world.size, *local.shape), local.dtype)
-        receive = None if out is None else [_bytes(out), local.nbytes, mpi.BYTE]
-        comm.Gather([_bytes(local), local.nbytes, mpi.BYTE], receive, root=0)
+        receive = None if out is None else [byte_run(out), local.nbytes, mpi.BYTE]
+        comm.Gather([byte_run(local), local.nbytes, mpi.BYTE], receive, root=0)
         self.ledger.sent(0 if self.world.is_leader else local.nbytes)
         return out
 
@@ -285,7 +285,7 @@ def _whole(array: NDArray[Any], dtype: type[np.generic] | np.dtype[Any], size: i
     return array.reshape(-1)
 
 
-def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+def byte_run(array: NDArray[Any]) -> NDArray[np.uint8]:
     """The array's bytes as one flat run without a copy."""
     return _whole(array, array.dtype, array.size).view(np.uint8)
 

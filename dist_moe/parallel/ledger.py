@@ -29,6 +29,7 @@ CAPACITY = 1 << 14
 STEPS = 1 << 10
 
 _PHASES = 16  # a place is layer * _PHASES + phase
+_KINDS = 16  # one number notes both: place * _KINDS + kind
 
 
 class Kind(IntEnum):
@@ -120,46 +121,41 @@ class Ledger:
             progress: Says where in a step this rank is.
         """
         self._progress = progress
-        self._kind, self._place, self._begin, self._end, self._wire, self._shared = _columns(6, CAPACITY)
+        self._what, self._begin, self._end, self._wire, self._shared = _columns(5, CAPACITY)
         self._first, self._stop, self._step_begin, self._step_end, self._prompt, self._decoded = _columns(6, STEPS)
         self._drawn = array("q", bytes(8 * STEPS))
         self._work = np.zeros((STEPS, 0, 2), np.int64)
-        self._depth = self._dropped = self._step_count = self.count = 0
-        self.wire_bytes = self.shared_bytes = 0
+        self._depth = self._began_ns = self._dropped = self._step_count = self.count = 0
+        self.wire_bytes = self.shared_bytes = self._taken_wire_bytes = self._taken_shared_bytes = 0
         self.step_tokens: tuple[int, int] | None = None
 
     # ---- an exchange ----
 
-    def begin(self, kind: Kind) -> None:
+    def begin(self) -> None:
         """An exchange begins on this rank."""
+        if self._depth == 0:
+            self._began_ns = time.perf_counter_ns()
         self._depth += 1
-        n = self.count
-        if self._depth > 1 or n == CAPACITY:
-            return
-        progress = self._progress
-        self._kind[n] = kind
-        self._place[n] = progress.layer * _PHASES + progress.phase
-        self._wire[n] = self.wire_bytes
-        self._shared[n] = self.shared_bytes
-        self._begin[n] = time.perf_counter_ns()
 
     def sent(self, wire_bytes: int, shared_bytes: int = 0) -> None:
         """Count bytes that this rank sends by MPI, or puts into its host's shared memory."""
         self.wire_bytes += wire_bytes
         self.shared_bytes += shared_bytes
 
-    def end(self) -> None:
+    def end(self, kind: Kind) -> None:
         """The exchange is over for this rank."""
         self._depth -= 1
         if self._depth:
             return
-        n = self.count
+        n, progress = self.count, self._progress
         if n == CAPACITY:
             self._dropped += 1
             return
+        self._what[n] = (progress.layer * _PHASES + progress.phase) * _KINDS + kind
+        self._begin[n] = self._began_ns
         self._end[n] = time.perf_counter_ns()
-        self._wire[n] = self.wire_bytes - self._wire[n]
-        self._shared[n] = self.shared_bytes - self._shared[n]
+        self._wire[n] = self.wire_bytes
+        self._shared[n] = self.shared_bytes
         self.count = n + 1
 
     # ---- a step ----
@@ -210,13 +206,14 @@ class Ledger:
     def take(self) -> Notes:
         """Hand out the notes and begin anew."""
         n, steps = self.count, self._step_count
+        what_n = _copy(self._what, n)
         notes = Notes(
-            kind_n=_copy(self._kind, n),
-            place_n=_copy(self._place, n),
+            kind_n=what_n % _KINDS,
+            place_n=what_n // _KINDS,
             begin_n=_copy(self._begin, n),
             end_n=_copy(self._end, n),
-            wire_n=_copy(self._wire, n),
-            shared_n=_copy(self._shared, n),
+            wire_n=np.diff(_copy(self._wire, n), prepend=self._taken_wire_bytes),
+            shared_n=np.diff(_copy(self._shared, n), prepend=self._taken_shared_bytes),
             first_S=_copy(self._first, steps),
             stop_S=_copy(self._stop, steps),
             step_begin_S=_copy(self._step_begin, steps),
@@ -228,6 +225,7 @@ class Ledger:
             dropped=self._dropped,
         )
         self.count = self._step_count = self._dropped = 0
+        self._taken_wire_bytes, self._taken_shared_bytes = self.wire_bytes, self.shared_bytes
         return notes
 
 

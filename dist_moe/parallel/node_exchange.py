@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_moe.parallel.exchange import HEADER_WORDS, Exchange, noted
+from dist_moe.parallel.exchange import HEADER_WORDS, PIECE_ELEMENTS, Exchange, byte_run, noted
 from dist_moe.parallel.host_sums import HostSums
 from dist_moe.parallel.ledger import Kind
 from dist_moe.parallel.token_owners import TokenGroups
@@ -122,28 +122,48 @@ class NodeExchange(Exchange):
         self, local_Tn: NDArray[np.float32], counts_W: Sequence[int], out_TN: NDArray[np.float32] | None
     ) -> NDArray[np.float32] | None:
         """Put the ranks' columns side by side on the leader; see Exchange."""
-        if self._firsts is not None:
+        if self.world.nodes == self.world.size:
             return super().gather_columns(local_Tn, counts_W, out_TN)
         rows, widest = len(local_Tn), max(counts_W)
-        padded_Tn = np.zeros((rows, widest), np.float32)
-        padded_Tn[:, : local_Tn.shape[1]] = local_Tn
-        gathered_WTn = self.gather_equal(padded_Tn)
-        if gathered_WTn is None or out_TN is None:
-            return None
-        for rank, stop in enumerate(accumulate(counts_W)):
-            out_TN[:, stop - counts_W[rank] : stop] = gathered_WTn[rank, :, : counts_W[rank]]
+        step = max(1, PIECE_ELEMENTS // max(1, 4 * widest * self.world.size))
+        for first in range(0, rows, step):
+            padded_Tn = np.zeros((min(step, rows - first), widest), np.float32)
+            padded_Tn[:, : local_Tn.shape[1]] = local_Tn[first : first + step]
+            gathered_WTn = self.gather_equal(padded_Tn)
+            if gathered_WTn is None or out_TN is None:
+                continue
+            for rank, stop in enumerate(accumulate(counts_W)):
+                out_TN[first : first + step, stop - counts_W[rank] : stop] = gathered_WTn[rank, :, : counts_W[rank]]
         return out_TN
 
     @noted(Kind.GATHER)
     def gather_equal(self, local: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any] | None:
         """Stack the ranks' equal arrays on the leader; see Exchange."""
-        if self._firsts is not None:
-            return super().gather_equal(local, out)
         gathered = self._node.gather(local)
         self.ledger.sent(0, 0 if self._first else local.nbytes)
+        if gathered is not None and self._firsts is not None:
+            gathered = self._gather_hosts(gathered)
         if gathered is not None and out is not None:
             np.copyto(out, gathered)
         return gathered
+
+    def _gather_hosts(self, local: NDArray[Any]) -> NDArray[Any] | None:
+        """Stack the hosts' ranks on the leader, in the order of ranks.
+
+        Only first ranks call MPI: a message of another rank might stay in the buffers of an MPI that moves nothing
+        while its caller sleeps on a futex.
+        """
+        _, mpi = self._mpi()
+        nodes = np.array(self.world.node_of_rank)
+        rank_bytes = local[:1].nbytes
+        assert rank_bytes * self.world.size < 1 << 31
+        receive, stacked = None, None
+        if self.world.is_leader:
+            stacked = np.empty((self.world.size, *local.shape[1:]), local.dtype)
+            receive = [byte_run(stacked), (np.bincount(nodes) * rank_bytes).tolist(), mpi.BYTE]
+        self._firsts.Gatherv([byte_run(local), local.nbytes, mpi.BYTE], receive, root=0)
+        self.ledger.sent(0 if self.world.is_leader else local.nbytes)
+        return None if stacked is None else stacked[np.argsort(np.argsort(nodes, kind="stable"))]
 
     def _first_ranks(self) -> list[tuple[int, int]]:
         """(rank, node) of every host's first rank."""

@@ -149,6 +149,7 @@ def plan_job(
     heads = _deal(usable_heads(held, config.heads_per_kv_head), ranks_of_node)
     blocks = _deal(held.vocabulary_NB, ranks_of_node)
     owned = _owned_chunks(config, group_size, layout, held, ranks_of_node)
+    held_chunks = [_held_chunks(held, node) for node in range(nodes)]
     plans = []
     for rank, node in enumerate(node_of_rank):
         own = tuple(of_rank[rank] for of_rank in owned)
@@ -166,8 +167,7 @@ def plan_job(
                 layout=layout,
                 _owned=own,
                 _readable=tuple(
-                    np.flatnonzero(held.chunks_NC[layer][node]) if chunks is None else chunks
-                    for layer, chunks in enumerate(own)
+                    held_chunks[node][layer] if chunks is None else chunks for layer, chunks in enumerate(own)
                 ),
             )
         )
@@ -195,6 +195,15 @@ def _deal(held_NU: Held, ranks_of_node: Sequence[Sequence[int]]) -> dict[int, tu
             part = contiguous(len(units), len(ranks), place)
             dealt[rank] = tuple(units[part.start : part.stop])
     return dealt
+
+
+def _held_chunks(held: Holdings, node: int) -> list[Chunks]:
+    """By layer, the chunks of a node, ascending; layers that are held alike share them."""
+    found: dict[int, Chunks] = {}
+    for held_NC in held.chunks_NC:
+        if id(held_NC) not in found:
+            found[id(held_NC)] = np.flatnonzero(held_NC[node])
+    return [found[id(held_NC)] for held_NC in held.chunks_NC]
 
 
 def _owned_chunks(

@@ -68,7 +68,9 @@ class ModelSource:
         """
         if self.synthetic is not None:
             return self.synthetic.name
-        return source_name(self.path) if self.format else read_manifest(self.path / MANIFEST_NAME).source_name
+        return (
+            source_name(self.path) if self.format is not None else read_manifest(self.path / MANIFEST_NAME).source_name
+        )
 
     def text_directory(self) -> Path:
         """Where tokenizer and generation settings lie; those of a GGUF file are written to the cache directory.

@@ -51,7 +51,9 @@ def cluster(tmp_path: Path, mpi: str, hosts: str, **variables: str) -> subproces
         (programs / name).write_text(f"#!/bin/sh\n{text}\n")
         (programs / name).chmod(0o755)
     (tmp_path / "hosts").write_text(hosts)
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("DIST_MOE_", "UCX_"))}
+    environ = {
+        name: value for name, value in os.environ.items() if not name.startswith(("DIST_MOE_", "UCX_", "MPI_IFACE"))
+    }
     environ |= {"PATH": f"{programs}:/usr/bin:/bin", **variables}
     command = [str(CLUSTER), "--dry-run", str(tmp_path / "hosts"), "run", "-p", "Once upon a time"]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=20, env=environ)
@@ -69,10 +71,10 @@ def test_any_mpirun_reads_either_dialect(tmp_path: Path, mpi: str, option: str, 
 
 
 def test_the_network_and_the_variables_are_passed_on(tmp_path: Path) -> None:
-    done = cluster(tmp_path, "openmpi", "a slots=1\n", DIST_MOE_IFACE="eth1", UCX_TLS="tcp")
+    done = cluster(tmp_path, "openmpi", "a slots=1\n", MPI_IFACE="eth1", UCX_TLS="tcp")
     assert "--prtemca prte_if_include eth1 --mca btl_tcp_if_include eth1" in done.stdout
     assert "-x UCX_TLS" in done.stdout
-    assert "-iface eth1" in cluster(tmp_path, "mpich", "a:1\n", DIST_MOE_IFACE="eth1").stdout
+    assert "-iface eth1" in cluster(tmp_path, "mpich", "a:1\n", MPI_IFACE="eth1").stdout
 
 
 @pytest.mark.parametrize(
@@ -99,8 +101,8 @@ def test_the_mpijob_is_one(mpijob: dict[str, Any]) -> None:
     validate = fastjsonschema.compile(MPIJOB)
     validate(mpijob)
     broken = copy.deepcopy(mpijob)
-    broken["spec"]["mpiReplicaSpecs"]["Worker"]["template"]["spec"]["contaners"] = []
-    with pytest.raises(fastjsonschema.JsonSchemaException, match="contaners"):
+    broken["spec"]["mpiReplicaSpecs"]["Worker"]["template"]["spec"]["containerz"] = []
+    with pytest.raises(fastjsonschema.JsonSchemaException, match="containerz"):
         validate(broken)
 
 

@@ -48,12 +48,12 @@ def demo_stores(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Pat
 
 
 @pytest.fixture(scope="session")
-def tiny_stores(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Path]:
+def tiny_stores(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`tiny_stores(n, layout)`: the model of tests/golden/same_bits.json in n shards, cut for a layout of experts."""
     directory = tmp_path_factory.mktemp("tiny")
     source = Checkpoint.open(TinyModel().write(directory / "checkpoint"))
 
-    def store_of(shards: int, layout: str) -> Path:
+    def store_of(shards: int, layout: str = "whole") -> Path:
         store = directory / f"q4-{shards}-{layout}"
         if not store.exists():
             options = StoreOptions(format=WeightFormat.parse("q4"), nodes=shards, experts=layout)

@@ -29,13 +29,17 @@ def ignore_progress(done_bytes: int, total_bytes: int, what: str) -> None:
 @pytest.fixture(scope="session")
 def make_store(tmp_path_factory: pytest.TempPathFactory) -> MakeStore:
     """make_store(source directory, "q4", nodes=1): a store of a checkpoint, made once per session."""
-    made: dict[tuple[Path, str, int, bool], Store] = {}
+    made: dict[tuple[Path, str, int, bool, str], Store] = {}
 
-    def make(source: Path, weights: str = "f32", nodes: int = 1, allow_nonfinite: bool = False) -> Store:
-        key = (source, weights, nodes, allow_nonfinite)
+    def make(
+        source: Path, weights: str = "f32", nodes: int = 1, allow_nonfinite: bool = False, experts: str = "whole"
+    ) -> Store:
+        key = (source, weights, nodes, allow_nonfinite, experts)
         if key not in made:
             directory = tmp_path_factory.mktemp("store") / "store"
-            options = StoreOptions(format=WeightFormat.parse(weights), nodes=nodes, allow_nonfinite=allow_nonfinite)
+            options = StoreOptions(
+                format=WeightFormat.parse(weights), nodes=nodes, allow_nonfinite=allow_nonfinite, experts=experts
+            )
             convert(Checkpoint.open(source), directory, options, ignore_progress)
             made[key] = Store.open(directory)
         return made[key]

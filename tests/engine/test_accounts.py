@@ -225,12 +225,14 @@ def test_an_exchange_inside_another_belongs_to_it() -> None:
     ledger = Ledger(progress)
     progress.begin(Phase.EXPERTS)
     progress.layer = 3
-    ledger.begin(Kind.SUMS)
-    ledger.begin(Kind.FAULTS)
+    ledger.sent(5, 5)
+    ledger.take()  # what was sent before is not this exchange's
+    ledger.begin()
+    ledger.begin()
     ledger.sent(100, 7)
-    ledger.end()
+    ledger.end(Kind.FAULTS)
     ledger.sent(20)
-    ledger.end()
+    ledger.end(Kind.SUMS)
     notes = ledger.take()
     assert (notes.kind_n.tolist(), notes.place_n.tolist()) == ([Kind.SUMS], [place(3, Phase.EXPERTS)])
     assert (notes.wire_n.tolist(), notes.shared_n.tolist()) == ([120], [7])
@@ -240,12 +242,12 @@ def test_an_exchange_inside_another_belongs_to_it() -> None:
 def test_a_full_ledger_says_so_and_counts_what_it_drops() -> None:
     ledger = Ledger(Progress())
     for _ in range(CAPACITY // 2):
-        ledger.begin(Kind.SUMS)
-        ledger.end()
+        ledger.begin()
+        ledger.end(Kind.SUMS)
     assert not ledger.is_full
     for _ in range(CAPACITY):
-        ledger.begin(Kind.SUMS)
-        ledger.end()
+        ledger.begin()
+        ledger.end(Kind.SUMS)
     assert ledger.is_full
     notes = ledger.take()
     assert (len(notes.kind_n), notes.dropped) == (CAPACITY, CAPACITY // 2)

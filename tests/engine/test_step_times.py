@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from dist_moe.cli.probes import Probes
 from dist_moe.cli.times_table import TimesTable, step_line
 from dist_moe.engine.request import Request
+from dist_moe.errors import Interrupted, UsageError
 from dist_moe.model.stopwatch import Part, StepTimes, Stopwatch
+from helpers.chrome_trace import read_chrome_trace
 
 
 def test_each_step_is_told_with_its_tokens_and_parts(make_store, make_engine, tiny_directory: Path) -> None:
@@ -120,3 +123,22 @@ def test_notes_cost_no_clock_per_layer(make_store, make_engine, tiny_directory: 
     reads.clear()
     engine.generate([request])
     assert len(reads) == 3 * 4
+
+
+def test_an_interrupted_block_is_traced_and_a_failed_one_is_not(
+    make_store, make_engine, tiny_directory: Path, tmp_path: Path
+) -> None:
+    engine = make_engine(make_store(tiny_directory, "q8"))
+
+    def fail(path: Path, error: Exception) -> None:
+        with Probes(trace=path).attached(engine):
+            engine.generate([Request((1, 2), 3)])
+            raise error
+
+    for error, is_written in ((Interrupted("by Ctrl-C"), True), (UsageError("wrong"), False)):
+        path = tmp_path / f"{is_written}.json"
+        with pytest.raises(type(error)):
+            fail(path, error)
+        assert path.exists() == is_written
+        assert engine.model.stopwatch.log is None
+    assert len(read_chrome_trace(tmp_path / "True.json").events[0]) >= 3

@@ -277,11 +277,12 @@ class HostsJob(Job):
     ) -> None:
         """Start it."""
         self._cluster = cluster
+        self._before = set(cluster.left(0.0))
         launch = cluster.mpirun_words(ranks, env)
         super().__init__(sum(ranks), *command, env=cluster.environment(env), launch=launch)
 
     def _left(self) -> tuple[str, ...]:
-        return (*super()._left(), *self._cluster.left(0.0))
+        return (*super()._left(), *sorted(set(self._cluster.left(0.0)) - self._before))
 
     def _processes(self) -> list[psutil.Process]:
         found = {process.pid: process for process in super()._processes()}

@@ -35,6 +35,7 @@ from dist_moe.parallel import node_exchange, world
 LAYER = 2
 DECODE_STEP = 4
 SLOW = "a slow step\n"
+HANGS = "a rank hangs\n"
 
 
 def act(what: str) -> None:
@@ -48,6 +49,7 @@ def act(what: str) -> None:
         time.sleep(0.05)
         return
     if what == "hang":
+        os.write(2, HANGS.encode())
         threading.Event().wait()
     if what == "starve":
         starve()

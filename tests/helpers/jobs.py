@@ -23,6 +23,7 @@ from helpers import launching
 FAULTY = str(Path(__file__).with_name("faulty.py"))
 # A tiny story on the bundled model. Waiting ranks sleep, so that many ranks on few cores are quick.
 STORY = ("run", "-p", "Once upon a time", "--temperature", "0", "--ignore-eos", "--threads", "1")
+HANGS = "a rank hangs\n"  # said by `faulty.py`
 MARK = "DIST_MOE_TEST_JOB"
 _RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
 _PROXIES = ("hydra_pmi_proxy", "prted")
@@ -86,6 +87,10 @@ class Job:
     def stdout(self) -> str:
         """What it printed so far."""
         return _text(self._stdout)
+
+    def stderr(self) -> str:
+        """What it said so far."""
+        return _text(self._stderr)
 
     def wait_for(self, what: Callable[[], object], timeout_s: float = 60) -> None:
         """Wait until something is true; fail if it does not come or the job ends before."""
