@@ -85,7 +85,7 @@ def place(
     from dist_moe.demo import demo_model_directory
     from dist_moe.engine.placement_report import simulate_straggling
     from dist_moe.engine.placing import parse_budget, place_model
-    from dist_moe.engine.planning import describe_model
+    from dist_moe.store.described import describe_model
     from dist_moe.store.placement_json import render_placement
 
     node_weights = _weights(nodes, weights)

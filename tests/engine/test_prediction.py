@@ -17,7 +17,6 @@ from dist_moe.engine.planning import (
     Ranks,
     Workload,
     check_request,
-    describe_model,
     make_report,
     node_need,
 )
@@ -25,6 +24,7 @@ from dist_moe.engine.prediction import READ_SHARE, STEP_PHASES, Nodes, Predictor
 from dist_moe.errors import UsageError
 from dist_moe.kernels import KvFormat
 from dist_moe.parallel.cost import PRESET_LINKS, LinkCosts, step_traffic
+from dist_moe.store.described import describe_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MANIFEST = describe_model(str(CONFIGS / "qwen3-30b-a3b.toml"), None)
