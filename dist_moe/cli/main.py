@@ -27,6 +27,8 @@ COMMANDS = {
     "plan": "Predict memory, bytes on the wire and speed of a model on a number of nodes.",
     "push": "Bring each host of a cluster its shard of a store, and verify it there.",
     "routing": "Show how tokens spread over experts and ranks, from what run --routing wrote.",
+    "profile": "Count over a text which experts fire, and which of them together.",
+    "place": "Decide which node gets which experts: hot ones on several, unequal nodes by weight.",
     "cache": "List or remove packed models in the cache directory.",
     "bench": "Measure prefill and decode, each as a share of what the machine allows.",
     "inspect": "List what a store or a shard holds, and verify it.",

@@ -14,7 +14,7 @@ from dist_moe.cli.values import Number, OneOf, PathName, SomeText, Whole
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-COMMANDS_WITH_CONFIG = ("run", "chat", "logits", "bench")
+COMMANDS_WITH_CONFIG = ("run", "chat", "logits", "profile", "bench")
 DEFAULT_MAX_TOKENS = 256
 
 
@@ -67,6 +67,15 @@ class LogitsOptions(ModelOptions, DebugOptions):
 
     ids: str
     output: str
+
+
+@dataclass(frozen=True)
+class ProfileOptions(ModelOptions):
+    """`dist-moe profile`."""
+
+    texts: tuple[str, ...]
+    output: str
+    ctx: int
 
 
 @dataclass(frozen=True)

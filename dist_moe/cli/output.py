@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
@@ -49,13 +50,17 @@ class Output:
             self._tokens += 1
         self._emit(piece.text)
 
-    def end(self, prompt: Prompt, result: Result, statistics: EngineStatistics) -> None:
-        """Print the end of the text, and the summary."""
+    def end(
+        self, prompt: Prompt, result: Result, statistics: EngineStatistics, ranks: dict[str, Any] | None = None
+    ) -> None:
+        """Print the end of the text, and the summary; `ranks` goes into the JSON alone."""
         text = "".join(self._pieces)
         if self._options.show_tokens and not self._options.json:
             _print("\n" + ("" if self._options.quiet else prompt.text) + text)
         if self._options.json:
             found = as_json(result, text if self._tokenizer else None, statistics)
+            if ranks is not None:
+                found["stats"] = ranks
             if self._options.show_tokens:
                 found["tokens"] = [token_line(self._tokenizer, token) for token in (*prompt.ids, *result.ids)]
             _print(json.dumps(found, ensure_ascii=False) + "\n")

@@ -16,12 +16,13 @@ from dist_moe.parallel.launcher import detect_launcher
 if TYPE_CHECKING:
     from dist_moe.engine.planning import Workload
     from dist_moe.engine.prediction import Nodes
-    from dist_moe.parallel.cost import LinkCosts
     from dist_moe.store.manifest import Manifest
 
 MOST_NODES = 1024
-DEFAULT_NODES = (1, 8)
+DEFAULT_NODES = 8
 DEFAULT_CONTEXT = 4096
+START_TIMEOUT_S = 60.0
+STALL_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,16 @@ class PlanOptions:
     prefill_chunk: int
     format: str
 
+    @property
+    def read(self) -> float | None:
+        """Bytes/s of a node."""
+        return None if self.bandwidth is None else self.bandwidth * 1e9
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of a node; 0 if it was not given."""
+        return 0 if self.memory is None else int(self.memory * 1e9)
+
 
 @click.command()
 @click.argument("model", metavar="MODEL", type=PathName())
@@ -50,10 +61,15 @@ class PlanOptions:
     "--nodes",
     type=WholeRange(1, MOST_NODES),
     metavar="N|A-B",
-    show_default="1-8",
+    show_default="1-8; with --net measured up to the hosts of the job",
     help="How many nodes: one number, or a range to compare.",
 )
-@option("--ranks-per-node", type=Whole(min=1, max=4096), default=1, help="MPI ranks on each node.")
+@option(
+    "--ranks-per-node",
+    type=Whole(min=1, max=4096),
+    default=1,
+    help="MPI ranks on each node; with --net measured the job's.",
+)
 @option(
     "--threads",
     type=Whole(min=1, max=1024),
@@ -109,17 +125,59 @@ def plan(**values: object) -> None:
       mpirun -f hosts dist-moe plan store/ --net measured
     """  # noqa: D301  click wants the character
     options = PlanOptions(**values)  # type: ignore[arg-type]
-    launcher = detect_launcher(os.environ)
-    if not launcher.is_first:
-        return
-    from dist_moe.engine.planning import describe_model
+    if options.net == "measured":
+        _plan_on_hosts(options)
+    elif detect_launcher(os.environ).is_first:
+        click.echo(_plan_like_this(options))
+
+
+def _plan_like_this(options: PlanOptions) -> str:
+    """For nodes like this machine, but for what the options say."""
+    from dist_moe.engine.available_memory import available_memory
+    from dist_moe.engine.plan_machine import measure_machine
+    from dist_moe.engine.planning import Ranks, check_request, describe_model
+    from dist_moe.engine.prediction import Nodes
+    from dist_moe.parallel.cost import PRESET_LINKS
 
     manifest = describe_model(options.model, options.quant)
-    click.echo(_predict(options, manifest, workload_of(options, manifest)))
+    workload = _workload(options, manifest)
+    cores, per_node = len(own_cores()), options.ranks_per_node
+    memory_bytes = options.memory_bytes or available_memory().available_bytes
+    threads = options.threads or max(1, cores // per_node)
+    counts = _node_counts(options, manifest, DEFAULT_NODES)
+    check_request(manifest, Ranks(1, per_node, threads), counts, workload, memory_bytes)
+    machine, isa = measure_machine(min(cores, per_node * threads), manifest.format, options.read)
+    nodes = Nodes(1, per_node, threads, machine, PRESET_LINKS[options.net], isa)
+    return _report(options, manifest, nodes, counts, workload, memory_bytes)
 
 
-def workload_of(options: PlanOptions, manifest: Manifest) -> Workload:
-    """What is to run."""
+def _plan_on_hosts(options: PlanOptions) -> None:
+    """For the hosts of this job, all ranks of which measure."""
+    from dist_moe.engine.job import Job
+    from dist_moe.engine.plan_machine import measure_hosts
+    from dist_moe.engine.planning import Ranks, check_request, describe_model
+    from dist_moe.kernels import WeightFormat
+
+    job = Job(options.threads, START_TIMEOUT_S, lambda _: STALL_TIMEOUT_S)
+    try:
+        manifest = job.on_leader(lambda: describe_model(options.model, options.quant))
+        fmt = WeightFormat.parse(job.of_leader(manifest.format.label if manifest else ""))
+        hosts = measure_hosts(job, options.threads, fmt, options.read)
+
+        def tell() -> None:
+            assert manifest is not None
+            workload, nodes = _workload(options, manifest), hosts.nodes
+            memory_bytes = options.memory_bytes or hosts.memory_bytes
+            counts = _node_counts(options, manifest, nodes.nodes)
+            check_request(manifest, Ranks.of(nodes), counts, workload, memory_bytes)
+            click.echo(_report(options, manifest, nodes, counts, workload, memory_bytes))
+
+        job.on_leader(tell)
+    finally:
+        job.leave()
+
+
+def _workload(options: PlanOptions, manifest: Manifest) -> Workload:
     from dist_moe.engine.memory import Demand
     from dist_moe.engine.planning import Workload
     from dist_moe.kernels import KvFormat
@@ -129,35 +187,19 @@ def workload_of(options: PlanOptions, manifest: Manifest) -> Workload:
     return Workload(demand, options.prompt, options.batch)
 
 
-def node_counts(options: PlanOptions, manifest: Manifest) -> range:
-    """The numbers of nodes to look at."""
+def _node_counts(options: PlanOptions, manifest: Manifest, most: int) -> range:
+    """The numbers of nodes to look at; `most` where the options do not say."""
     if options.nodes is not None:
         first, last = ends(options.nodes)
         return range(first, last + 1)
-    first, last = DEFAULT_NODES
-    return range(first, max(first, min(last, manifest.config.heads)) + 1)
+    return range(1, min(most, manifest.config.heads) + 1)
 
 
-def _predict(options: PlanOptions, manifest: Manifest, workload: Workload) -> str:
+def _report(
+    options: PlanOptions, manifest: Manifest, nodes: Nodes, counts: range, workload: Workload, memory_bytes: int
+) -> str:
     from dist_moe.cli.plan_output import Facts, render
-    from dist_moe.engine.available_memory import available_memory
-    from dist_moe.engine.planning import Ranks, check_request, make_report
-    from dist_moe.parallel.cost import PRESET_LINKS
+    from dist_moe.engine.planning import make_report
 
-    counts = node_counts(options, manifest)
-    memory_bytes = available_memory().available_bytes if options.memory is None else int(options.memory * 1e9)
-    threads = options.threads or max(1, len(own_cores()) // options.ranks_per_node)
-    check_request(manifest, Ranks(1, options.ranks_per_node, threads), counts, workload, memory_bytes)
-    nodes = _nodes_like_this(options, threads, manifest, PRESET_LINKS[options.net])
     report = make_report(manifest, nodes, counts, workload, memory_bytes)
     return render(options.format, report, Facts(manifest, nodes, memory_bytes, options.net))
-
-
-def _nodes_like_this(options: PlanOptions, threads: int, manifest: Manifest, link: LinkCosts) -> Nodes:
-    """Nodes like this machine, but for what the options say."""
-    from dist_moe.engine.plan_machine import measure_machine
-    from dist_moe.engine.prediction import Nodes
-
-    read = None if options.bandwidth is None else options.bandwidth * 1e9
-    machine, isa = measure_machine(min(len(own_cores()), options.ranks_per_node * threads), manifest.format, read)
-    return Nodes(1, options.ranks_per_node, threads, machine, link, isa)

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 
 from dist_moe.cli.chrome_trace import dropped_steps_line, write_chrome_trace
 from dist_moe.cli.debug_options import DebugOptions
-from dist_moe.cli.ranks_table import ranks_table
+from dist_moe.cli.ranks_table import ranks_as_json, ranks_table
 from dist_moe.cli.routing_file import RoutingFile
 from dist_moe.cli.times_table import TimesTable, step_line
 from dist_moe.engine.routing_facts import routing_facts
@@ -38,6 +39,7 @@ class Probes:
     model_name: str = ""
     piece: Piece = str
     _times: TimesTable = field(default_factory=TimesTable)
+    ranks: dict[str, Any] | None = None  # as data, once the block is over
     _ranks: list[str] = field(default_factory=list)
 
     @contextmanager
@@ -71,7 +73,8 @@ class Probes:
     def _watched_ranks(self, engine: Runtime) -> Iterator[None]:
         """Keep the table of what runs inside the block."""
         yield
-        self._ranks = ranks_table(engine.accounts(), engine.hosts)
+        accounts = engine.accounts()
+        self.ranks, self._ranks = ranks_as_json(accounts, engine.hosts), ranks_table(accounts, engine.hosts)
 
     @contextmanager
     def _traced(self, engine: Runtime, path: Path) -> Iterator[None]:

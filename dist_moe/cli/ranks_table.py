@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from dist_moe.engine.accounts import PHASES, WORK, Accounts
 from dist_moe.engine.verdict import verdict
@@ -31,6 +32,48 @@ def ranks_table(accounts: Accounts, hosts: tuple[str, ...]) -> list[str]:
         lines.append(f"{accounts.dropped} exchanges between steps found no room in the ledger and are missing above")
     sentence = verdict(accounts, hosts)
     return [f"stats: {line}".rstrip() for line in (*lines, *([sentence] if sentence else []))]
+
+
+def ranks_as_json(accounts: Accounts, hosts: tuple[str, ...]) -> dict[str, Any]:
+    """The same as data: per phase seconds of each rank, and of each kind of exchange; bytes are of all ranks."""
+    return {phase: _phase_as_json(accounts, p, hosts) for p, phase in enumerate(PHASES) if accounts.steps_P[p]}
+
+
+def _phase_as_json(accounts: Accounts, p: int, hosts: tuple[str, ...]) -> dict[str, Any]:
+    straggling = accounts.straggling
+    ranks = [
+        {
+            "host": hosts[rank],
+            **{f"{name}_s": float(s) for name, s in zip(WORK, accounts.compute_PRW[p, rank], strict=True)},
+            "wait_s": float(accounts.wait_PRK[p, rank].sum()),
+            "wire_s": float(accounts.wire_PRK[p, rank].sum()),
+            "between_s": float(accounts.between_PR[p, rank]),
+            "experts_work": int(straggling.work_PRL[p, rank].sum()),
+        }
+        for rank in range(accounts.ranks)
+    ]
+    exchanges = {
+        kind.label: {
+            "calls": int(accounts.calls_PK[p, kind]),
+            "wire_bytes": int(accounts.sent_PRK2[p, :, kind, 0].sum()),
+            "shared_bytes": int(accounts.sent_PRK2[p, :, kind, 1].sum()),
+            "wait_s": float(accounts.wait_PRK[p, :, kind].mean()),
+            "wire_s": float(accounts.wire_PRK[p, :, kind].mean()),
+        }
+        for kind in Kind
+        if accounts.calls_PK[p, kind]
+    }
+    return {
+        "tokens": int(accounts.tokens_P[p]),
+        "steps": int(accounts.steps_P[p]),
+        "ranks": ranks,
+        "exchanges": exchanges,
+        "straggling": {
+            "ranks": straggling.mean(straggling.of_ranks_PL, PHASES[p]),
+            "nodes": straggling.mean(straggling.of_nodes_PL, PHASES[p]),
+            "times": straggling.mean(straggling.of_times_PL, PHASES[p]),
+        },
+    }
 
 
 def _rank_lines(accounts: Accounts, p: int, phase: str, hosts: tuple[str, ...]) -> Iterator[str]:

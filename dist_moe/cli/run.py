@@ -80,7 +80,7 @@ class RunTask:
             self.saved.restore(engine.runtime, self.prompt.ids)
         self.output.begin(self.prompt)
         result = self._generate(engine)
-        self.output.end(self.prompt, result, engine.statistics())
+        self.output.end(self.prompt, result, engine.statistics(), self.probes.ranks)
         self.probes.report()
         if self.saved is not None:
             self.saved.save(engine.runtime, self.prompt.ids, result.ids)

@@ -98,24 +98,31 @@ class Accounts:
         dropped: Exchanges that were not noted for want of room.
     """
 
-    def __init__(self, ranks: int, layers: int, nodes_of_ranks: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self,
+        ranks: int,
+        layers: int,
+        node_of_rank: tuple[int, ...] | None = None,
+        speeds: tuple[int, ...] | None = None,
+    ) -> None:
         """Nothing so far.
 
         Args:
             ranks: How many there are.
             layers: Of the model.
-            nodes_of_ranks: Each rank's node; None: all on one.
+            node_of_rank: Each rank's node; None: all on one.
+            speeds: Work that each node is given for the same time; None: alike.
         """
         R, P, K = ranks, len(PHASES), len(Kind)
         self.ranks = R
-        self.node_R = np.array(nodes_of_ranks or (0,) * R)
+        self.node_R = np.array(node_of_rank or (0,) * R)
         self.steps_P, self.tokens_P = np.zeros(P, np.int64), np.zeros(P, np.int64)
         self.step_PR, self.between_PR = np.zeros((P, R)), np.zeros((P, R))
         self.compute_PRW = np.zeros((P, R, len(WORK)))
         self.wait_PRK, self.wire_PRK = np.zeros((P, R, K)), np.zeros((P, R, K))
         self.calls_PK = np.zeros((P, K), np.int64)
         self.sent_PRK2 = np.zeros((P, R, K, 2), np.int64)
-        self.straggling = Straggling(self.node_R, layers)
+        self.straggling = Straggling(self.node_R, layers, speeds)
         self.error_ns = 0
         self.dropped = 0
         self._last_end_R: Int64s | None = None
@@ -193,14 +200,16 @@ class Straggling:
 
     Work is what was really computed: products of a chunk with a token, and for each chunk the tokens that reading it
     costs (`CHUNK_READ_COST_TOKENS`). A step's layer takes as long as its busiest participant, so the figure is max over
-    mean, and its mean over steps and layers.
+    mean, and its mean over steps and layers. Of nodes it is the longest time over that of an even division, a node
+    that is given more work being that much quicker.
     """
 
-    def __init__(self, node_R: Int64s, layers: int) -> None:
-        """Nothing so far; node_R: each rank's node."""
+    def __init__(self, node_R: Int64s, layers: int, speeds: tuple[int, ...] | None = None) -> None:
+        """Nothing so far; node_R: each rank's node; speeds: of the nodes."""
         P, L = len(PHASES), layers
         self._node_R = node_R
         self._nodes = int(node_R.max()) + 1
+        self._speed_N = np.array(speeds or (1,) * self._nodes)
         self.counts_PL = np.zeros((P, L), np.int64)
         self._rank_sums_PL, self._node_sums_PL = np.zeros((P, L)), np.zeros((P, L))
         self.work_PRL = np.zeros((P, len(node_R), L), np.int64)
@@ -213,7 +222,8 @@ class Straggling:
         work_RSL = notes.work_SL2[..., 0] * CHUNK_READ_COST_TOKENS + notes.work_SL2[..., 1]
         node_NSL = np.zeros((self._nodes, *work_RSL.shape[1:]), np.int64)
         np.add.at(node_NSL, self._node_R, work_RSL)
-        rank_SL, node_SL = max_over_mean(work_RSL), max_over_mean(node_NSL)
+        rank_SL = max_over_mean(work_RSL)
+        node_SL = longest_over_even(node_NSL, self._speed_N)
         is_decode_S = split.is_decode_S
         for phase, chosen_S in enumerate((~is_decode_S, is_decode_S)):
             self.counts_PL[phase] += (work_RSL.sum(axis=0)[chosen_S] > 0).sum(axis=0)
@@ -261,3 +271,10 @@ def max_over_mean(work: npt.NDArray[np.int64] | Floats) -> Floats:
     """Over the first axis; 0 where nothing was done."""
     mean = work.mean(axis=0)
     return np.where(mean > 0, work.max(axis=0) / np.where(mean > 0, mean, 1), 0.0)
+
+
+def longest_over_even(work_NX: npt.NDArray[np.int64], speed_N: npt.NDArray[np.int64]) -> Floats:
+    """The longest time of a node over that of an even division; 0 where nothing was done."""
+    total = work_NX.sum(axis=0)
+    longest = (work_NX / speed_N.reshape(-1, *(1,) * total.ndim)).max(axis=0)
+    return np.where(total > 0, longest * speed_N.sum() / np.where(total > 0, total, 1), 0.0)

@@ -47,20 +47,21 @@ class Books:
         timeline: On rank 0, while one is made.
     """
 
-    def __init__(self, exchange: Exchange, stopwatch: Stopwatch, work_L2: Int64s) -> None:
+    def __init__(self, exchange: Exchange, stopwatch: Stopwatch, work_L2: Int64s, speeds: tuple[int, ...]) -> None:
         """Open the books; collective.
 
         Args:
             exchange: Whose ledger has the notes.
             stopwatch: Marks the parts of steps while a timeline is made.
             work_L2: What this rank computed in each layer of the last step; see `Notes`.
+            speeds: Of the nodes.
         """
         world = exchange.world
         self._exchange, self._stopwatch, self._work_L2 = exchange, stopwatch, work_L2
         self._ledger = exchange.ledger
         self._ledger.take()  # the start's
         self._ledger.expect_layers(len(work_L2))
-        self.accounts = Accounts(world.size, len(work_L2), world.node_of_rank)
+        self.accounts = Accounts(world.size, len(work_L2), world.node_of_rank, speeds)
         self.timeline: Timeline | None = None
         self._clocks = sample_clocks(world)
 

@@ -79,7 +79,7 @@ class Crew:
         self._progress = exchange.world.progress
         self._header = np.zeros(HEADER_WORDS, dtype=np.int64)
         self._words = np.empty(8 * step_tokens + 64, dtype=np.int64)
-        self.books = Books(exchange, worker.stopwatch, worker.work_L2)
+        self.books = Books(exchange, worker.stopwatch, worker.work_L2, worker.node_speeds)
         self.busy = False
 
     # ---- rank 0 ----

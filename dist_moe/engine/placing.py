@@ -15,11 +15,11 @@ import numpy as np
 
 from dist_moe.engine.replicas import improve, pack
 from dist_moe.engine.routing_profile import SEED, RoutingProfile
-from dist_moe.engine.work_simulation import Sets, Simulation
+from dist_moe.engine.work_simulation import Simulation
 from dist_moe.errors import UsageError
 from dist_moe.model_config import ModelConfig
 from dist_moe.parallel.holdings import Held
-from dist_moe.split import head_range_kv_heads, weighted, whole_chunks
+from dist_moe.split import head_range_kv_heads, weighted
 from dist_moe.store.manifest import Manifest
 from dist_moe.store.placement import LayerRuns, Placement, ShardUnits, runs_of, unit_counts
 from dist_moe.store.units import UnitKind, unit_bytes, unit_count
@@ -80,12 +80,8 @@ def place_model(
     kv_heads = [head_range_kv_heads(part, config.heads_per_kv_head) for part in heads]
     held_of: dict[int, Held] = {}
     if profile is not None:
-        slots = _slots(
-            manifest,
-            weights,
-            budget,
-            [_other_bytes(manifest, *parts) for parts in zip(heads, kv_heads, blocks, strict=True)],
-        )
+        parts = zip(heads, kv_heads, blocks, strict=True)
+        slots = _slots(manifest, weights, budget, [_other_bytes(manifest, *part) for part in parts])
         held_of = _place_layers(manifest, profile, slots, weights, progress)
     layers = [_layer_of(manifest, layer, held_of, weights) for layer in range(config.layers)]
     shards = tuple(
@@ -95,53 +91,9 @@ def place_model(
     return Placement(manifest.source_name, tuple(weights), unit_counts(config, manifest.group_size), shards)
 
 
-def unplaced(manifest: Manifest, nodes: int) -> Callable[[int], Held]:
-    """What `shard --nodes` gives each node of a layer, bool [N, C]: a run of whole experts."""
-
-    def held(layer: int) -> Held:
-        experts, chunks = manifest.config.experts, manifest.layer_chunks_per_expert(layer)
-        held_NC = np.zeros((nodes, experts * chunks), np.bool_)
-        for node in range(nodes):
-            held_NC[node, whole_chunks(experts, chunks, nodes, node)] = True
-        return held_NC
-
-    return held
-
-
-def placed(placement: Placement) -> Callable[[int], Held]:
-    """What a placement gives each node of a layer, bool [N, C]."""
-
-    def held(layer: int) -> Held:
-        held_NC = np.zeros((len(placement.shards), placement.counts.chunks[layer]), np.bool_)
-        for node, shard in enumerate(placement.shards):
-            for first, stop in shard.runs("chunk", layer):
-                held_NC[node, first:stop] = True
-        return held_NC
-
-    return held
-
-
-def expected_straggling(
-    manifest: Manifest, profile: RoutingProfile, held: Callable[[int], Held], weights: Sequence[int], batch: int
-) -> float:
-    """Mean over routed layers and sampled steps of `batch` tokens of the busiest node's time over the fair share."""
-    config, found = manifest.config, []
-    for index, layer in enumerate(profile.layers):
-        chunks = manifest.layer_chunks_per_expert(layer)
-        simulation = Simulation(judging_sets(profile, index), config.experts, chunks, weights, batch)
-        found.append(simulation.straggling(held(layer)))
-    return float(np.mean(found))
-
-
 def routed_layers(config: ModelConfig) -> tuple[int, ...]:
     """The layers with experts."""
     return tuple(layer for layer in range(config.layers) if not config.is_dense(layer))
-
-
-def judging_sets(profile: RoutingProfile, index: int) -> Sets:
-    """Samples of a layer that no search has seen, if there are enough."""
-    sets_SK: Sets = profile.sets_LSK[index]
-    return sets_SK[SEARCH_SAMPLES:] if len(sets_SK) >= 2 * SEARCH_SAMPLES else sets_SK
 
 
 def _bytes(manifest: Manifest, kind: UnitKind | Literal["expert"], layer: int) -> int:

@@ -1,9 +1,12 @@
-"""What this machine allows, for `dist-moe plan`: the reading loop and the arithmetic of bench, without a model."""
+"""What machines allow, for `dist-moe plan`: the reading loop and the arithmetic of bench, without a model."""
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -11,7 +14,12 @@ import numpy as np
 from dist_moe.engine.available_memory import available_memory
 from dist_moe.engine.bench_bound import Machine
 from dist_moe.engine.bench_machine import FINALISTS, PASSES, WAYS, columns_in_cache
+from dist_moe.engine.job import Job
+from dist_moe.engine.prediction import Nodes
+from dist_moe.engine.startup import open_exchange
+from dist_moe.errors import UsageError
 from dist_moe.kernels import Kernels, WeightFormat
+from dist_moe.parallel.cores import may_spin, share_cores
 
 _READ_BYTES = 1 << 30
 _SAMPLE_BYTES = 1 << 28  # to choose the best way to read
@@ -20,19 +28,64 @@ _FIRST_ROUNDS = 256
 _TILE_ROWS, _GROUP = 32, 32  # of the matrix in L1
 
 
-def measure_machine(threads: int, fmt: WeightFormat, read: float | None = None) -> tuple[Machine, str]:
+@dataclass(frozen=True)
+class Hosts:
+    """The hosts of a job.
+
+    Attributes:
+        nodes: As many as the job has, each like the slowest of them; the link is measured between them.
+        memory_bytes: That the host with least memory can take.
+    """
+
+    nodes: Nodes
+    memory_bytes: int
+
+
+def measure_hosts(job: Job, threads: int | None, fmt: WeightFormat, read: float | None) -> Hosts:
+    """Measure all hosts of a job at once, and the network between them; collective, equal on all ranks.
+
+    Args:
+        job: Of at least two hosts.
+        threads: Of each rank; None: its share of the host's cores.
+        fmt: The format of the weights, for our matmul.
+        read: Bytes/s of a node that are known already; None measures.
+
+    Raises:
+        AgreedError: All ranks are on one host.
+    """
+    world = job.world
+    with world.together("measuring"):
+        if world.nodes == 1:
+            raise UsageError(
+                f"--net measured: all ranks are on {world.hosts[0]}; start with mpirun on the hosts that shall be "
+                "measured (mpirun -f hosts dist-moe plan ...), or take a net by its name"
+            )
+    own = share_cores(world, job.launcher, threads=threads).threads
+    link = open_exchange(world, may_spin(world, own, os.environ), os.environ).link_costs
+    assert link is not None
+    machine, isa = measure_machine(own, fmt, None if read is None else read / world.local_size, 1 / world.local_size)
+    facts = [machine.read, machine.int8, machine.f32, available_memory().available_bytes, own, isa]
+    ranks = [json.loads(text) for text in world.gather_texts(json.dumps(facts))]
+    hosts = [[ranks[rank] for rank, where in enumerate(world.node_of_rank) if where == n] for n in range(world.nodes)]
+    slowest = Machine(*(min(sum(facts[i] for facts in host) for host in hosts) for i in range(3)))
+    most_ranks, memory_bytes = max(map(len, hosts)), min(facts[3] for facts in ranks)
+    return Hosts(Nodes(world.nodes, most_ranks, ranks[0][4], slowest, link, ranks[0][5]), memory_bytes)
+
+
+def measure_machine(threads: int, fmt: WeightFormat, read: float | None, share: float = 1.0) -> tuple[Machine, str]:
     """Measure with `threads` threads; takes about two seconds.
 
     Args:
         threads: As many as will compute on a node.
         fmt: The format of the weights, for our matmul.
-        read: Bytes/s of a node that are known already; None measures.
+        read: Bytes/s that are known already; None measures.
+        share: Of the memory that is read on this host, where several processes measure at once.
 
     Returns:
         What was found, and the kernels' level.
     """
     with Kernels(threads) as kernels:
-        bytes_per_s = _read_speed(kernels) if read is None else read
+        bytes_per_s = _read_speed(kernels, share) if read is None else read
         matmul = max(
             _best(partial(kernels.matmul_peak, _TILE_ROWS, columns_in_cache(fmt, tokens), tokens, fmt, _GROUP))
             for tokens in (8, 16, 32)
@@ -40,11 +93,11 @@ def measure_machine(threads: int, fmt: WeightFormat, read: float | None = None) 
         return Machine(bytes_per_s, matmul, _best(kernels.f32_peak)), kernels.isa
 
 
-def _read_speed(kernels: Kernels) -> float:
+def _read_speed(kernels: Kernels, share: float) -> float:
     """Bytes per second over anonymous memory, in the best way."""
-    size = _READ_BYTES
+    size = int(_READ_BYTES * share)
     if free := available_memory().available_bytes:
-        size = max(1 << 24, min(size, free // 4))
+        size = max(1 << 24, min(size, int(free * share / 4)))
     data = np.ones(size, np.uint8)
     kernels.read_seconds(data, 4, 0)
     sample = data[:_SAMPLE_BYTES]

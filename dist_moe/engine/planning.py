@@ -250,8 +250,15 @@ def _too_large(
 
 
 def _enough_nodes(manifest: Manifest, ranks: Ranks, workload: Workload, memory_bytes: int) -> int:
-    """The least number of nodes that hold the model; 0 if none does."""
-    for count in range(1, max(manifest.config.heads, manifest.config.experts) + 1):
-        if _fits(least_need(manifest, replace(ranks, nodes=count), workload), memory_bytes):
-            return count
-    return 0
+    """The least number of nodes that hold the model, at most one per query head; 0 if none does."""
+
+    def holds(count: int) -> bool:
+        return _fits(least_need(manifest, replace(ranks, nodes=count), workload), memory_bytes)
+
+    few, enough = 0, manifest.config.heads
+    if not holds(enough):
+        return 0
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        few, enough = (few, middle) if holds(middle) else (middle, enough)
+    return enough

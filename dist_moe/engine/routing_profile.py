@@ -28,6 +28,7 @@ class RoutingProfile:
         tokens: How many were counted.
         counts_LE: int64 [L, E], how often each expert was picked.
         sets_LSK: int16 or int32 [L, S, K], the experts that single tokens picked: an even sample of all of them.
+        assumed: Whether nothing was counted.
     """
 
     origin: str
@@ -35,6 +36,7 @@ class RoutingProfile:
     tokens: int
     counts_LE: npt.NDArray[np.int64]
     sets_LSK: npt.NDArray[np.signedinteger]
+    assumed: bool = False
 
     def load_E(self, index: int) -> npt.NDArray[np.float64]:
         """Each expert's share of the picks in the routed layer `index`; never 0, so that none counts as free."""
@@ -44,7 +46,7 @@ class RoutingProfile:
 
 
 class ProfileCounter:
-    """Adds up steps (a sink of `RoutingRecorder`), keeping every 2^n-th token's picks: as many as there is room for."""
+    """Adds up steps, keeping every 2^n-th token's picks: as many as there is room for."""
 
     def __init__(self, facts: RoutingFacts, most_samples: int = MOST_SAMPLES) -> None:
         """Count for a model; `most_samples` is even."""
@@ -57,8 +59,12 @@ class ProfileCounter:
         self.counts_LE: npt.NDArray[np.int64] = np.zeros((len(self._layers), facts.experts), np.int64)
 
     def add(self, batch: RoutingBatch) -> None:
-        """Take one step."""
-        picked_TLK = batch.experts_TLK[:, self._layers, :]
+        """Take one step (a sink of `RoutingRecorder`)."""
+        self.add_picks(batch.experts_TLK)
+
+    def add_picks(self, experts_TLK: npt.NDArray[np.signedinteger]) -> None:
+        """Take the experts that one step's tokens picked; layers as in the model, dense ones included."""
+        picked_TLK = experts_TLK[:, self._layers, :]
         numbers = picked_TLK.astype(np.int64) + (np.arange(len(self._layers)) * self._experts)[:, np.newaxis]
         self.counts_LE += np.bincount(numbers.ravel(), minlength=self.counts_LE.size).reshape(self.counts_LE.shape)
         for token in range(len(picked_TLK)):
@@ -98,4 +104,4 @@ def assumed_profile(layers: tuple[int, ...], experts: int, picks: int, zipf: flo
     counts = [np.bincount(sets_SK.ravel(), minlength=experts) for sets_SK in sets_LSK]
     origin = f"Zipf routing with exponent {zipf:g}, by chance" if zipf else "all experts equally likely"
     counts_LE = np.stack(counts) if zipf else np.full((len(layers), experts), ASSUMED_SAMPLES, np.int64)
-    return RoutingProfile(origin, layers, ASSUMED_SAMPLES, counts_LE, sets_LSK)
+    return RoutingProfile(origin, layers, ASSUMED_SAMPLES, counts_LE, sets_LSK, assumed=True)

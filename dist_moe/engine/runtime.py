@@ -29,7 +29,7 @@ from dist_moe.engine.schedule import Part, Schedule, count_tokens
 from dist_moe.engine.scrub import start_scrub
 from dist_moe.engine.startup import agreed, log_links, open_exchange
 from dist_moe.engine.statistics import Clock, EngineStatistics, summarize
-from dist_moe.engine.text_logits import text_logits
+from dist_moe.engine.text_reading import read_text
 from dist_moe.engine.timeline import Timeline
 from dist_moe.engine.worker import RowSink, StepResult, Worker
 from dist_moe.kernels import NO_FAULT, Kernels
@@ -215,12 +215,12 @@ class Runtime:
         self._compare_after_idling()
         return search.run(interrupted)
 
-    def logits(self, ids: Sequence[int], sink: RowSink, interrupted: Callable[[], bool] = lambda: False) -> None:
+    def logits(self, ids: Sequence[int], sink: RowSink | None, interrupted: Callable[[], bool] = lambda: False) -> None:
         """Compute the logits at every position of a text; on rank 0 alone.
 
         Args:
             ids: The text.
-            sink: Gets f32 [n, V] for the next n positions, valid only during the call.
+            sink: Gets f32 [n, V] for the next n positions, valid only during the call; None: only the layers run.
             interrupted: Asked after each step whether to give up.
 
         Raises:
@@ -231,7 +231,7 @@ class Runtime:
         """
         check_prompt(ids, self._options.context, self.config)
         self._compare_after_idling()
-        text_logits(self._leader, ids, sink, interrupted)
+        read_text(self._leader, ids, sink, interrupted)
 
     # ---- steps ----
 

@@ -64,7 +64,7 @@ def open_exchange(world: World, spin: bool, environ: Mapping[str, str], wire: st
         partial = SumsCodec(WireFormat[wire.upper()])
         hosts = HostSums(links, partial, partial if partial.rounds else SumsCodec(WireFormat.F32), costs)
     exchange = Exchange(world, hosts) if node is None else NodeExchange(world, node, speakers, hosts)
-    exchange.link_costs = costs
+    exchange.links, exchange.link_costs = links, costs
     return exchange
 
 

@@ -58,16 +58,25 @@ def expected_maximum(sizes: tuple[int, ...], drawn: int) -> float:
 
     Exact: the number of draws with at most m items on each part is a coefficient of a product of polynomials.
     """
-    draws = comb(sum(sizes), drawn)
-    return sum(1.0 - _draws_up_to(sizes, drawn, most) / draws for most in range(drawn))
+    least = -(-drawn // len(sizes))  # some part has so many
+    draws, most = comb(sum(sizes), drawn), float(least)
+    for limit in range(least, min(drawn, max(sizes))):
+        most += 1.0 - _draws_up_to(sizes, drawn, limit) / draws
+    return most
 
 
-def _draws_up_to(sizes: tuple[int, ...], drawn: int, most: int) -> int:
-    ways = [1] + [0] * drawn
+def _draws_up_to(sizes: tuple[int, ...], drawn: int, limit: int) -> int:
+    ways, left = [1], sum(sizes)
     for size in sizes:
-        terms = [comb(size, count) for count in range(min(most, size) + 1)]
-        ways = [sum(ways[n - k] * term for k, term in enumerate(terms) if k <= n) for n in range(drawn + 1)]
-    return ways[drawn]
+        left -= size
+        terms = [comb(size, count) for count in range(min(limit, size) + 1)]
+        # Fewer than this, and the parts that follow cannot hold the rest.
+        fewest = max(0, drawn - left)
+        ways = [
+            sum(ways[n - k] * term for k, term in enumerate(terms) if 0 <= n - k < len(ways)) if n >= fewest else 0
+            for n in range(min(drawn, len(ways) + len(terms) - 2) + 1)
+        ]
+    return ways[drawn] if drawn < len(ways) else 0
 
 
 @lru_cache(maxsize=4096)

@@ -35,7 +35,7 @@ class Worker:
     """One rank's model and the collectives around it. Every method is collective: all ranks call it alike.
 
     Attributes:
-        stopwatch, work_L2: The model's.
+        stopwatch, work_L2, node_speeds: The model's.
     """
 
     def __init__(self, model: Transformer, exchange: Exchange, scrubber: Scrubber | None = None) -> None:
@@ -51,6 +51,7 @@ class Worker:
         self.health = Health(model, exchange, scrubber)
         self._exchange = exchange
         self.stopwatch, self.work_L2 = model.stopwatch, model.work_L2
+        self.node_speeds = model.share.job.speeds
         job, plan, config = model.share.job, model.share.plan, model.config
         self._candidates = CandidateExchange(exchange, model.kernels, job, plan.rank)
         self._vocabulary_counts = [other.vocabulary_rows for other in job.plans]

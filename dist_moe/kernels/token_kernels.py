@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from dist_moe.errors import EnvironmentMismatch
 from dist_moe.kernels.arrays import I32, I64, U8, F32Array, I32Array, I64Array, U8Array
 from dist_moe.kernels.buffers import KvView, Operand
 from dist_moe.kernels.layer_kernels import AttentionLayer, ExpertsLayer, LayerBuffers, LayerKernels
@@ -35,10 +36,10 @@ class TokenKernels(LayerKernels):
         lib.dm_group_tokens(self._context, buffers.struct, buffers.sizes, layer.struct, True, tokens)
 
     @staticmethod
-    def mark_tokens(buffers: LayerBuffers, nodes: int, tokens: int) -> npt.NDArray[np.uint8]:
+    def mark_tokens(buffers: LayerBuffers, tokens: int) -> npt.NDArray[np.uint8]:
         """Which nodes compute some expert of which tokens, after `group_tokens`: uint8 [nodes, T], 0 or 1."""
+        nodes = buffers.picks.nodes
         marks_NT = np.empty((nodes, tokens), np.uint8)
-        assert nodes >= buffers.picks.nodes
         lib.dm_mark_tokens(U8.write(marks_NT, nodes, tokens), buffers.struct, nodes, tokens)
         return marks_NT
 
@@ -121,7 +122,10 @@ class SumRows:
         sums, source = I64.write(self._sums_TD, tokens, model_dim), U8.read(packed, len(packed))
         rows = I32.read(row_N, 0)
         if not lib.dm_add_sum_rows(sums, source, len(packed), rows, len(row_N), model_dim):
-            raise RuntimeError(f"{len(packed)} bytes are not {len(row_N)} packed rows of {model_dim} sums")
+            raise EnvironmentMismatch(
+                f"{len(packed)} bytes from another host are no {len(row_N)} packed rows of {model_dim} sums: the "
+                "network or that host's memory is damaged; check both and start again"
+            )
 
     def _check(self, row_N: I32Array) -> tuple[int, int]:
         tokens, model_dim = self._sums_TD.shape

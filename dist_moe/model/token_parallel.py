@@ -18,7 +18,7 @@ from dist_moe.model.stopwatch import Part, Stopwatch
 from dist_moe.model.weights import LayerWeights
 from dist_moe.model.workspace import Workspace
 from dist_moe.parallel.token_exchange import TokenExchange
-from dist_moe.parallel.token_owners import Owners, RowNumbers, numbers
+from dist_moe.parallel.token_owners import Owners, RowNumbers
 
 
 class TokenPass:
@@ -96,8 +96,6 @@ class TokenPass:
     def _wanted(self, owners: Owners) -> list[RowNumbers]:
         """The tokens that each group of ranks computes some experts of."""
         nodes = self._exchange.node_of_group
-        if self._buffers.picks.nodes <= max(nodes):
-            return [numbers(range(owners.count))] * len(nodes)
-        marks_NT = self._kernels.mark_tokens(self._buffers, max(nodes) + 1, owners.count)
+        marks_NT = self._kernels.mark_tokens(self._buffers, owners.count)
         rows = [np.flatnonzero(marks_T).astype(np.int32) for marks_T in marks_NT]
         return [rows[node] for node in nodes]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, comb
 from typing import Literal, get_args
 
@@ -25,6 +26,7 @@ ROUTING_BYTES = 8.0  # of one choice: the expert's number, and the weight of wha
 PACK_S = 0.35e-9  # to pack one value, or to unpack and add it
 
 LARGEST_STEP_TOKENS = 65536
+LOOKED_AT_TOKENS = 256  # up to here every count is looked at: few tokens do not divide evenly
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Traffic:
         return self.wire_seconds(link) + self.packed * PACK_S
 
 
+@lru_cache(maxsize=64)
 def touch_probability(experts: int, picked: int, nodes: int) -> float:
     """How likely a node owns at least one of the experts that a token picks, if all are equally likely; mean of nodes.
 
@@ -183,15 +186,19 @@ def choose_exchange(tokens: int, table: ExchangeTable) -> ExchangeKind:
 
 
 def _changes(wins: Callable[[int], bool]) -> Iterator[int]:
-    """Where a yes/no function of tokens changes, from no: between powers of two, then halved down to one token."""
-    before, first = False, 0
-    for power in range(LARGEST_STEP_TOKENS.bit_length()):
-        last = 1 << power
-        now = wins(last)
-        if now != before:
-            low, high = first, last
+    """Where a yes/no function of tokens changes, from no: looked at one by one, then between powers of two."""
+    before = False
+    for tokens in range(1, LOOKED_AT_TOKENS + 1):
+        if wins(tokens) != before:
+            before = not before
+            yield tokens
+    first = LOOKED_AT_TOKENS
+    while first < LARGEST_STEP_TOKENS:
+        last = 2 * first
+        if wins(last) != before:
+            before, low, high = not before, first, last
             while high - low > 1:
                 middle = (low + high) // 2
-                low, high = (low, middle) if wins(middle) == now else (middle, high)
+                low, high = (low, middle) if wins(middle) == before else (middle, high)
             yield high
-        before, first = now, last
+        first = last

@@ -15,6 +15,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_moe.parallel.host_exchange import HostExchange
 from dist_moe.parallel.host_sums import HostSums
 from dist_moe.parallel.ledger import Kind, Ledger
 from dist_moe.parallel.probe import LinkCosts
@@ -73,6 +74,7 @@ class Exchange:
     Attributes:
         ledger: When each exchange of this rank began and ended, and what it sent.
         hosts: Exact sums between hosts, on the ranks that speak for one; None: by MPI's own sum.
+        links: Messages between those ranks; None on one host and on ranks that do not speak for theirs.
         link_costs: Of messages between hosts, equal on all ranks; None on one host.
     """
 
@@ -85,6 +87,7 @@ class Exchange:
         """
         self.world = world
         self.hosts = hosts
+        self.links: HostExchange | None = None
         self.link_costs: LinkCosts | None = None
         self.ledger = Ledger(world.progress)
         self._alone = world.size == 1
@@ -135,7 +138,10 @@ class Exchange:
     def token_groups(self) -> TokenGroups:
         """Which ranks share memory, for exchanges of tokens: here none do."""
         members = tuple((rank,) for rank in range(self.world.size))
-        return TokenGroups(members, self.world.node_of_rank, None if self._alone else self.world.comm, None)
+        links = self.links
+        if links is None and not self._alone:  # ranks of one host
+            links = HostExchange(*self._mpi(), self.world.progress, spin=False)
+        return TokenGroups(members, self.world.node_of_rank, links, None)
 
     @noted(Kind.HEADER)
     def post_step(self, header: NDArray[np.int64]) -> None:

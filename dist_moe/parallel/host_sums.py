@@ -17,7 +17,7 @@ from dist_moe.parallel.probe import LinkCosts
 
 Sums = NDArray[np.int64]
 
-# Many sums travel in messages that keep the wire busy for so long, so that packing, the wire and adding overlap: a
+# Many sums travel in messages that keep the wire busy for so long: then packing, the wire and adding overlap. A
 # message costs a rank 30 us. Over 1 Gbit/s (tbf, burst 16 KB) 18 KB at a time reach its rate, 150 KB 3/4 of it.
 _MESSAGE_S = 1.5e-4
 FEWEST_SUMS = 4096

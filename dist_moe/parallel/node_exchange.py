@@ -80,7 +80,7 @@ class NodeExchange(Exchange):
             tuple(rank for rank in range(self.world.size) if nodes[rank] == node) for node in range(self.world.nodes)
         )
         channel = None if self.world.local_size == 1 else self._node
-        return TokenGroups(members, tuple(range(len(members))), self._firsts if self._first else None, channel)
+        return TokenGroups(members, tuple(range(len(members))), self.links, channel)
 
     @noted(Kind.HEADER)
     def post_step(self, header: NDArray[np.int64]) -> None:

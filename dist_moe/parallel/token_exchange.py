@@ -4,27 +4,28 @@ Between hosts each message goes from the first rank of a host to the first rank 
 messages have a size of their own, which the receiver learns from MPI. Inside a host everything goes through its shared
 memory; where that is not to be had, every rank counts as a host of its own.
 
-T tokens · N rows of a list
+T tokens · N rows of a list, or groups
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_moe.parallel.exchange import Exchange, noted
+from dist_moe.parallel.host_exchange import Bytes, Swap
 from dist_moe.parallel.ledger import Kind, Ledger
 from dist_moe.parallel.token_owners import Owners, RowNumbers, deal_tokens, numbers, rows_within
 
-Bytes = NDArray[np.uint8]
-
-# A message is cut into pieces of about so many bytes: MPI counts are C ints.
-PIECE_BYTES = 1 << 28
-
-_TAG = 11
+# As of sums (`host_sums`): a message keeps the wire busy for so long, and some are sent before the first must arrive.
+_MESSAGE_S = 3e-4
+FEWEST_BYTES = 1 << 15
+MOST_BYTES = 1 << 18
+AHEAD = 3
 
 
 class TokenRows(Protocol):
@@ -40,6 +41,14 @@ class TokenRows(Protocol):
         """Take some rows from their bytes: sums are added, anything else is overwritten."""
 
 
+@dataclass(frozen=True)
+class _Slot:
+    """Room for a message to each group and for one from each."""
+
+    outgoing_N: NDArray[np.uint8]
+    incoming_N: NDArray[np.uint8]
+
+
 class TokenExchange:
     """What ranks say to each other about tokens; every method is collective and called alike by all ranks."""
 
@@ -49,7 +58,11 @@ class TokenExchange:
         self._exchange = exchange
         self._alone = exchange.world.size == 1
         self._groups = exchange.token_groups()
-        self._buffers: dict[tuple[str, int], Bytes] = {}
+        self._kept_slots: list[_Slot] = []
+        self._kept_own = np.empty(0, np.uint8)
+        costs = exchange.link_costs
+        wanted = FEWEST_BYTES if costs is None else int(costs.bytes_per_s * _MESSAGE_S)
+        self._message_bytes = min(MOST_BYTES, max(FEWEST_BYTES, wanted))
         self._owners: dict[int, Owners] = {}
         self._speaks = self.world.rank in {members[0] for members in self._groups.members}
         self._channel = self._groups.channel
@@ -149,7 +162,7 @@ class TokenExchange:
         if self._channel is None:
             return
         longest = rows.bound(max(len(run) for run in owners.members))
-        packed = self._buffer("own", 0, longest)
+        packed = self._own_buffer(longest)
         rows.pack(packed, numbers(owners.own))
         gathered = self._channel.gather(packed)
         self.ledger.sent(0, packed.nbytes)
@@ -160,7 +173,7 @@ class TokenExchange:
     def _show_members(self, rows: TokenRows, row_N: RowNumbers) -> None:
         if self._channel is None:
             return
-        packed = self._buffer("own", 0, rows.bound(len(row_N)))
+        packed = self._own_buffer(rows.bound(len(row_N)))
         if self._speaks:
             rows.pack(packed, row_N)
         self._channel.broadcast(packed)
@@ -170,41 +183,60 @@ class TokenExchange:
 
     # ---- between groups ----
 
-    def _swap(self, rows: TokenRows, outgoing: Sequence[RowNumbers], incoming: Sequence[RowNumbers]) -> None:
-        """Send each other group its rows and take those of all others; on the first ranks."""
-        if self._groups.firsts is None:
+    def _swap(self, rows: TokenRows, outgoing_N: Sequence[RowNumbers], incoming_N: Sequence[RowNumbers]) -> None:
+        """Send each other group its rows and take those of all others; on the first ranks.
+
+        Many rows travel in messages that keep the wire busy while the next ones are packed. Both sides of a pair cut
+        its rows alike; a pair may be done before the others.
+        """
+        links = self._groups.links
+        if links is None:
             return
-        most = max(1, PIECE_BYTES // rows.bound(1))
-        # Both sides of a message know how many pieces it has; a pair may be done before the others.
-        for first in range(0, max(len(row_N) for row_N in (*outgoing, *incoming)), most):
-            piece = slice(first, first + most)
-            self._swap_piece(rows, [row_N[piece] for row_N in outgoing], [row_N[piece] for row_N in incoming])
+        row_bytes = rows.bound(1)
+        piece = max(1, self._message_bytes // row_bytes)
+        slots = self._slots(piece * row_bytes)
+        sent_bytes, pieces = links.sent_bytes, -(-max(map(len, (*outgoing_N, *incoming_N))) // piece)
+        swaps: list[Swap] = []
+        for turn in range(pieces + AHEAD):
+            if turn < pieces:
+                swaps.append(self._post(rows, slots[turn % len(slots)], outgoing_N, incoming_N, turn * piece, piece))
+            if turn < AHEAD:
+                continue
+            first = (turn - AHEAD) * piece
+            for peer, length in swaps[turn - AHEAD].finish():
+                received = slots[(turn - AHEAD) % len(slots)].incoming_N[peer][:length]
+                rows.unpack(received, incoming_N[peer][first : first + piece])
+        self.ledger.sent(links.sent_bytes - sent_bytes)
 
-    def _swap_piece(self, rows: TokenRows, outgoing: Sequence[RowNumbers], incoming: Sequence[RowNumbers]) -> None:
-        firsts, mpi = self._groups.firsts, self.world.mpi
-        assert mpi is not None
-        peers = [(firsts.rank + distance) % firsts.size for distance in range(1, firsts.size)]
-        senders = [peer for peer in reversed(peers) if len(incoming[peer])]
-        buffers = [self._buffer("in", peer, rows.bound(len(incoming[peer]))) for peer in senders]
-        receiving = [
-            firsts.Irecv([buffer, mpi.BYTE], peer, _TAG) for peer, buffer in zip(senders, buffers, strict=True)
-        ]
-        sending = []
-        for peer in peers:
-            if len(outgoing[peer]):
-                buffer = self._buffer("out", peer, rows.bound(len(outgoing[peer])))
-                used = rows.pack(buffer, outgoing[peer])
-                sending.append(firsts.Isend([buffer[:used], mpi.BYTE], peer, _TAG))
-                self.ledger.sent(used)
-        status = mpi.Status()
-        for _ in senders:
-            place = mpi.Request.Waitany(receiving, status)
-            rows.unpack(buffers[place][: status.Get_count(mpi.BYTE)], incoming[senders[place]])
-        mpi.Request.Waitall(sending)
+    def _post(
+        self,
+        rows: TokenRows,
+        slot: _Slot,
+        outgoing_N: Sequence[RowNumbers],
+        incoming_N: Sequence[RowNumbers],
+        first: int,
+        count: int,
+    ) -> Swap:
+        links = self._groups.links
+        assert links is not None
+        packed_N: list[Bytes | None] = [None] * links.hosts
+        room_N: list[Bytes | None] = [None] * links.hosts
+        for peer in links.others:
+            if len(row_N := outgoing_N[peer][first : first + count]):
+                packed_N[peer] = slot.outgoing_N[peer][: rows.pack(slot.outgoing_N[peer], row_N)]
+            if len(incoming_N[peer]) > first:
+                room_N[peer] = slot.incoming_N[peer]
+        return links.post(packed_N, room_N)
 
-    def _buffer(self, purpose: str, peer: int, size: int) -> Bytes:
-        """Memory that is kept for its purpose and grows with it."""
-        found = self._buffers.get((purpose, peer))
-        if found is None or found.size < size:
-            found = self._buffers[purpose, peer] = np.empty(size, np.uint8)
-        return found[:size]
+    def _slots(self, size: int) -> list[_Slot]:
+        """Memory for the messages under way, `size` bytes each; it grows to the longest."""
+        if not self._kept_slots or self._kept_slots[0].incoming_N.shape[1] < size:
+            shape = (len(self._groups.members), size)
+            self._kept_slots = [_Slot(np.empty(shape, np.uint8), np.empty(shape, np.uint8)) for _ in range(AHEAD + 1)]
+        return self._kept_slots
+
+    def _own_buffer(self, size: int) -> Bytes:
+        """Memory for what goes through the group's shared memory; it grows with it."""
+        if self._kept_own.size < size:
+            self._kept_own = np.empty(size, np.uint8)
+        return self._kept_own[:size]

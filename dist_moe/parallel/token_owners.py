@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dist_moe.parallel.host_exchange import HostExchange
 from dist_moe.split import contiguous
 
 RowNumbers = npt.NDArray[np.int32]
@@ -25,13 +26,13 @@ class TokenGroups:
     Attributes:
         members: The ranks of each group, the first of which speaks for it; ascending by first rank.
         node_of_group: The host of each group.
-        firsts: The communicator of the groups' first ranks, by group; None on the other ranks and for one group.
+        links: The messages between the groups' first ranks, by group; None on the other ranks and for one group.
         channel: The shared memory of this rank's group; None for a rank alone.
     """
 
     members: tuple[tuple[int, ...], ...]
     node_of_group: tuple[int, ...]
-    firsts: Any
+    links: HostExchange | None
     channel: Any
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import sys
@@ -141,6 +142,17 @@ def test_a_run_writes_a_lane_per_rank(ranks: int, mpirun: MpiRun, environment: d
     assert any(line.startswith("stats: decode: 3 tokens in 3 steps") for line in table)
     assert " is limited by " in table[-1]
     assert any("straggling" in line for line in table) == (ranks > 1)
+
+
+def test_the_table_as_data(mpirun: MpiRun, environment: dict[str, str]) -> None:
+    done = mpirun(2, *PROGRAM, *LINE, "--stats", "--json", env=environment)
+    assert done.code == 0, done.output
+    stats = json.loads(done.stdout)["stats"]
+    assert (stats["decode"]["tokens"], stats["decode"]["steps"]) == (3, 3)
+    assert [rank["host"] for rank in stats["decode"]["ranks"]] == [socket.gethostname()] * 2
+    assert stats["decode"]["exchanges"]["sums"]["calls"] == 3 * 2 * LAYERS
+    assert stats["decode"]["straggling"]["ranks"] >= 1
+    assert min(min(v for v in rank.values() if v != rank["host"]) for rank in stats["prefill"]["ranks"]) >= 0
 
 
 def test_nothing_is_printed_unasked(environment: dict[str, str]) -> None:

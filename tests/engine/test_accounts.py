@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dist_moe.cli.ranks_table import ranks_table
-from dist_moe.engine.accounts import PHASES, WORK, Accounts, max_over_mean, split_notes
+from dist_moe.engine.accounts import PHASES, WORK, Accounts, longest_over_even, max_over_mean, split_notes
 from dist_moe.engine.verdict import token_shares, verdict
 from dist_moe.parallel.clocks import ClockSample
 from dist_moe.parallel.ledger import CAPACITY, STEPS, Kind, Ledger, Notes
@@ -112,6 +112,16 @@ def test_straggling_is_the_mean_over_steps_of_max_over_mean() -> None:
     on_one_node = accounts_of(notes).straggling
     assert on_one_node.of_nodes_PL.tolist() == [[1.0], [1.0]]
     assert max_over_mean(np.array([[0, 3], [0, 1]])).tolist() == [0.0, 1.5]
+
+
+def test_a_node_that_is_given_more_work_may_have_more() -> None:
+    """Of 40 units a node of speed 3 ought to have 30, and the other 10."""
+    speed_N = np.array([3, 1])
+    assert longest_over_even(np.array([[30, 20, 0], [10, 20, 0]]), speed_N).tolist() == [1.0, 2.0, 0.0]
+    accounts = Accounts(2, 1, (0, 1), (1, 3))
+    accounts.add(split_notes(two_steps(), ALIKE, ALIKE))
+    assert accounts.straggling.of_nodes_PL[DECODE].tolist() == [1.0]  # 9 and 27
+    assert accounts.straggling.of_nodes_PL[PREFILL] == pytest.approx([26 / 10])
 
 
 def test_times_of_another_clock_are_brought_to_rank_0s() -> None:

@@ -65,7 +65,8 @@ def on_all_ranks(
 
 
 @pytest.mark.parametrize("layout", ["auto", "whole", "sliced", "shared"])
-def test_generated_text_is_that_of_one_rank(world: World, store: Store, layout: str) -> None:
+@pytest.mark.parametrize("exchange", ["allreduce", "alltoall"])
+def test_generated_text_is_that_of_one_rank(world: World, store: Store, layout: str, exchange: str) -> None:
     requests = [
         Request(random_ids(3 + 20 * i, 300, seed=i), 12, SamplingOptions(temperature=0.4 * i, top_p=0.95, seed=i))
         for i in range(5)
@@ -74,7 +75,8 @@ def test_generated_text_is_that_of_one_rank(world: World, store: Store, layout: 
     def lead(engine: Runtime) -> list[list[int]]:
         return [completion.ids for completion in engine.generate(requests)]
 
-    alone, together = on_all_ranks(world, store, EngineOptions(context=200, experts=layout, prefill_chunk=32), lead)
+    options = EngineOptions(context=200, experts=layout, exchange=exchange, prefill_chunk=32)
+    alone, together = on_all_ranks(world, store, options, lead)
     assert alone == together
 
 
@@ -99,13 +101,16 @@ def test_logits_are_those_of_one_rank(world: World, store: Store) -> None:
     assert np.array_equal(alone, together) if world.is_leader else together is None
 
 
-def test_a_fault_on_the_last_rank_ends_its_sequence_alone(world: World, poisoned_store: Store) -> None:
+@pytest.mark.parametrize("exchange", ["allreduce", "alltoall"])
+def test_a_fault_on_the_last_rank_ends_its_sequence_alone(world: World, poisoned_store: Store, exchange: str) -> None:
     requests = [Request((token, token + 1), 4) for token in range(0, 60, 4)]
 
     def lead(engine: Runtime) -> list[Any]:
         return [(done.ids, done.finish_reason, done.error) for done in engine.generate(requests)]
 
-    alone, together = on_all_ranks(world, poisoned_store, EngineOptions(context=50, experts="whole"), lead)
+    alone, together = on_all_ranks(
+        world, poisoned_store, EngineOptions(context=50, experts="whole", exchange=exchange), lead
+    )
     assert alone == together
     if together is not None:
         reasons = [reason for _, reason, _ in together]

@@ -12,12 +12,14 @@ import pytest
 
 from dist_moe.engine.agreement import StartRecord
 from dist_moe.engine.available_memory import AvailableMemory, available_memory, is_in_memory
+from dist_moe.engine.inventory import holdings_of
 from dist_moe.engine.memory import Demand, check_memory, host_need
 from dist_moe.engine.request import Request
 from dist_moe.kernels import KvFormat, Operand
 from dist_moe.model.workspace import workspace_bytes
-from dist_moe.parallel.plan import EXPERT_LAYOUTS, Plan
+from dist_moe.parallel.plan import EXPERT_LAYOUTS, Plan, plan_job
 from dist_moe.parallel.world import AgreedError, World
+from dist_moe.store.placement import indices_of
 from dist_moe.store.reader import Store
 from dist_moe.store.units import UNIT_KINDS, unit_bytes
 from helpers.plans import job_of
@@ -101,6 +103,25 @@ def test_hosts_divide_the_weights(store: Store, layout: str) -> None:
     halves = [host_need(store.manifest, plans[i : i + 2], [1] * 2, DEMAND) for i in (0, 2)]
     assert sum(half.weights_bytes - common_bytes for half in halves) == whole.weights_bytes - common_bytes
     assert sum(half.kv_bytes for half in halves) == whole.kv_bytes
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+def test_a_host_counts_what_its_own_shards_hold(make_store, source: Path, layout: str) -> None:
+    """Host a has shards 1 and 3 of four, host b the other two: each maps the bytes of its units and the common file."""
+    manifest = make_store(source, "q4", nodes=4).manifest
+    shards = (frozenset({0, 2}), frozenset({1, 3}))
+    held = holdings_of(manifest, shards)
+    job = plan_job(manifest.config, manifest.group_size, layout, node_of_rank=[0, 0, 1], holdings=held)
+    common_bytes = manifest.files[0].file_bytes
+    for node, numbers in enumerate(shards):
+        units_bytes = sum(
+            len(set().union(*(indices_of(manifest.shards[shard].runs(kind, layer)).tolist() for shard in numbers)))
+            * unit_bytes(manifest.config, manifest.format, manifest.group_size, kind, layer)
+            for kind in UNIT_KINDS
+            for layer in range(manifest.config.layers if kind != "vocabulary" else 1)
+        )
+        plans = job.of_node(node)
+        assert host_need(manifest, plans, [1] * len(plans), DEMAND).weights_bytes == units_bytes + common_bytes
 
 
 def two_hosts() -> World:

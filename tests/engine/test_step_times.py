@@ -93,3 +93,30 @@ def test_the_table_adds_up_prefill_and_decode() -> None:
     assert rows["all"] == ["28.000", "2.8000", "100.0%", "56.000", "14.0000", "100.0%"]
     line = step_line(3, StepTimes(1, 2, (0.001, *[0.0] * (len(Part) - 1))))
     assert line == "timing: step 3, 1 prompt and 2 decoded tokens: 1.000 ms: embedding 1.000"
+
+
+def test_notes_cost_no_clock_per_layer(make_store, make_engine, tiny_directory: Path, monkeypatch) -> None:
+    """What is always on reads the clock three times a step of one rank alone; a timeline once more for each part."""
+    engine = make_engine(make_store(tiny_directory, "q8"))
+    reads: list[str] = []
+    original = time.perf_counter_ns
+
+    def counted() -> int:
+        reads.append("read")
+        return original()
+
+    request = Request((1, 2, 3), 4)  # 4 steps
+    engine.generate([request])
+    monkeypatch.setattr("time.perf_counter_ns", counted)
+    engine.generate([request])
+    assert len(reads) == 3 * 4
+    reads.clear()
+    with engine.timeline():
+        reads.clear()
+        engine.generate([request])
+        in_steps = len(reads)
+    layers = engine.config.layers
+    assert in_steps >= 4 * (3 + 4 * layers)
+    reads.clear()
+    engine.generate([request])
+    assert len(reads) == 3 * 4

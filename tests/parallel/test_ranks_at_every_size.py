@@ -26,8 +26,8 @@ def with_mpi(mpirun: MpiRun, ranks: int, *arguments: str, wait_s: int = 120) -> 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
 def test_the_exchanges_pass_on_every_number_of_ranks(mpirun: MpiRun, ranks: int) -> None:
-    files = [str(TESTS / "parallel" / name) for name in ("test_ranks.py", "test_host_sums.py")]
-    done = with_mpi(mpirun, ranks, *files)
+    files = ("test_ranks.py", "test_host_sums.py", "test_token_exchange.py")
+    done = with_mpi(mpirun, ranks, *(str(TESTS / "parallel" / name) for name in files))
     assert done.code == 0, done.output
     assert done.stdout.count("test session starts") == 1, done.output
     title = "Open MPI v" if flavour() == "openmpi" else "MPICH "

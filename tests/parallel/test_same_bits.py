@@ -54,6 +54,19 @@ def test_every_combination_gives_the_committed_bits(ranks: int, stores: Path, mp
         assert len(combinations) >= 48
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
+def test_steps_that_are_partitioned_by_tokens_give_the_committed_bits(ranks: int, stores: Path, mpirun) -> None:
+    result = mpirun(ranks, sys.executable, ROOT / "helpers" / "partitioned_bits.py", stores, timeout_s=240)
+    assert result.code == 0, result.stderr
+    hashes = json.loads(result.stdout.splitlines()[-1])["hashes"]
+    committed = json.loads(COMMITTED.read_text())
+    assert set(hashes) == set(committed)
+    for name, combinations in hashes.items():
+        wrong = [combination for combination, found in combinations.items() if found != committed[name]]
+        assert not wrong, f"{name}, {ranks} ranks: {len(wrong)} of {len(combinations)}, such as {wrong[0]}"
+        assert len(combinations) >= 8
+
+
 def test_a_job_whose_ranks_were_told_different_levels(mpirun, tmp_path: Path) -> None:
     """One command, and each rank's own DIST_MOE_ISA: every level of this machine, the best one leading."""
     ids = ",".join(map(str, range(1, 71)))  # enough tokens for the kernels that take many at once

@@ -20,10 +20,11 @@ forks = st.builds(Fork, ids, ids, ids)
     valid=ids,
     released=st.lists(ids, max_size=4).map(tuple),
     forked=st.lists(forks, max_size=4).map(tuple),
+    partitioned=st.booleans(),
 )
-def test_unpack_is_the_inverse_of_pack(parts, rows, full, valid, released, forked) -> None:
+def test_unpack_is_the_inverse_of_pack(parts, rows, full, valid, released, forked, partitioned) -> None:
     temperatures = tuple(float(np.float32(row / 7)) for row in rows)
-    step = Step(parts, rows, temperatures, full, valid, released, forked)
+    step = Step(parts, rows, temperatures, full, valid, released, forked, partitioned=partitioned)
     assert Step.unpack(step.pack()) == step
 
 

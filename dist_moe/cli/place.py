@@ -1,0 +1,177 @@
+"""`dist-moe place`: which node gets which experts, heads and vocabulary blocks, into placement.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dist_moe.cli.values import Number, OneOf, PathName, Whole, WholeList
+from dist_moe.errors import UsageError
+from dist_moe.files import require_writable, write_errors
+from dist_moe.parallel.launcher import detect_launcher
+
+if TYPE_CHECKING:
+    from dist_moe.engine.placement_report import Straggling
+    from dist_moe.engine.routing_profile import RoutingProfile
+    from dist_moe.store.manifest import Manifest
+    from dist_moe.store.placement import Placement
+
+LARGEST_WEIGHT = 1 << 20
+MOST_NODES = 4096
+
+
+@click.command("place")
+@click.argument("model", required=False, metavar="[MODEL]", type=PathName())
+@click.option("--nodes", type=Whole(min=1, max=MOST_NODES), help="Hosts.  [default: as many as --weights]")
+@click.option(
+    "--weights",
+    metavar="3,3,2,1",
+    type=WholeList(1, LARGEST_WEIGHT),
+    help="How much work each node does in the same time, such as the GB/s that dist-moe bench reads there."
+    "  [default: all alike]",
+)
+@click.option(
+    "--profile",
+    "profile_file",
+    metavar="FILE.npz",
+    type=PathName(),
+    help="Routing, as dist-moe profile or run --routing wrote it.  [default: all experts equally likely]",
+)
+@click.option(
+    "--zipf", type=Number(min=0, max=4), help="Without a profile: skewed routing by chance, to try things out."
+)
+@click.option(
+    "--budget",
+    default="2x",
+    show_default=True,
+    metavar="2x|12GB",
+    help="Copies of the experts over all nodes, or what each node's shard may take (GB is 10^9 bytes); the KV cache "
+    "and the common file come on top.",
+)
+@click.option("--quant", type=OneOf(["f32", "bf16", "q8", "q4"]), help="Format, for a model that is no store yet.")
+@click.option("-o", "--output", metavar="placement.json", type=PathName(), help="Where the placement goes.")
+@click.option("--simulate", is_flag=True, help="Report the expected straggling without and with the placement.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def place(
+    model: str | None,
+    nodes: int | None,
+    weights: str | None,
+    profile_file: str | None,
+    zipf: float | None,
+    budget: str,
+    quant: str | None,
+    output: str | None,
+    simulate: bool,
+    as_json: bool,
+) -> None:
+    """Decide what each node gets of MODEL: hot experts go to several nodes, so that all are alike busy at each token.
+
+    MODEL is a store, a Hugging Face directory, a GGUF file or a file of configs/ (default: the bundled demo). Obeyed by
+    dist-moe shard --placement. Straggling is the busiest node's time with experts over the mean of all; 1 is best.
+
+    \b
+    Examples:
+      dist-moe place Qwen3-30B-A3B/ --nodes 4 --profile routing.npz --budget 12GB -o placement.json
+      dist-moe place configs/qwen3-30b-a3b.toml --nodes 4 --zipf 1 --simulate
+    """  # noqa: D301  click wants the character
+    if not detect_launcher(os.environ).is_first:
+        return
+    from dist_moe.demo import demo_model_directory
+    from dist_moe.engine.placement_report import simulate_straggling
+    from dist_moe.engine.placing import parse_budget, place_model
+    from dist_moe.engine.planning import describe_model
+    from dist_moe.store.placement_json import render_placement
+
+    node_weights = _weights(nodes, weights)
+    amount = parse_budget(budget)
+    if output is None and not simulate:
+        raise UsageError("place: neither -o placement.json nor --simulate is given: nothing would come of it")
+    if output is not None:
+        require_writable(Path(output))
+    manifest = describe_model(model or str(demo_model_directory()), quant)
+    routing = _routing(manifest, profile_file, zipf)
+    placement = place_model(manifest, routing, node_weights, amount, _show_progress)
+    found = simulate_straggling(manifest, routing, placement) if simulate and routing is not None else []
+    if output is not None:
+        with write_errors(Path(output)):
+            Path(output).write_text(render_placement(placement), encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps(_as_json(manifest, routing, placement, found)))
+        return
+    click.echo("\n".join(_as_text(manifest, routing, placement, found)))
+    if output is not None:
+        source = [] if model is None else ["MODEL" if model.endswith(".toml") else model]
+        click.echo(f"next: {shlex.join(['dist-moe', 'shard', *source, '--placement', output])}")
+
+
+def _weights(nodes: int | None, weights: str | None) -> tuple[int, ...]:
+    if weights is None and nodes is None:
+        raise UsageError("place: how many nodes? Give --nodes N, or --weights with a number for each")
+    given = tuple(int(number) for number in weights.split(",")) if weights else (1,) * (nodes or 1)
+    if nodes is not None and len(given) != nodes:
+        raise UsageError(f"--weights {weights}: {len(given)} numbers for {nodes} nodes: give one for each")
+    return given
+
+
+def _routing(manifest: Manifest, profile_file: str | None, zipf: float | None) -> RoutingProfile | None:
+    from dist_moe.cli.profile_file import read_profile
+    from dist_moe.engine.placing import routed_layers
+    from dist_moe.engine.routing_profile import assumed_profile
+
+    config = manifest.config
+    if profile_file is not None and zipf is not None:
+        raise UsageError("--zipf is for trying out without a --profile: give one of them")
+    layers = routed_layers(config)
+    if not layers:
+        if profile_file is not None or zipf is not None:
+            raise UsageError("--profile, --zipf: this model has no experts: leave them out")
+        return None
+    if profile_file is not None:
+        return read_profile(Path(profile_file), config)
+    return assumed_profile(layers, config.experts, config.experts_per_token, zipf or 0.0)
+
+
+def _show_progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        click.echo(f"\rplacing layer {done} of {total}", nl=done == total, err=True)
+
+
+def _as_json(
+    manifest: Manifest, routing: RoutingProfile | None, placement: Placement, found: list[Straggling]
+) -> dict[str, Any]:
+    from dist_moe.engine.placement_report import node_facts
+
+    return {
+        "model": manifest.source_name,
+        "routing": routing.origin if routing else None,
+        "tokens": routing.tokens if routing else 0,
+        "nodes": [vars(facts) for facts in node_facts(manifest, placement)],
+        "straggling": [vars(result) for result in found],
+    }
+
+
+def _as_text(
+    manifest: Manifest, routing: RoutingProfile | None, placement: Placement, found: list[Straggling]
+) -> list[str]:
+    from dist_moe.engine.placement_report import node_facts
+
+    counted = f"{routing.tokens} tokens of {routing.origin}" if routing else "this model has no experts"
+    if routing is not None and routing.assumed:
+        counted = f"assumed, {routing.origin}"
+    lines = [f"{manifest.source_name} on {len(placement.shards)} nodes; routing: {counted}", ""]
+    lines.append("node  weight  heads  vocabulary blocks  experts per layer       shard")
+    for number, facts in enumerate(node_facts(manifest, placement), 1):
+        lines.append(
+            f"{number:4}  {facts.weight:6}  {facts.heads:5}  {facts.vocabulary_blocks:17}  "
+            f"{facts.experts_per_layer:17.1f}  {facts.shard_bytes / 1e9:7.2f} GB"
+        )
+    if found:
+        lines += ["", "straggling, expected: tokens per step  without placement  with it"]
+        lines += [f"{result.batch:37}  {result.before:17.3f}  {result.after:7.3f}" for result in found]
+    return lines
