@@ -26,7 +26,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.engine.placing import expected_straggling, parse_budget, place_model, placed, unplaced
+from dist_moe.engine.placement_report import expected_straggling, placed, unplaced
+from dist_moe.engine.placing import parse_budget, place_model
 from dist_moe.engine.request import Request, SamplingOptions
 from dist_moe.engine.routing_facts import routing_facts
 from dist_moe.engine.routing_profile import ProfileCounter, RoutingProfile
