@@ -13,7 +13,7 @@ import click
 
 from dist_moe.cli.values import Number, OneOf, PathName, Whole, WholeList
 from dist_moe.errors import UsageError
-from dist_moe.files import require_writable, write_errors
+from dist_moe.files import NewFile, require_writable
 from dist_moe.parallel.launcher import detect_launcher
 
 if TYPE_CHECKING:
@@ -114,8 +114,9 @@ def place(
     placement = place_model(manifest, routing, node_weights, amount, _show_progress)
     found = simulate_straggling(manifest, routing, placement) if simulate and routing is not None else []
     if output is not None:
-        with write_errors(Path(output)):
-            Path(output).write_text(render_placement(placement), encoding="utf-8")
+        with NewFile(Path(output)) as file:
+            file.write(render_placement(placement).encode())
+            file.commit()
     if as_json:
         click.echo(json.dumps(_as_json(manifest, routing, placement, found)))
         return
