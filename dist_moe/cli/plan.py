@@ -135,9 +135,10 @@ def _plan_like_this(options: PlanOptions) -> str:
     """For nodes like this machine, but for what the options say."""
     from dist_moe.engine.available_memory import available_memory
     from dist_moe.engine.plan_machine import measure_machine
-    from dist_moe.engine.planning import Ranks, check_request, describe_model
+    from dist_moe.engine.planning import Ranks, check_request
     from dist_moe.engine.prediction import Nodes
     from dist_moe.parallel.cost import PRESET_LINKS
+    from dist_moe.store.described import describe_model
 
     manifest = describe_model(options.model, options.quant)
     workload = _workload(options, manifest)
@@ -155,8 +156,9 @@ def _plan_on_hosts(options: PlanOptions) -> None:
     """For the hosts of this job, all ranks of which measure."""
     from dist_moe.engine.job import Job
     from dist_moe.engine.plan_machine import measure_hosts
-    from dist_moe.engine.planning import Ranks, check_request, describe_model
+    from dist_moe.engine.planning import Ranks, check_request
     from dist_moe.kernels import WeightFormat
+    from dist_moe.store.described import describe_model
 
     job = Job(options.threads, START_TIMEOUT_S, lambda _: STALL_TIMEOUT_S)
     try:

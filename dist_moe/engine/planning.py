@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from dist_moe import files
-from dist_moe.checkpoint.model_toml import read_model_toml
-from dist_moe.checkpoint.source import open_source
 from dist_moe.engine.memory import Demand, MemoryNeed, host_need
 from dist_moe.engine.prediction import Nodes, Predictor, Split, StepCost
 from dist_moe.engine.record import show_bytes
 from dist_moe.errors import UsageError
-from dist_moe.kernels import WeightFormat
 from dist_moe.model.step import MAX_LOGIT_ROWS
 from dist_moe.parallel.cost import EXCHANGES, ExchangeKind
 from dist_moe.parallel.plan import plan_job
-from dist_moe.store.manifest import MANIFEST_NAME, Manifest, read_manifest
-from dist_moe.store.models import find_model
-from dist_moe.store.plan import StoreOptions, plan_store
-from dist_moe.store.synthetic import synthetic_model
+from dist_moe.store.manifest import Manifest
 
 ANSWER_TOKENS = 256  # of the request whose time decides which way is best
 
@@ -123,28 +115,6 @@ class PlanReport:
         for fewer, more in zip(self.best, self.best[1:], strict=False):
             if more.decode_tokens_per_s() < fewer.decode_tokens_per_s():
                 yield fewer, more
-
-
-def describe_model(model: str, quant: str | None) -> Manifest:
-    """What a model's store is, or would be, without reading a weight.
-
-    Args:
-        model: A store, a Hugging Face directory, a GGUF file or a file of configs/.
-        quant: The format of the weights, where it is not decided yet.
-
-    Raises:
-        UsageError: The path is none of them, or `quant` contradicts the store.
-        CheckpointError, StoreError: The model's files are damaged or not supported.
-    """
-    path = Path(model)
-    if path.suffix == ".toml" and files.is_file(path):
-        fmt = WeightFormat.parse(quant or "q4")
-        plan = plan_store(synthetic_model(read_model_toml(path), path.stem, None), StoreOptions(format=fmt))
-        return replace(plan, source_name=path.stem)
-    source = find_model(model, quant, "")
-    if source.format is None:
-        return read_manifest(source.path / MANIFEST_NAME)
-    return plan_store(open_source(source.path), StoreOptions(format=source.format))
 
 
 def check_request(

@@ -24,6 +24,8 @@ QUANTIZED_OPERAND_BYTES = 1.125  # of a value that a kernel takes: int8, and one
 FLOAT_OPERAND_BYTES = 4.0
 ROUTING_BYTES = 8.0  # of one choice: the expert's number, and the weight of what it makes
 PACK_S = 0.35e-9  # to pack one value, or to unpack and add it
+SUM_CALL_S = 50e-6  # of a sum over nodes beside wire and packing: calls, and speakers that wait for each other
+TOKEN_CALL_S = 90e-6  # likewise of one exchange of tokens, which finds out who needs which
 
 LARGEST_STEP_TOKENS = 65536
 LOOKED_AT_TOKENS = 256  # up to here every count is looked at: few tokens do not divide evenly
@@ -81,27 +83,34 @@ class Traffic:
         bytes: On the wire.
         phases: Exchanges one after another; each pays the link's latency.
         packed: Values that the node packs and unpacks.
+        calls_s: Seconds of the software around all that.
     """
 
     bytes: float = 0.0
     phases: float = 0.0
     packed: float = 0.0
+    calls_s: float = 0.0
 
     def __add__(self, other: Traffic) -> Traffic:
         """One after the other."""
-        return Traffic(self.bytes + other.bytes, self.phases + other.phases, self.packed + other.packed)
+        return Traffic(
+            self.bytes + other.bytes,
+            self.phases + other.phases,
+            self.packed + other.packed,
+            self.calls_s + other.calls_s,
+        )
 
     def __mul__(self, count: float) -> Traffic:
         """As often as `count`."""
-        return Traffic(self.bytes * count, self.phases * count, self.packed * count)
+        return Traffic(self.bytes * count, self.phases * count, self.packed * count, self.calls_s * count)
 
     def wire_seconds(self, link: LinkCosts) -> float:
         """Latencies and bytes / rate."""
         return link.seconds(self.phases, self.bytes)
 
     def seconds(self, link: LinkCosts) -> float:
-        """The wire's time and that of packing."""
-        return self.wire_seconds(link) + self.packed * PACK_S
+        """The wire's time, and that of packing and calls."""
+        return self.wire_seconds(link) + self.packed * PACK_S + self.calls_s
 
 
 @lru_cache(maxsize=64)
@@ -123,9 +132,9 @@ def sum_traffic(values: float, nodes: int, link: LinkCosts) -> Traffic:
     if nodes == 1:
         return Traffic()
     others = nodes - 1
-    one_phase = Traffic(others * values * SUM_BYTES, 1, 2 * others * values)
+    one_phase = Traffic(others * values * SUM_BYTES, 1, 2 * others * values, SUM_CALL_S)
     share = others / nodes * values
-    two_phases = Traffic(share * (SUM_BYTES + RESULT_BYTES), 2, 2 * share)
+    two_phases = Traffic(share * (SUM_BYTES + RESULT_BYTES), 2, 2 * share, SUM_CALL_S)
     return one_phase if one_phase.wire_seconds(link) <= two_phases.wire_seconds(link) else two_phases
 
 
@@ -146,11 +155,12 @@ def alltoall_layer(shape: WireShape, nodes: int, tokens: int, dense: bool = Fals
     rows = (nodes - 1) * ceil(tokens / nodes)
     values = rows * shape.model_dim
     touched = 1.0 if dense else touch_probability(shape.experts, shape.experts_per_token, nodes)
-    gathered = Traffic(values * shape.operand_bytes, 1)
-    scattered = Traffic(values * SUM_BYTES, 1, 2 * values)
-    routed = Traffic() if dense else Traffic(rows * shape.experts_per_token * ROUTING_BYTES, 1)
-    dispatched = Traffic(values * touched * shape.operand_bytes, 1)
-    returned = Traffic(values * touched * SUM_BYTES, 1, 2 * values * touched)
+    call_s = TOKEN_CALL_S
+    gathered = Traffic(values * shape.operand_bytes, 1, 0, call_s)
+    scattered = Traffic(values * SUM_BYTES, 1, 2 * values, call_s)
+    routed = Traffic() if dense else Traffic(rows * shape.experts_per_token * ROUTING_BYTES, 1, 0, call_s)
+    dispatched = Traffic(values * touched * shape.operand_bytes, 1, 0, call_s)
+    returned = Traffic(values * touched * SUM_BYTES, 1, 2 * values * touched, call_s)
     return gathered + scattered + routed + dispatched + returned
 
 

@@ -33,6 +33,9 @@ from helpers.start_record import RECORD
 CHUNK = 7
 RESTORED = 77  # the name of a sequence that gets the K and V of another
 
+# Layout of experts, and whether each token's residual is on one rank alone.
+WAYS = (("auto", False), ("auto", True), ("whole", False), ("sliced", False))
+
 # By number of ranks: the node of each rank, and the shards of each node.
 CASES: dict[int, list[tuple[tuple[int, ...], tuple[str, ...]]]] = {
     1: [((0,), ("0-1-2-3",))],
@@ -82,7 +85,9 @@ def candidates_hash(worker: Worker, vocabulary: int) -> str:
     return digest.hexdigest()
 
 
-def run_case(world: World, kernels: Kernels, stores: Path, shards: Sequence[str], layout: str) -> dict[str, str]:
+def run_case(
+    world: World, kernels: Kernels, stores: Path, shards: Sequence[str], layout: str, partitioned: bool
+) -> dict[str, str]:
     """The hashes of one case and the layout that was taken."""
     store = Store.open(stores / shards[world.node], with_text=False)
     records = [RECORD] * world.size
@@ -90,7 +95,7 @@ def run_case(world: World, kernels: Kernels, stores: Path, shards: Sequence[str]
     exchange = open_exchange(world, may_spin(world, 1, os.environ), {})
     worker = Worker(Transformer(store, job, exchange, kernels, KvFormat.F16, 256), exchange)
     vocabulary = store.config.vocabulary
-    found = {"logits": logits_hash(worker, CHUNK, True, vocabulary)}
+    found = {"logits": logits_hash(worker, CHUNK, True, vocabulary, partitioned)}
     found["kv"], rows = kv_hash(worker, SEQUENCE, world.is_leader)
     worker.kv.scatter(RESTORED, TOKENS, (lambda layer, first, stop: rows[layer][first:stop]) if rows else None)
     found["restored kv"] = kv_hash(worker, RESTORED, world.is_leader)[0]
@@ -105,9 +110,9 @@ def main() -> None:
     stores, kernels = Path(sys.argv[1]), Kernels(1)
     found = {}
     for node_of_rank, shards in CASES[world.size]:
-        for layout in ("auto", "sliced"):
-            name = f"{node_of_rank} {shards} {layout}"
-            found[name] = run_case(on_nodes(world, node_of_rank), kernels, stores, shards, layout)
+        for layout, partitioned in WAYS:
+            name = f"{node_of_rank} {shards} {layout}{', tokens partitioned' if partitioned else ''}"
+            found[name] = run_case(on_nodes(world, node_of_rank), kernels, stores, shards, layout, partitioned)
     if world.is_leader:
         print(json.dumps(found))
     world.finalize()

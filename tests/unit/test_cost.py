@@ -13,6 +13,8 @@ from dist_moe.parallel.cost import (
     LOOKED_AT_TOKENS,
     PACK_S,
     PRESET_LINKS,
+    SUM_CALL_S,
+    TOKEN_CALL_S,
     ExchangeKind,
     ExchangeTable,
     LinkCosts,
@@ -52,12 +54,12 @@ def test_how_likely_a_node_is_touched(experts: int, picked: int, nodes: int, pro
 
 def test_two_nodes_add_one_token_in_one_phase() -> None:
     # 2048 values of 4.5 bytes: 45 us + 9216 B / 117 MB/s = 124 us; two phases 90 us + 8704 B / 117 MB/s = 164 us.
-    assert sum_traffic(2048, 2, GIGABIT) == Traffic(bytes=9216, phases=1, packed=4096)
+    assert sum_traffic(2048, 2, GIGABIT) == Traffic(bytes=9216, phases=1, packed=4096, calls_s=SUM_CALL_S)
 
 
 def test_four_nodes_add_one_token_in_two_phases() -> None:
     # One phase 45 us + 3 x 9216 B / 117 MB/s = 281 us; two 90 us + 3/4 x 2048 x 8.5 B / 117 MB/s = 202 us.
-    assert sum_traffic(2048, 4, GIGABIT) == Traffic(bytes=13056, phases=2, packed=3072)
+    assert sum_traffic(2048, 4, GIGABIT) == Traffic(bytes=13056, phases=2, packed=3072, calls_s=SUM_CALL_S)
 
 
 def test_a_layer_by_allreduce_is_two_sums() -> None:
@@ -70,7 +72,7 @@ def test_a_layer_by_alltoall() -> None:
     # 5/6 of operand and sums again: 60 and 240.
     traffic = alltoall_layer(SMALL, 2, 4)
     assert traffic.bytes == pytest.approx(72 + 288 + 32 + 60 + 240)
-    assert traffic.phases == 5
+    assert (traffic.phases, traffic.calls_s) == (5, pytest.approx(5 * TOKEN_CALL_S))
     assert traffic.packed == pytest.approx(2 * 64 * (1 + 5 / 6))
     dense = alltoall_layer(SMALL, 2, 4, dense=True)
     assert (dense.bytes, dense.phases) == (72 + 288 + 72 + 288, 4)
@@ -88,9 +90,9 @@ def test_a_step_is_its_layers() -> None:
 
 
 def test_seconds_are_latencies_bytes_and_packing() -> None:
-    traffic = Traffic(bytes=1000, phases=3, packed=1e6)
+    traffic = Traffic(bytes=1000, phases=3, packed=1e6, calls_s=0.25)
     assert traffic.wire_seconds(LinkCosts(2e-3, 1e6)) == pytest.approx(7e-3)
-    assert traffic.seconds(LinkCosts(2e-3, 1e6)) == pytest.approx(7e-3 + 1e6 * PACK_S)
+    assert traffic.seconds(LinkCosts(2e-3, 1e6)) == pytest.approx(7e-3 + 1e6 * PACK_S + 0.25)
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
