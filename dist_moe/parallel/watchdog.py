@@ -258,9 +258,11 @@ class _Follower(_Watcher):
             )
 
     def _judge_alone(self, own: Report) -> None:
-        if own.phase.timed and own.still_s >= self._patience_s + _STAGGER_S:
-            waits = "waits for other ranks" if own.waiting else "is stuck"
-            self._end(f"{self._here} {waits} in {own.place} for {self._timeout_s:g} s (--stall-timeout)")
+        if not own.phase.timed or own.still_s < self._patience_s + (_LEAVING_S if self._leaving else _STAGGER_S):
+            return
+        waits = "waits for other ranks" if own.waiting else "is stuck"
+        line = f"{self._here} {waits} in {own.place} for {self._timeout_s:g} s (--stall-timeout)"
+        self._end("" if self._leaving else line)  # who ends the job has said why
 
     def _lose(self) -> None:
         self._channel = None

@@ -110,9 +110,9 @@ def test_a_stopped_first_rank_is_missed_on_the_other_host(cluster: Cluster) -> N
 def test_a_killed_rank(cluster: Cluster, ranks: tuple[int, int], rank: int, host: int) -> None:
     ended = end(cluster, lambda job: job.hit(job.ranks()[rank], signal.SIGKILL), ranks)
     if flavour() == "openmpi":
-        assert ended.code == 137, ended
-        assert f"process rank {rank} with PID" in ended.stderr
-        assert f"on node host{host} exited on" in ended.stderr
+        # prterun is first and names the rank, or Open MPI in a rank whose peer is gone: "Socket closed".
+        named = f"process rank {rank} with PID" in ended.stderr and f"on node host{host} exited on" in ended.stderr
+        assert (ended.code == 137 and named) or (ended.code == 14 and "Socket closed" in ended.stderr), ended
     else:
         assert ended.code in (9, 255), ended  # Hydra ends in one way or another when ranks are on several hosts
         assert only_line(ended) == DIED.format(rank, host), ended

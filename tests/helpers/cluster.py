@@ -166,6 +166,12 @@ class Cluster:
                 words += ["-x", name]
         return self.on(at, launching.mpirun_path(), *words)
 
+    def launcher_variables(self) -> dict[str, str]:
+        """What lets a mpirun that somebody else starts find its way to the hosts."""
+        if launching.flavour() == "mpich":
+            return {"HYDRA_LAUNCHER": "ssh", "HYDRA_LAUNCHER_EXEC": str(self.ssh), "HYDRA_IFACE": INTERFACE}
+        return {"PRTE_MCA_plm_ssh_agent": str(self.ssh), "PRTE_MCA_rmaps_default_mapping_policy": "slot:oversubscribe"}
+
     @property
     def ssh(self) -> Path:
         """What launchers call instead of ssh."""
