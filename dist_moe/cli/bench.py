@@ -14,10 +14,11 @@ import click
 from dist_moe.checkpoint.model_toml import read_model_toml
 from dist_moe.cli import config_file
 from dist_moe.cli.bench_output import Facts, render
-from dist_moe.cli.config_file import option
+from dist_moe.cli.config_file import flag, option
 from dist_moe.cli.job import Setting, run_job
 from dist_moe.cli.models import find_model
 from dist_moe.cli.options import BenchOptions, model_options
+from dist_moe.cli.ranks_table import ranks_table
 from dist_moe.cli.values import Number, OneOf, PathName, Whole, WholeList, numbers
 from dist_moe.engine.bench import LARGEST_SHARE, Bench, BenchPlan, BenchReport, Case
 from dist_moe.engine.runtime import Runtime
@@ -39,6 +40,7 @@ class BenchTask:
     format: str
     interrupted: Callable[[], bool]
     start_s: float  # from the process's begin until the task was made, before any weight was read
+    stats: bool = False
 
     @property
     def context(self) -> int:
@@ -54,6 +56,8 @@ class BenchTask:
         """
         report = Bench(engine, self.plan, _show, self.interrupted).run()
         click.echo(render(self.format, report, Facts.of(engine, self.plan, self.start_s)))
+        if self.stats:
+            click.echo("\n".join(ranks_table(engine.accounts(), engine.hosts)), err=True)
         refuse_impossible(report)
 
 
@@ -83,7 +87,7 @@ def make_task(options: BenchOptions, setting: Setting) -> BenchTask:
         kv=KvFormat.parse(options.kv),
         seed=options.seed,
     )
-    return BenchTask(plan, options.format, setting.interrupted, process_seconds())
+    return BenchTask(plan, options.format, setting.interrupted, process_seconds(), options.stats)
 
 
 def plan_cases(options: BenchOptions, config: ModelConfig) -> tuple[Case, ...]:
@@ -193,6 +197,10 @@ def _show(what: str) -> None:
     help="GiB that each host reads in a pass to find its read bandwidth; more than the caches hold.",
 )
 @option("--seed", type=Whole(min=0, max=2**31 - 1), default=0, help="Of the random tokens.")
+@flag(
+    "--stats",
+    "Print, on stderr, what each rank computed, waited for and sent in all steps of the measurements together.",
+)
 @option("-o", "--format", type=OneOf(["md", "json", "csv"]), default="md", help="Form of the table.")
 @click.pass_context
 def bench(context: click.Context, /, config: str | None, print_config: bool, **values: Any) -> None:

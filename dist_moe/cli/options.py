@@ -102,6 +102,7 @@ class BenchOptions(ModelOptions):
     depth: str | None
     batch: str
     repeat: int
+    stats: bool
     format: str
     read_gib: float
     seed: int

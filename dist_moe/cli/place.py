@@ -13,7 +13,7 @@ import click
 
 from dist_moe.cli.values import Number, OneOf, PathName, Whole, WholeList
 from dist_moe.errors import UsageError
-from dist_moe.files import require_writable, write_errors
+from dist_moe.files import NewFile, require_writable
 from dist_moe.parallel.launcher import detect_launcher
 
 if TYPE_CHECKING:
@@ -26,15 +26,27 @@ LARGEST_WEIGHT = 1 << 20
 MOST_NODES = 4096
 
 
+MEASURED = "measured"
+START_TIMEOUT_S = STALL_TIMEOUT_S = 60.0
+
+
+class _Weights(WholeList):
+    """Whole numbers with commas between them, or the word `measured`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check."""
+        return value if value == MEASURED else super().convert(value, param, ctx)
+
+
 @click.command("place")
 @click.argument("model", required=False, metavar="[MODEL]", type=PathName())
 @click.option("--nodes", type=Whole(min=1, max=MOST_NODES), help="Hosts.  [default: as many as --weights]")
 @click.option(
     "--weights",
-    metavar="3,3,2,1",
-    type=WholeList(1, LARGEST_WEIGHT),
-    help="How much work each node does in the same time, such as the GB/s that dist-moe bench reads there."
-    "  [default: all alike]",
+    metavar="3,3,2,1|measured",
+    type=_Weights(1, LARGEST_WEIGHT),
+    help="How much work each node does in the same time; or the word measured, under mpirun on these hosts: how fast "
+    "they read memory.  [default: all alike]",
 )
 @click.option(
     "--profile",
@@ -79,7 +91,10 @@ def place(
     Examples:
       dist-moe place Qwen3-30B-A3B/ --nodes 4 --profile routing.npz --budget 12GB -o placement.json
       dist-moe place configs/qwen3-30b-a3b.toml --nodes 4 --zipf 1 --simulate
+      mpirun -f hosts dist-moe place store/ --weights measured -o placement.json
     """  # noqa: D301  click wants the character
+    if weights == MEASURED:
+        weights = _measure()
     if not detect_launcher(os.environ).is_first:
         return
     from dist_moe.demo import demo_model_directory
@@ -99,8 +114,9 @@ def place(
     placement = place_model(manifest, routing, node_weights, amount, _show_progress)
     found = simulate_straggling(manifest, routing, placement) if simulate and routing is not None else []
     if output is not None:
-        with write_errors(Path(output)):
-            Path(output).write_text(render_placement(placement), encoding="utf-8")
+        with NewFile(Path(output)) as file:
+            file.write(render_placement(placement).encode())
+            file.commit()
     if as_json:
         click.echo(json.dumps(_as_json(manifest, routing, placement, found)))
         return
@@ -108,6 +124,22 @@ def place(
     if output is not None:
         source = [] if model is None else ["MODEL" if model.endswith(".toml") else model]
         click.echo(f"next: {shlex.join(['dist-moe', 'shard', *source, '--placement', output])}")
+
+
+def _measure() -> str:
+    """The weights of this job's hosts, equal on all ranks; rank 0 says which host got which."""
+    from dist_moe.engine.job import Job
+    from dist_moe.engine.plan_machine import reading_weights
+
+    job = Job(None, START_TIMEOUT_S, lambda _: STALL_TIMEOUT_S)
+    try:
+        found = reading_weights(job)
+    finally:
+        job.leave()
+    words = [f"{number} {host}: {speed / 1e9:.1f} GB/s" for number, (host, speed, _) in enumerate(found, 1)]
+    if job.world.is_leader:
+        click.echo(f"measured: {', '.join(words)}", err=True)
+    return ",".join(str(weight) for _, _, weight in found)
 
 
 def _weights(nodes: int | None, weights: str | None) -> tuple[int, ...]:

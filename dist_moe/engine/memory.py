@@ -107,6 +107,19 @@ def check_memory(
     return needs
 
 
+def has_room(
+    world: World, manifest: Manifest, demand: Demand, records: Sequence[StartRecord], plans: Sequence[Plan]
+) -> bool:
+    """Whether every host's memory holds all that its ranks may read, as far as is known. See `check_memory`."""
+    for node in range(world.nodes):
+        ranks = [rank for rank, where in enumerate(world.node_of_rank) if where == node]
+        need = host_need(manifest, [plans[rank] for rank in ranks], [records[rank].threads for rank in ranks], demand)
+        available_bytes = min(records[rank].available_bytes for rank in ranks)
+        if records[ranks[0]].medium != "memory" and 0 < available_bytes < need.full_bytes:
+            return False
+    return True
+
+
 def layers_with_room(world: World, need: MemoryNeed, records: Sequence[StartRecord], layers: int) -> int:
     """Of how many layers the routed experts stay in memory once they are read: all, or somewhat less than have room.
 

@@ -72,6 +72,32 @@ def measure_hosts(job: Job, threads: int | None, fmt: WeightFormat, read: float 
     return Hosts(Nodes(world.nodes, most_ranks, ranks[0][4], slowest, link, ranks[0][5]), memory_bytes)
 
 
+def reading_weights(job: Job) -> list[tuple[str, float, int]]:
+    """Measure how fast each host of a job reads memory, all ranks at once; collective, equal on all ranks.
+
+    Returns:
+        By host its name, bytes/s, and that as a weight: 10 for the slowest.
+
+    Raises:
+        AgreedError: All ranks are on one host.
+    """
+    world = job.world
+    with world.together("measuring"):
+        if world.nodes == 1:
+            raise UsageError(
+                f"--weights measured: all ranks are on {world.hosts[0]}; start with mpirun on the hosts that shall be "
+                "measured (mpirun -f hosts dist-moe place ...), or give numbers"
+            )
+    with Kernels(share_cores(world, job.launcher, threads=None).threads) as kernels:
+        texts = world.gather_texts(repr(_read_speed(kernels, 1 / world.local_size)))
+    speeds = [
+        sum(float(texts[rank]) for rank, where in enumerate(world.node_of_rank) if where == node)
+        for node in range(world.nodes)
+    ]
+    names = [world.hosts[world.node_of_rank.index(node)] for node in range(world.nodes)]
+    return [(name, speed, round(10 * speed / min(speeds))) for name, speed in zip(names, speeds, strict=True)]
+
+
 def measure_machine(threads: int, fmt: WeightFormat, read: float | None, share: float = 1.0) -> tuple[Machine, str]:
     """Measure with `threads` threads; takes about two seconds.
 

@@ -23,7 +23,7 @@ from dist_moe.engine.bench_bound import (
     router_work,
 )
 from dist_moe.engine.straggling import busiest_share, busiest_tokens, distinct_experts
-from dist_moe.kernels import KvFormat
+from dist_moe.kernels import KvFormat, WeightFormat
 from dist_moe.model.step import Slice
 from dist_moe.parallel.cost import ExchangeKind, LinkCosts, Traffic, WireShape, step_traffic
 from dist_moe.split import contiguous, head_range_kv_heads
@@ -31,8 +31,8 @@ from dist_moe.store.manifest import Manifest
 from dist_moe.store.units import unit_count
 
 # Reading and computing overlap partly: a phase takes the root of the sum of both times' squares.
-READ_SHARE = 0.79  # of the reading loop's speed that a layer's weights are read with, unit by unit
-LOGITS_READ_SHARE = 0.92  # lm_head is one long run
+READ_SHARE = 0.92  # of the reading loop's speed that weights are read with
+Q4_READ_SHARE = 0.79  # by units of a layer in q4: unpacking the codes takes as long as reading them
 LOGITS_SHARE = 0.8  # of our matmul's speed in the L1 cache; PHASE_SHARES has the layers'
 ATTENTION_SHARE = 0.5  # of bare f32 arithmetic: many queries against one KV head
 QUERY_SHARE = 0.3  # of a single token's
@@ -141,6 +141,7 @@ class Predictor:
         self._nodes = nodes
         self._split = split
         self._shares = PHASE_SHARES.get(nodes.isa, VECTOR_SHARES)
+        self._read_share = Q4_READ_SHARE if manifest.format == WeightFormat.Q4 else READ_SHARE
         self._shape = WireShape.of(manifest.config, manifest.format.quantized)
 
     def decode(self, depth: int, batch: int) -> StepCost:
@@ -177,7 +178,9 @@ class Predictor:
         """The attention half of one layer."""
         heads, kv_heads = self._busiest_heads()
         machine = self._nodes.rank_machine
-        seconds = phase_seconds(projections_work(self._manifest, T, heads, kv_heads), machine, self._shares.projections)
+        seconds = phase_seconds(
+            projections_work(self._manifest, T, heads, kv_heads), machine, self._shares.projections, self._read_share
+        )
         for single, share in ((True, QUERY_SHARE), (False, ATTENTION_SHARE)):
             some = [part for part in slices if (len(part.ids) == 1) == single]
             if some:
@@ -208,7 +211,7 @@ class Predictor:
         if config.is_dense(layer):
             share = busiest_share(split.experts, 1, chunks, parts, 1)
             work = _scaled(experts_work(self._manifest, layer, T, 1), share, share)
-            return phase_seconds(work, machine, self._shares.experts)
+            return phase_seconds(work, machine, self._shares.experts, self._read_share)
         E, K = config.experts, config.experts_per_token
         distinct = distinct_experts(E, K, T)
         read_share = busiest_share(split.experts, E, chunks, parts, distinct)
@@ -216,7 +219,7 @@ class Predictor:
         work = _scaled(experts_work(self._manifest, layer, T * K, distinct), read_share, token_share)
         routed = T if split.exchange == "allreduce" or nodes.nodes == 1 else -(-T // nodes.nodes)
         router_s = phase_seconds(router_work(self._manifest, routed), nodes.rank_machine, 1.0)
-        return phase_seconds(work, machine, self._shares.experts) + router_s
+        return phase_seconds(work, machine, self._shares.experts, self._read_share) + router_s
 
     def _logits_s(self, rows: int) -> float:
         """The rows of logits, and drawing from them."""
@@ -225,7 +228,7 @@ class Predictor:
         config, ranks = self._config, self._nodes.all_ranks
         blocks = -(-unit_count(config, self._manifest.group_size, "vocabulary", 0) // ranks)
         work = logits_work(self._manifest, rows, blocks)
-        seconds = phase_seconds(work, self._nodes.rank_machine, LOGITS_SHARE, LOGITS_READ_SHARE)
+        seconds = phase_seconds(work, self._nodes.rank_machine, LOGITS_SHARE)
         return seconds + rows * CANDIDATE_S * config.vocabulary / ranks
 
     def _half_layer_wait_s(self, T: int) -> float:

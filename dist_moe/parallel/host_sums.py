@@ -53,6 +53,7 @@ class HostSums:
     Attributes:
         exchange: Their messages.
         costs: What the choice between one phase and two goes by; equal on all hosts.
+        message_sums: Sums in a message, where many travel.
     """
 
     def __init__(self, exchange: HostExchange, partial: Codec, finished: Codec, costs: LinkCosts) -> None:
@@ -73,7 +74,7 @@ class HostSums:
         self._out = [list(np.empty(shape, np.uint8)) for _ in range(_SLOTS)]
         self._in = [list(np.empty(shape, np.uint8)) for _ in range(_SLOTS)]
         wanted = int(costs.bytes_per_s * _MESSAGE_S / partial.value_bytes) // _BLOCK * _BLOCK
-        self._message_sums = min(MOST_SUMS, max(FEWEST_SUMS, wanted))
+        self.message_sums = min(MOST_SUMS, max(FEWEST_SUMS, wanted))
         self._one_phase_for: dict[int, bool] = {}
 
     def is_one_phase(self, count: int) -> bool:
@@ -109,7 +110,7 @@ class HostSums:
         one_phase = self._one_phase_for[count]
         phases = self._one_phase if one_phase else self._two_phases
         parts = 1 if one_phase else self.exchange.hosts
-        piece = parts * self._message_sums
+        piece = parts * self.message_sums
         if count <= piece:
             for _ in phases(flat, 0):
                 pass

@@ -29,6 +29,7 @@ QUICK = ("--read-gib", "0.002", "--prefill", "20", "--decode", "3", "--depth", "
 KEYS = {"test", "tokens", "batch", "depth", "ranks", "threads", "tokens_per_s", "bytes_per_step", "share"}
 OPTIONS = BenchOptions(
     **vars(MODEL),
+    stats=False,
     synthetic=None,
     layers=None,
     synthetic_dir=None,
@@ -104,8 +105,9 @@ def test_several_ranks_print_once(
     environment: dict[str, str], architecture: Path, tmp_path: Path, mpirun: MpiRun
 ) -> None:
     model = ("--synthetic", str(architecture), "--synthetic-dir", str(tmp_path / "store"), "--layers", "1")
-    done = mpirun(2, *PROGRAM, "bench", *model, *QUICK, "-o", "json", env=environment)
+    done = mpirun(2, *PROGRAM, "bench", *model, *QUICK, "--stats", "-o", "json", env=environment)
     assert done.code == 0, done.output
+    assert done.stderr.count("stats: decode: ") == 1
     rows = json.loads(done.stdout)
     assert {row["ranks"] for row in rows} == {2}
     assert {row["model"] for row in rows} == {"synthetic-tiny-1-layers"}

@@ -118,6 +118,13 @@ def test_what_place_cannot_do_is_said(arguments: tuple[str, ...], sentence: str)
     assert sentence in refused("place", *arguments)
 
 
+def test_measured_weights_need_several_hosts(home: Path, mpirun: Command) -> None:
+    done = mpirun(2, *PROGRAM, "place", "--weights", "measured", "--simulate", cwd=home)
+    assert done.code == 2, done.output
+    assert done.stderr.count("--weights measured: all ranks are on") == 1
+    assert "mpirun -f hosts dist-moe place" in done.stderr
+
+
 def test_a_profile_of_another_model_is_refused(home: Path, tmp_path: Path) -> None:
     other = TinyModel(experts=6).write(tmp_path / "other")
     said = refused("place", other, "--nodes", "2", "--simulate", "--profile", home / "routing.npz")

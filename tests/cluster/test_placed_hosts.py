@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,3 +85,14 @@ def test_a_long_prompt_whose_tokens_are_split_between_replicas_gives_the_same_te
     done = hosts(3).mpirun((1, 2, 1), sys.executable, "-m", "dist_moe", *words, given, "--exchange", exchange)
     assert done.code == 0, done.output
     assert done.stdout == dist_moe(*words, store)
+
+
+def test_weights_are_measured_on_the_hosts(hosts: Callable[[int], Cluster]) -> None:
+    words = ("place", "--weights", "measured", "--simulate", "--json")
+    done = hosts(2).mpirun((1, 1), sys.executable, "-m", "dist_moe", *words)
+    assert done.code == 0, done.output
+    weights = [node["weight"] for node in json.loads(done.stdout)["nodes"]]
+    assert len(weights) == 2
+    assert min(weights) == 10
+    assert "measured: 1 host0: " in done.stderr
+    assert ", 2 host1: " in done.stderr

@@ -12,8 +12,11 @@ import pytest
 
 from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.engine.accounts import PHASES, Accounts
+from dist_moe.engine.placement_report import expected_straggling, unplaced
 from dist_moe.engine.request import Request
-from dist_moe.engine.routing_record import recorded_routing
+from dist_moe.engine.routing_facts import routing_facts
+from dist_moe.engine.routing_profile import ProfileCounter
+from dist_moe.engine.routing_record import RoutingBatch, recorded_routing
 from dist_moe.engine.runtime import EngineOptions, Runtime
 from dist_moe.engine.timeline import Span, Timeline
 from dist_moe.kernels import WeightFormat
@@ -25,7 +28,7 @@ from dist_moe.parallel.world import World
 from dist_moe.store.convert import convert
 from dist_moe.store.plan import StoreOptions
 from dist_moe.store.reader import Store
-from helpers.nodes import on_two_hosts
+from helpers.nodes import on_nodes, on_two_hosts
 from helpers.tiny_model import TinyModel, random_ids
 
 pytestmark = pytest.mark.mpi
@@ -139,6 +142,43 @@ def test_work_is_what_the_routing_says(world: World, store: Store, experts: str)
             work = int((counts_E[counts_E > 0] + CHUNK_READ_COST_TOKENS).sum())
             expected_PL[min(step, 1), layer] += work * store.manifest.layer_chunks_per_expert(layer)
     assert work_PL.tolist() == expected_PL.tolist()
+
+
+def test_the_simulated_straggling_of_a_run_is_the_ledgers(world: World, store: Store, tmp_path: Path) -> None:
+    """Every rank on a node of its own, with its own shard alone: as `place --simulate` says of the same picks."""
+    nodes = on_nodes(world, range(world.size))
+    directory = Path(world.gather_texts(str(tmp_path))[0])
+    if world.is_leader:
+        options = StoreOptions(format=WeightFormat.Q8, nodes=world.size)
+        convert(Checkpoint.open(tmp_path / "tiny"), directory / "cut", options, lambda *told: None)
+        for node in range(world.size):
+            (directory / f"node-{node}").mkdir()
+            for path in (directory / "cut").iterdir():
+                if not path.name.startswith("shard-") or path.name.startswith(f"shard-{node + 1:05d}-"):
+                    (directory / f"node-{node}" / path.name).hardlink_to(path)
+    world.barrier()
+    counters: list[ProfileCounter] = []
+
+    def lead(runtime: Runtime) -> Accounts:
+        counter = ProfileCounter(routing_facts(runtime.model, "tiny"))
+        counters.append(counter)
+
+        def take(batch: RoutingBatch) -> None:
+            if len(batch.experts_TLK) == 1:
+                counter.add(batch)
+
+        with recorded_routing(runtime.model, take):
+            runtime.generate([Request(random_ids(4, 300), 40)])
+        return runtime.accounts()
+
+    accounts = on_all_ranks(nodes, Store.open(directory / f"node-{world.rank}"), lead)
+    if accounts is None:
+        return
+    profile, manifest = counters[0].profile("this run"), store.manifest
+    simulated = expected_straggling(manifest, profile, unplaced(manifest, world.size), (1,) * world.size, 1)
+    routed = [layer for layer in range(TINY.layers) if layer not in TINY.dense_layers]
+    assert accounts.straggling.of_nodes_PL[DECODE, routed].mean() == pytest.approx(simulated)
+    assert simulated > 1 or world.size == 1
 
 
 def test_notes_that_fill_up_are_settled_on_the_way(world: World, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ import pytest
 
 from dist_moe.engine.agreement import StartRecord
 from dist_moe.engine.available_memory import AvailableMemory, available_memory, is_in_memory
-from dist_moe.engine.inventory import holdings_of
-from dist_moe.engine.memory import Demand, check_memory, host_need
+from dist_moe.engine.inventory import Inventory, holdings_of, plan_from_inventory
+from dist_moe.engine.memory import Demand, check_memory, has_room, host_need
 from dist_moe.engine.request import Request
 from dist_moe.kernels import KvFormat, Operand
 from dist_moe.model.workspace import workspace_bytes
@@ -249,3 +250,18 @@ def test_what_lies_in_memory(tmp_path: Path) -> None:
     write(tmp_path, {"proc/self/mountinfo": line.replace("tmpfs", "ext4")})
     assert not is_in_memory(tmp_path, tmp_path / "proc")
     assert not is_in_memory(tmp_path / "nowhere")
+
+
+def test_hosts_without_room_for_all_experts_keep_to_their_part(store: Store) -> None:
+    """Both have every file; `auto` shares all experts where memory holds them, else each computes its own."""
+    world, manifest = two_hosts(), store.manifest
+    inventory = Inventory(("a", "b"), ("/s", "/s"), (frozenset(range(manifest.nodes)),) * 2)
+    shared = plan_from_inventory(world, manifest, inventory, "shared")
+    whole = plan_from_inventory(world, manifest, inventory, "whole")
+    needs = [host_need(manifest, job.of_node(0), [1, 1], DEMAND).full_bytes for job in (shared, whole)]
+    assert needs[1] < needs[0]
+    for available_bytes, expected in ((needs[0], "shared"), (needs[0] - 1, "whole"), (0, "shared")):
+        records = [replace(RECORD, available_bytes=available_bytes, threads=1)] * 4
+        fits = partial(has_room, world, manifest, DEMAND, records)
+        assert plan_from_inventory(world, manifest, inventory, "auto", fits).layout == expected
+        assert plan_from_inventory(world, manifest, inventory, "shared", fits).layout == "shared"

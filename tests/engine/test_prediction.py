@@ -20,7 +20,7 @@ from dist_moe.engine.planning import (
     make_report,
     node_need,
 )
-from dist_moe.engine.prediction import READ_SHARE, STEP_PHASES, Nodes, Predictor, Split, phase_seconds
+from dist_moe.engine.prediction import Q4_READ_SHARE, READ_SHARE, STEP_PHASES, Nodes, Predictor, Split, phase_seconds
 from dist_moe.errors import UsageError
 from dist_moe.kernels import KvFormat
 from dist_moe.parallel.cost import PRESET_LINKS, LinkCosts, step_traffic
@@ -47,9 +47,9 @@ def test_a_phase_reads_and_computes_partly_at_once() -> None:
 
 
 def test_decoding_reads_the_active_weights() -> None:
-    # 30B in q4: 1.71 GB a token at 40 GB/s x READ_SHARE, 56 ms, and calls.
+    # 30B in q4: 1.71 GB a token at 40 GB/s x Q4_READ_SHARE, 54 ms, and calls.
     seconds = predictor().decode(0, 1).seconds
-    assert 1.71 / 40 < seconds < 1.71 / 40 / READ_SHARE + 0.015
+    assert 1.71 / 40 < seconds < 1.71 / 40 / Q4_READ_SHARE + 0.015
 
 
 def test_a_prompt_is_its_chunks() -> None:
