@@ -14,9 +14,10 @@ import numpy as np
 from dist_moe.engine.agreement import StartRecord
 from dist_moe.engine.record import show_bytes
 from dist_moe.errors import UsageError
-from dist_moe.kernels import BLOCK_POSITIONS, NODE_RANK_BYTES, KvFormat, kv_block_bytes
+from dist_moe.kernels import BLOCK_POSITIONS, NODE_RANK_BYTES, KvFormat, SumsCodec, WireFormat, kv_block_bytes
 from dist_moe.model.step import MAX_LOGIT_ROWS
 from dist_moe.model.workspace import workspace_bytes
+from dist_moe.parallel import host_sums, token_exchange
 from dist_moe.parallel.plan import Plan
 from dist_moe.parallel.world import AgreedError, World
 from dist_moe.store.layout import weight_layout
@@ -215,7 +216,17 @@ def _buffers(manifest: Manifest, plan: Plan, threads: int, step_tokens: int) -> 
     logits_bytes = MAX_LOGIT_ROWS * config.vocabulary * 4 if plan.rank == 0 and plan.ranks > 1 else 0
     # Where ranks share memory and tokens travel, their operands pass through two arrays on the way to a host's first.
     token_bytes = 2 * step_tokens * config.model_dim * 4 if plan.ranks > 1 else 0
-    return step_bytes + thread_bytes + logits_bytes + token_bytes + NODE_RANK_BYTES
+    link_bytes = _link_bytes(plan.nodes, config.model_dim) if plan.local_rank == 0 else 0
+    return step_bytes + thread_bytes + logits_bytes + token_bytes + link_bytes + NODE_RANK_BYTES
+
+
+def _link_bytes(hosts: int, model_dim: int) -> int:
+    """Room for messages to and from every host on the rank that speaks for one: of sums, and of tokens."""
+    if hosts == 1:
+        return 0
+    bound = SumsCodec(WireFormat.EXACT).bound
+    token_bytes = max(token_exchange.MOST_BYTES, bound(model_dim))
+    return 2 * hosts * (host_sums.SLOTS * bound(host_sums.MOST_SUMS) + token_exchange.SLOTS * token_bytes)
 
 
 def _describe(need: MemoryNeed, demand: Demand, tightest: StartRecord) -> str:

@@ -7,6 +7,7 @@ import os
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +17,13 @@ from dist_moe.engine.available_memory import AvailableMemory, available_memory, 
 from dist_moe.engine.inventory import Inventory, holdings_of, plan_from_inventory
 from dist_moe.engine.memory import Demand, check_memory, has_room, host_need
 from dist_moe.engine.request import Request
-from dist_moe.kernels import KvFormat, Operand
+from dist_moe.kernels import KvFormat, Operand, SumsCodec, WireFormat
 from dist_moe.model.workspace import workspace_bytes
+from dist_moe.parallel import token_exchange
 from dist_moe.parallel.holdings import everything_held
+from dist_moe.parallel.host_sums import HostSums
 from dist_moe.parallel.plan import EXPERT_LAYOUTS, Plan, plan_job
+from dist_moe.parallel.probe import LinkCosts
 from dist_moe.parallel.world import AgreedError, World
 from dist_moe.store.placement import indices_of
 from dist_moe.store.reader import Store
@@ -146,6 +150,20 @@ def test_layers_that_are_placed_differently_are_counted_each(store: Store, layou
     without = [replace(plan, _readable=(NONE,) * config.layers) for plan in plans]
     others_bytes = host_need(manifest, without, [1, 1], DEMAND).weights_bytes
     assert host_need(manifest, plans, [1, 1], DEMAND).weights_bytes == others_bytes + chunk_bytes
+
+
+def test_messages_between_hosts_are_counted_where_they_are_kept(store: Store) -> None:
+    """Three hosts, the first with two ranks: its first rank alone keeps room for sums and tokens of all hosts."""
+    plans = [[replace(plan, nodes=nodes) for plan in plans_of(store, 2)] for nodes in (1, 3)]
+    alone, among = (host_need(store.manifest, some, [1, 1], DEMAND).buffer_bytes for some in plans)
+    costs = LinkCosts(1e-6, 1e12)
+    codec, links = SumsCodec(WireFormat.EXACT), SimpleNamespace(hosts=3, host=0)
+    sums = HostSums(links, codec, SumsCodec(WireFormat.F32), costs)  # type: ignore[arg-type]
+    kept = [array for slots in (sums._out, sums._in) for slot in slots for array in slot]
+    token_bytes = 2 * 3 * token_exchange.SLOTS * token_exchange.MOST_BYTES
+    assert among - alone == sum(array.nbytes for array in kept) + token_bytes
+    job = plan_job(store.config, store.manifest.group_size, "whole", node_of_rank=[0, 0, 1, 2])
+    assert [plan.nodes for plan in job.plans] == [3] * 4
 
 
 def two_hosts() -> World:
