@@ -216,17 +216,18 @@ def _buffers(manifest: Manifest, plan: Plan, threads: int, step_tokens: int) -> 
     logits_bytes = MAX_LOGIT_ROWS * config.vocabulary * 4 if plan.rank == 0 and plan.ranks > 1 else 0
     # Where ranks share memory and tokens travel, their operands pass through two arrays on the way to a host's first.
     token_bytes = 2 * step_tokens * config.model_dim * 4 if plan.ranks > 1 else 0
-    link_bytes = _link_bytes(plan.nodes, config.model_dim) if plan.local_rank == 0 else 0
+    link_bytes = _link_bytes(plan.nodes, step_tokens, config.model_dim) if plan.local_rank == 0 else 0
     return step_bytes + thread_bytes + logits_bytes + token_bytes + link_bytes + NODE_RANK_BYTES
 
 
-def _link_bytes(hosts: int, model_dim: int) -> int:
-    """Room for messages to and from every host on the rank that speaks for one: of sums, and of tokens."""
+def _link_bytes(hosts: int, step_tokens: int, model_dim: int) -> int:
+    """Messages to and from every host on the rank that speaks for one: sums, and tokens; as many as a step has."""
     if hosts == 1:
         return 0
     bound = SumsCodec(WireFormat.EXACT).bound
-    token_bytes = max(token_exchange.MOST_BYTES, bound(model_dim))
-    return 2 * hosts * (host_sums.SLOTS * bound(host_sums.MOST_SUMS) + token_exchange.SLOTS * token_bytes)
+    token_bytes = token_exchange.SLOTS * max(token_exchange.MOST_BYTES, bound(model_dim))
+    rooms_bytes = (hosts * host_sums.SLOTS * bound(host_sums.MOST_SUMS), hosts * token_bytes)
+    return sum(2 * min(room_bytes, bound(step_tokens * model_dim)) for room_bytes in rooms_bytes)
 
 
 def _describe(need: MemoryNeed, demand: Demand, tightest: StartRecord) -> str:

@@ -155,13 +155,17 @@ def test_layers_that_are_placed_differently_are_counted_each(store: Store, layou
 def test_messages_between_hosts_are_counted_where_they_are_kept(store: Store) -> None:
     """Three hosts, the first with two ranks: its first rank alone keeps room for sums and tokens of all hosts."""
     plans = [[replace(plan, nodes=nodes) for plan in plans_of(store, 2)] for nodes in (1, 3)]
-    alone, among = (host_need(store.manifest, some, [1, 1], DEMAND).buffer_bytes for some in plans)
+    large = replace(DEMAND, step_tokens=65536)
+    alone, among = (host_need(store.manifest, some, [1, 1], large).buffer_bytes for some in plans)
     costs = LinkCosts(1e-6, 1e12)
     codec, links = SumsCodec(WireFormat.EXACT), SimpleNamespace(hosts=3, host=0)
     sums = HostSums(links, codec, SumsCodec(WireFormat.F32), costs)  # type: ignore[arg-type]
     kept = [array for slots in (sums._out, sums._in) for slot in slots for array in slot]
     token_bytes = 2 * 3 * token_exchange.SLOTS * token_exchange.MOST_BYTES
     assert among - alone == sum(array.nbytes for array in kept) + token_bytes
+    # A small step does not fill it.
+    few, more = (host_need(store.manifest, some, [1, 1], DEMAND).buffer_bytes for some in plans)
+    assert more - few == 2 * 2 * codec.bound(DEMAND.step_tokens * store.config.model_dim)
     job = plan_job(store.config, store.manifest.group_size, "whole", node_of_rank=[0, 0, 1, 2])
     assert [plan.nodes for plan in job.plans] == [3] * 4
 
