@@ -43,7 +43,7 @@ class Source(Protocol):
         """The shape of a logical matrix [rows, columns] or vector [n]."""
 
     def source_dtype(self, name: str) -> str:
-        """How the file keeps it: "f32", "f16", "bf16", "q8_0" or "q4_0"."""
+        """How the file keeps it: "f32", "f16", "bf16", or a GGUF or QW3W type such as "q8_0" or "q4_k"."""
 
     def preferred_dtype(self) -> str | None:
         """The dtype of most of its matrices' weights if a store should keep that; None if it should quantize them."""
