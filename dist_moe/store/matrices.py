@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_moe.kernels import Kernels
-from dist_moe.kernels.formats import VOCABULARY_BLOCK, WeightFormat, packed_bytes
+from dist_moe.kernels.formats import TILE_ROWS, VOCABULARY_BLOCK, WeightFormat, packed_bytes
 from dist_moe.model_config import ModelConfig
 from dist_moe.store.manifest import Manifest
 from dist_moe.store.units import (
@@ -92,12 +92,15 @@ def matrix_pieces(manifest: Manifest, place: MatrixPlace) -> Iterator[MatrixPiec
 def piece_values(
     kernels: Kernels, unit: npt.NDArray[np.uint8], piece: MatrixPiece, fmt: WeightFormat
 ) -> npt.NDArray[np.float32]:
-    """The values [rows, columns] of a piece, float32, from the bytes of its unit."""
+    """The values [height, width] of a piece with its padding, float32, from the bytes of its unit."""
     packed_RC = np.empty((piece.height, piece.width), np.float32)
     kernels.unpack(packed_RC, unit[piece.packed], fmt, piece.group)
-    rows, columns = (_length(part, most) for part, most in ((piece.rows, piece.height), (piece.columns, piece.width)))
-    return packed_RC[:rows, :columns]
+    return packed_RC
 
 
-def _length(part: slice, most: int) -> int:
-    return most if part == _ALL else int(part.stop - part.start)
+def piece_scales(unit: npt.NDArray[np.uint8], piece: MatrixPiece) -> npt.NDArray[np.float16]:
+    """The scales [height, groups] of a q8 or q4 piece: tile by tile [groups][16], before the integers."""
+    groups = -(-piece.width // piece.group) if piece.group else 1
+    tile_tb = unit[piece.packed].reshape(-(-piece.height // TILE_ROWS), -1)
+    scale_tjr = np.ascontiguousarray(tile_tb[:, : groups * TILE_ROWS * 2]).view(np.float16)
+    return scale_tjr.reshape(-1, groups, TILE_ROWS).swapaxes(1, 2).reshape(-1, groups)[: piece.height]

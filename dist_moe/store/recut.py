@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from dist_moe.errors import StoreError, UsageError
+from dist_moe.errors import UsageError
 from dist_moe.store.checksum import RunningChecksum
 from dist_moe.store.convert import Conversion, Progress, write_plan
 from dist_moe.store.layout import TensorSpec, weight_files
@@ -19,9 +19,8 @@ from dist_moe.store.pack import Packed
 from dist_moe.store.placement import indices_of
 from dist_moe.store.plan import StoreOptions, cut
 from dist_moe.store.reader import Store
-from dist_moe.store.sealed import Sealed
 from dist_moe.store.units import UNIT_KINDS, UnitKind, unit_count
-from dist_moe.store.verify import ADVICE
+from dist_moe.store.verify import check_sealed
 
 _PIECE_BYTES = 32 << 20
 
@@ -64,9 +63,7 @@ class StorePacker:
     def unit(self, kind: UnitKind, layer: int, index: int, counted: bool = True) -> Packed:
         """One packed unit, uint8 [unit bytes], as a read-only view; StoreError if it is damaged."""
         sealed = self._store.sealed_unit(kind, layer, index)
-        running = RunningChecksum()
-        running.update(sealed.data)
-        _check(sealed, running)
+        check_sealed(sealed)
         if counted:
             self.nonfinite.update(self._counts.get((kind, layer, index), {}))
         return sealed.data
@@ -78,14 +75,9 @@ class StorePacker:
             piece = sealed.data[first : first + _PIECE_BYTES]
             running.update(piece)
             yield piece
-        _check(sealed, running)
+        check_sealed(sealed, running)
         entry = self._store.manifest.files[0]
         self.nonfinite.update({name: count for name, count in entry.nonfinite.items() if name == spec.name})
-
-
-def _check(sealed: Sealed, running: RunningChecksum) -> None:
-    if running.value() != sealed.checksum:
-        raise StoreError(f"{sealed.damage(running.value())}; {ADVICE}")
 
 
 def _require_all(store: Store) -> None:
