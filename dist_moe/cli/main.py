@@ -25,6 +25,7 @@ COMMANDS = {
     "logits": "Write the logits at every position of a list of tokens.",
     "perplexity": "Measure how well a model predicts a text, and how far it is from a reference.",
     "shard": "Make a store, in shards for one or more nodes, from a Hugging Face directory.",
+    "reshard": "Cut a store into another number of shards, without its source.",
     "plan": "Predict memory, bytes on the wire and speed of a model on a number of nodes.",
     "push": "Bring each host of a cluster its shard of a store, and verify it there.",
     "routing": "Show how tokens spread over experts and ranks, from what run --routing wrote.",

@@ -6,7 +6,6 @@ T tokens · D model dim · P head dim · E experts · K experts per token
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -177,22 +176,24 @@ def _weights(manifest: Manifest, plans: Sequence[Plan]) -> tuple[int, int, int]:
     blocks = sum(len(plan.vocabulary_blocks) for plan in plans)
     head_bytes = len(heads) * _unit(manifest, "head") + len(kv_heads) * _unit(manifest, "kv_head")
     always_bytes = config.layers * head_bytes + blocks * _unit(manifest, "vocabulary")
-    chunk_bytes = picked_bytes = 0
-    kinds = Counter((config.is_dense(layer), config.layer_hidden(layer)) for layer in range(config.layers))
+    chunk_bytes = 0
     for layer in range(config.layers):
-        count = kinds.pop((config.is_dense(layer), config.layer_hidden(layer)), 0)
-        own_bytes = count * _chunk_count(plans, layer) * _unit(manifest, "chunk", layer) if count else 0
+        own_bytes = _chunk_count(manifest, plans, layer) * _unit(manifest, "chunk", layer)
         if config.is_dense(layer):
             always_bytes += own_bytes
         else:
             chunk_bytes += own_bytes
-            picked_bytes += own_bytes * config.experts_per_token // config.experts
-    return always_bytes, chunk_bytes, picked_bytes
+    return always_bytes, chunk_bytes, chunk_bytes * config.experts_per_token // max(1, config.experts)
 
 
-def _chunk_count(plans: Sequence[Plan], layer: int) -> int:
-    """Chunks of one layer that these ranks may read."""
-    return len(np.unique(np.concatenate([plan.readable_chunks(layer) for plan in plans])))
+def _chunk_count(manifest: Manifest, plans: Sequence[Plan], layer: int) -> int:
+    """Chunks of one layer that these ranks may read; a placement gives a host more of one layer than of another."""
+    config = manifest.config
+    chunks = config.layer_experts(layer) * chunks_per_expert(config, manifest.group_size, layer)
+    read_C = np.zeros(chunks, np.bool_)
+    for plan in plans:
+        read_C[plan.readable_chunks(layer)] = True
+    return int(read_C.sum())
 
 
 def _unit(manifest: Manifest, kind: UnitKind, layer: int = 0) -> int:
