@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +60,14 @@ class StorePacker:
         self._counts = _nonfinite_units(store.manifest)
         self.nonfinite = Counter[str]()
 
-    def unit(self, kind: UnitKind, layer: int, index: int, counted: bool = True) -> Packed:
-        """One packed unit, uint8 [unit bytes], as a read-only view; StoreError if it is damaged."""
-        sealed = self._store.sealed_unit(kind, layer, index)
-        check_sealed(sealed)
-        if counted:
-            self.nonfinite.update(self._counts.get((kind, layer, index), {}))
-        return sealed.data
+    def units(self, kind: UnitKind, layer: int, indices: Sequence[int], counted: Sequence[bool]) -> Iterator[Packed]:
+        """The packed units in order, uint8 [unit bytes] each, as read-only views; StoreError if one is damaged."""
+        for index, counts in zip(indices, counted, strict=True):
+            sealed = self._store.sealed_unit(kind, layer, index)
+            check_sealed(sealed)
+            if counts:
+                self.nonfinite.update(self._counts.get((kind, layer, index), {}))
+            yield sealed.data
 
     def common(self, spec: TensorSpec) -> Iterator[npt.NDArray[Any]]:
         """One tensor of the common file in pieces; StoreError behind the last one if it is damaged."""
