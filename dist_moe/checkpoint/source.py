@@ -15,7 +15,7 @@ from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.errors import CheckpointError, EnvironmentMismatch
 from dist_moe.model_config import ModelConfig
 
-GGUF_MAGIC = b"GGUF"
+MAGICS = {b"GGUF": "GGUF", b"QW3W": "QW3W"}
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
 
@@ -61,35 +61,40 @@ class Source(Protocol):
         """A cheap SHA-256 (hex) that tells models, versions and fine-tunes apart."""
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether a path is a file that begins as GGUF files do.
+def file_format(path: Path) -> str | None:
+    """The format of a model in one file, "GGUF" or "QW3W", by its first bytes; None if it is none.
 
     Raises:
         UsageError: The system does not say what stands there.
         CheckpointError: The file cannot be read.
     """
     if not files.is_file(path):
-        return False
+        return None
     try:
         with path.open("rb") as stream:
-            return stream.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+            return MAGICS.get(stream.read(4))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
 def open_source(path: Path) -> Source:
-    """Open a Hugging Face directory or a GGUF file, told apart by what they hold.
+    """Open a Hugging Face directory, a GGUF file or a QW3W file, told apart by what they hold.
 
     Raises:
-        CheckpointError: It is neither, damaged, or not supported.
+        CheckpointError: It is none of them, damaged, or not supported.
         EnvironmentMismatch: The package that reads GGUF files is not installed.
     """
-    if is_gguf(path):
+    found = file_format(path)
+    if found == "GGUF":
         return open_gguf(path)
+    if found == "QW3W":
+        from dist_moe.checkpoint.qw3w_checkpoint import Qw3wCheckpoint
+
+        return Qw3wCheckpoint(path)
     if files.is_file(path):
         raise CheckpointError(
-            f"{path}: expected a Hugging Face model directory or a GGUF file, but it is a file that does not begin "
-            "with GGUF; give the directory that holds config.json, or copy the GGUF file again"
+            f"{path}: expected a Hugging Face model directory, a GGUF file or a QW3W file, but it is a file that does "
+            "not begin with GGUF or QW3W; give the directory that holds config.json, or copy the file again"
         )
     return Checkpoint.open(path)
 

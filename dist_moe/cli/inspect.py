@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 @click.option("--full", is_flag=True, help="With --against, a line for each tensor; with --diff, all differing units.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(path: str, verify: bool, against: str | None, diff: str | None, full: bool, as_json: bool) -> None:
-    """List the tensors of a store, of one of its files, of a Hugging Face directory or file, or of a GGUF file.
+    """List the tensors of a store, of one of its files, of a Hugging Face directory or file, or of a GGUF or QW3W file.
 
     Each with its format, size, owner (the node whose shard has it) and checksum, and totals per kind.
     """

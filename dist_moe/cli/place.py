@@ -84,8 +84,9 @@ def place(
 ) -> None:
     """Decide what each node gets of MODEL: hot experts go to several nodes, so that all are alike busy at each token.
 
-    MODEL is a store, a Hugging Face directory, a GGUF file or a file of configs/ (default: the bundled demo). Obeyed by
-    dist-moe shard --placement. Straggling is the busiest node's time with experts over the mean of all; 1 is best.
+    MODEL is a store, a Hugging Face directory, a GGUF or QW3W file or a file of configs/ (default: the bundled demo).
+    Obeyed by dist-moe shard --placement. Straggling is the busiest node's time with experts over the mean of all; 1
+    is best.
 
     \b
     Examples:

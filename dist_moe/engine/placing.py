@@ -116,10 +116,16 @@ def _slots(manifest: Manifest, weights: Sequence[int], budget: Budget, other_byt
     if sum(slots) < experts:
         least = max(other_bytes) + -(-experts // nodes) * layer_bytes
         raise UsageError(
-            f"--budget: {budget.node_bytes / _GIGABYTE:.2f} GB on each of {nodes} nodes hold {sum(slots)} of {experts} "
-            f"experts of each layer: give {least / _GIGABYTE:.2f} GB, more nodes, or another --quant"
+            f"--budget: {_gigabytes(budget.node_bytes)} on each of {nodes} nodes hold {sum(slots)} of {experts} "
+            f"experts of each layer: give {_gigabytes(least)}, more nodes, or another --quant"
         )
     return slots
+
+
+def _gigabytes(size: int) -> str:
+    """As --budget takes it: 3 digits or more, rounded upwards, so that what is advised is enough."""
+    digits = next((digits for digits in range(2, 6) if size * 10**digits >= 100 * _GIGABYTE), 6)
+    return f"{-(-size * 10**digits // _GIGABYTE) / 10**digits:.{digits}f} GB"
 
 
 def _proportional(total: int, weights: Sequence[int], most: int) -> list[int]:

@@ -20,8 +20,8 @@ EXACT_FORMAT = {
     "f32": WeightFormat.F32,
 }
 # Types whose integers no store can keep: q8 where q4 would throw bits away.
-_Q4_SOURCES = ("q4_1", "q4_k", "iq4_nl", "iq4_xs", "q2_k", "q3_k")
-_Q8_SOURCES = ("q5_0", "q5_1", "q5_k", "q6_k")
+_Q4_SOURCES = ("q4_1", "q4_k", "iq4_nl", "iq4_xs", "q2_k", "q3_k", "qw3w_q4", "qw3w_q4_zero_point")
+_Q8_SOURCES = ("q5_0", "q5_1", "q5_k", "q6_k", "qw3w_q8")
 NEAREST_FORMAT = dict.fromkeys(_Q4_SOURCES, WeightFormat.Q4) | dict.fromkeys(_Q8_SOURCES, WeightFormat.Q8)
 DEFAULT_FORMAT = WeightFormat.Q4
 _BITS = {"q4_0": 4, "q8_0": 8}

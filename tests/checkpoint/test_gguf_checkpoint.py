@@ -12,7 +12,7 @@ from gguf.quants import GGMLQuantizationType, quantize
 from dist_moe.checkpoint import source
 from dist_moe.checkpoint.gguf_checkpoint import READABLE, GgufCheckpoint
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.checkpoint.source import is_gguf, open_source
+from dist_moe.checkpoint.source import file_format, open_source
 from dist_moe.errors import CheckpointError, EnvironmentMismatch
 from helpers.tiny_gguf import DENSE, MOE, WIDE, write_gguf
 from helpers.tiny_model import TinyModel
@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, case: str) -> None:
 def test_formats_are_told_by_content(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.bin")
     (tmp_path / "model.gguf").write_bytes(b"GGML" + bytes(100))
-    assert is_gguf(tmp_path / "model.bin")
+    assert file_format(tmp_path / "model.bin") == "GGUF"
     assert isinstance(open_source(tmp_path / "model.bin"), GgufCheckpoint)
     with pytest.raises(CheckpointError, match="it is a file that does not begin with GGUF"):
         open_source(tmp_path / "model.gguf")
