@@ -33,7 +33,7 @@ COMMANDS = {
     "place": "Decide which node gets which experts: hot ones on several, unequal nodes by weight.",
     "cache": "List or remove packed models in the cache directory.",
     "bench": "Measure prefill and decode, each as a share of what the machine allows.",
-    "inspect": "List what a store or a shard holds, and verify it.",
+    "inspect": "List what a store holds, verify it, or compare it with its source or another store.",
     "export": "Write chosen tensors of a store as safetensors or .npy.",
     "doctor": "Examine this machine, or all hosts of a job: what is wrong, and the fix.",
     "completion": "Print the script that completes commands and options in a shell.",

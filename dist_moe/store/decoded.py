@@ -19,7 +19,7 @@ from dist_moe.store.sealed import Sealed
 from dist_moe.store.verify import check_sealed
 
 _ALL = slice(None)
-_PIECE_VALUES = 8 << 20
+_PIECE_VALUES = 1 << 20
 _LM_HEAD = "lm_head.weight"
 
 Floats = npt.NDArray[np.float32]
