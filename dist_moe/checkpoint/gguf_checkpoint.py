@@ -12,9 +12,10 @@ import numpy as np
 
 from dist_moe.checkpoint.gguf_config import gguf_config
 from dist_moe.checkpoint.gguf_file import BLOCK, BLOCK_BYTES, RECOPY, block_of, values_of
-from dist_moe.checkpoint.gguf_names import EMBEDDING, LM_HEAD, gguf_locations
+from dist_moe.checkpoint.gguf_names import EMBEDDING, EXPERTS, LM_HEAD, gguf_locations
 from dist_moe.checkpoint.gguf_parts import GgufParts
 from dist_moe.checkpoint.gguf_text import text_files
+from dist_moe.checkpoint.names import require_counts
 from dist_moe.checkpoint.reader import SAMPLE_BYTES, SAMPLES
 from dist_moe.checkpoint.source import F32, Array, Blocks
 from dist_moe.errors import CheckpointError
@@ -41,6 +42,8 @@ class GgufCheckpoint:
         tensors = self._file.tensors
         vocabulary = tensors[EMBEDDING].shape[0] if EMBEDDING in tensors else 1
         self.config = gguf_config(str(path), self._file.metadata, vocabulary, LM_HEAD not in tensors)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        require_counts(path, self.config, shapes, EXPERTS)
         self._locations = gguf_locations(self.config, tensors)
         self._check_tensors()
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dist_moe.checkpoint.fields import Fields
+from dist_moe.checkpoint.fields import LARGEST_HEAD_DIM, MOST_EXPERTS, MOST_LAYERS, Fields
 from dist_moe.checkpoint.hf_config import ARCHITECTURES
 from dist_moe.checkpoint.rope import RopeSettings, Yarn, rope_frequencies
 from dist_moe.model_config import ModelConfig
@@ -48,7 +48,7 @@ def gguf_config(where: str, metadata: Mapping[str, object], vocabulary: int, tie
     own = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
     fields = Fields(f"{where}: metadata of {architecture}", own)
     refuse_unsupported(fields)
-    layers, heads = fields.integer("block_count"), fields.integer("attention.head_count")
+    layers, heads = fields.count("block_count", MOST_LAYERS), fields.integer("attention.head_count")
     kv_heads = fields.integer("attention.head_count_kv", default=heads)
     if heads % kv_heads:
         raise fields.refusal("attention.head_count_kv", f"a divisor of attention.head_count = {heads}")
@@ -57,7 +57,10 @@ def gguf_config(where: str, metadata: Mapping[str, object], vocabulary: int, tie
     is_dense = architecture == "qwen3"
     experts, experts_per_token, expert_hidden = 0, 0, 0
     if not is_dense:
-        experts, experts_per_token = fields.integer("expert_count"), fields.integer("expert_used_count")
+        experts, experts_per_token = (
+            fields.count("expert_count", MOST_EXPERTS),
+            fields.integer("expert_used_count"),
+        )
         expert_hidden = fields.integer("expert_feed_forward_length")
         if experts_per_token > experts:
             raise fields.refusal("expert_used_count", f"at most expert_count = {experts}")
@@ -95,7 +98,7 @@ def refuse_unsupported(fields: Fields) -> None:
 
 def read_head_dim(fields: Fields) -> int:
     """The head dimension, the same for keys, values and rotation."""
-    head_dim = fields.integer("attention.key_length", minimum=2)
+    head_dim = fields.count("attention.key_length", LARGEST_HEAD_DIM, minimum=2)
     if head_dim % 2:
         raise fields.refusal("attention.key_length", "an even number", "rotary embeddings turn pairs of dimensions")
     for key in ("attention.value_length", "rope.dimension_count"):

@@ -189,6 +189,8 @@ class BoundedReader(GGUFReader):
         self.limit = len(self.data)
         for field in fields:
             name, sizes, kind = bytes(field.parts[1]).decode(), field.parts[3].tolist(), int(field.parts[4][0])
+            if not name.isprintable():  # it will stand in sentences
+                raise DamagedError(f"a tensor is called {name[:80]!r}")
             if len(sizes) > MOST_DIMENSIONS or not all(0 < size < 2**40 for size in sizes):
                 raise DamagedError(f"tensor {name} has dimensions {sizes[:8]}")
             if kind not in GGMLQuantizationType.__members__.values():

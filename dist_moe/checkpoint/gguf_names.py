@@ -14,6 +14,7 @@ from dist_moe.model_config import ModelConfig
 
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")  # one of the files of a split model
 EMBEDDING, LM_HEAD = "token_embd.weight", "output.weight"
+EXPERTS = "ffn_gate_exps.weight"
 
 
 def gguf_locations(config: ModelConfig, present: Container[str]) -> dict[str, Location]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dist_moe import files
-from dist_moe.checkpoint.fields import Fields, read_json
+from dist_moe.checkpoint.fields import LARGEST_HEAD_DIM, MOST_EXPERTS, MOST_LAYERS, Fields, read_json
 from dist_moe.checkpoint.hf_rope import rope_settings
 from dist_moe.checkpoint.rope import rope_frequencies
 from dist_moe.errors import CheckpointError
@@ -69,7 +69,7 @@ def refuse_unsupported(fields: Fields) -> None:
     if fields.flag("use_sliding_window", default=False):
         raise fields.refusal("use_sliding_window", "false", "dist-moe has no sliding-window attention")
     layer_types = fields.values.get("layer_types")
-    full = ["full_attention"] * fields.integer("num_hidden_layers")
+    full = ["full_attention"] * fields.count("num_hidden_layers", MOST_LAYERS)
     if layer_types is not None and layer_types != full:
         action = "dist-moe has no sliding-window or linear attention"
         raise fields.refusal("layer_types", f'"full_attention" for each of {len(full)} layers', action)
@@ -80,7 +80,7 @@ def refuse_unsupported(fields: Fields) -> None:
 
 def model_config(fields: Fields, architecture: str) -> ModelConfig:
     """The checked sizes and constants."""
-    layers, model_dim = fields.integer("num_hidden_layers"), fields.integer("hidden_size")
+    layers, model_dim = fields.count("num_hidden_layers", MOST_LAYERS), fields.integer("hidden_size")
     heads, kv_heads = fields.integer("num_attention_heads"), fields.integer("num_key_value_heads")
     if heads % kv_heads:
         raise fields.refusal("num_key_value_heads", f"a divisor of num_attention_heads = {heads}")
@@ -121,7 +121,7 @@ def model_config(fields: Fields, architecture: str) -> ModelConfig:
 def read_head_dim(fields: Fields, architecture: str, model_dim: int, heads: int) -> int:
     """The head dimension: its key, or the default of the model's config class."""
     if fields.has("head_dim"):
-        head_dim = fields.integer("head_dim", minimum=2)
+        head_dim = fields.count("head_dim", LARGEST_HEAD_DIM, minimum=2)
     elif architecture == ARCHITECTURES["qwen3"]:
         head_dim = DENSE_HEAD_DIM
     elif model_dim % heads:
@@ -137,7 +137,7 @@ def read_head_dim(fields: Fields, architecture: str, model_dim: int, heads: int)
 def read_experts(fields: Fields) -> int:
     """The number of experts per layer, under either of its names."""
     names = [key for key in ("num_experts", "num_local_experts") if fields.has(key)] or ["num_experts"]
-    counts = [fields.integer(key, minimum=0) for key in names]
+    counts = [fields.count(key, MOST_EXPERTS, minimum=0) for key in names]
     if len(set(counts)) > 1:
         raise fields.refusal("num_local_experts", f"the same as num_experts = {counts[0]}")
     return counts[0]

@@ -5,10 +5,14 @@ D model dim, H query heads, G kv heads, P head dim, E experts, F expert hidden u
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
+from dist_moe.errors import CheckpointError
 from dist_moe.model_config import ModelConfig
+
+SPARE = 1000  # layers that a description may have more than tensors, before it is called nonsense
+GATE_UP = "mlp.experts.gate_up_proj"
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,29 @@ class Location:
     expert: int | None = None  # index into the first axis of a fused tensor
     first_row: int = 0
     rows: int | None = None  # None: all rows of the tensor
+
+
+def require_counts(where: object, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], fused: str) -> None:
+    """Raise CheckpointError if a model has far more layers or experts than tensors; what else is wrong is seen later.
+
+    Without it, a damaged count makes `locations` list millions of matrices that no file has.
+
+    Args:
+        where: The checkpoint, for errors.
+        config: What it says of itself.
+        shapes: Of the tensors that it has.
+        fused: How the name of a tensor with all of a layer's experts ends.
+    """
+    matrices = 3 * sum(config.layer_experts(layer) for layer in range(config.layers))
+    stacked = next((shape for name, shape in shapes.items() if name.endswith(fused)), None)
+    if stacked is not None and stacked[0] == config.experts:
+        matrices = 0
+    if config.layers > SPARE + len(shapes) or matrices > SPARE * 16 + 16 * len(shapes):
+        raise CheckpointError(
+            f"{where}: is said to have {config.layers} layers of {config.experts} experts, but has "
+            f"{len(shapes)} tensors alone; check that config and weights belong to the same model, and copy or "
+            "download both again"
+        )
 
 
 def locations(config: ModelConfig, present: Container[str]) -> dict[str, Location]:
@@ -65,7 +92,7 @@ def mlp(config: ModelConfig, layer: int, source: str, present: Container[str]) -
             yield f"experts.0.{name}", Location(f"{source}mlp.{name}_proj.weight", shape)
         return
     yield "router", Location(f"{source}mlp.gate.weight", (experts, model_dim))
-    gate_up, down_proj = f"{source}mlp.experts.gate_up_proj", f"{source}mlp.experts.down_proj"
+    gate_up, down_proj = f"{source}{GATE_UP}", f"{source}mlp.experts.down_proj"
     if gate_up in present:
         gate_up_shape = (experts, 2 * hidden, model_dim)
         for expert in range(experts):

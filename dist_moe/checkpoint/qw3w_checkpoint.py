@@ -13,7 +13,7 @@ import numpy as np
 
 from dist_moe import files
 from dist_moe.checkpoint.hf_config import read_hf_config
-from dist_moe.checkpoint.names import Location, locations
+from dist_moe.checkpoint.names import GATE_UP, Location, locations, require_counts
 from dist_moe.checkpoint.qw3w_file import RECOPY, DamagedError, Qw3wFile
 from dist_moe.checkpoint.qw3w_matrix import ALL, Matrix, matrices
 from dist_moe.checkpoint.reader import (
@@ -58,6 +58,8 @@ class Qw3wCheckpoint:
         if self.config.tied_embeddings and not self._is_tied():
             # As for a Hugging Face directory: a file that holds another lm_head means it.
             self.config = dataclasses.replace(self.config, tied_embeddings=False)
+        shapes = {name: matrix.shown_shape() for name, matrix in self._tensors.items()}
+        require_counts(path, self.config, shapes, GATE_UP)
         self._locations = locations(self.config, self._tensors)
         self._check_tensors()
 

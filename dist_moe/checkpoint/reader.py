@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from dist_moe import files
 from dist_moe.checkpoint.hf_config import read_hf_config
-from dist_moe.checkpoint.names import Location, locations
+from dist_moe.checkpoint.names import GATE_UP, Location, locations, require_counts
 from dist_moe.checkpoint.tensor_files import TensorFiles
 from dist_moe.errors import CheckpointError
 from dist_moe.model_config import ModelConfig
@@ -54,6 +54,8 @@ class Checkpoint:
         self.path = directory
         self.config = config
         self._tensors = tensors
+        shapes = {name: tensors.entry(name).shape for name in tensors.names()}
+        require_counts(directory, config, shapes, GATE_UP)
         self._locations = locations(config, tensors)
 
     @classmethod

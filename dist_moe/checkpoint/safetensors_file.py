@@ -81,6 +81,11 @@ class SafetensorsFile:
             raise CheckpointError(diagnosis(path, error)) from error
         self.header = header_of(self._map)
         self.metadata, self._entries = parse_header(self.header)
+        strange = next((name for name in self._entries if not name.isprintable()), None)
+        if strange is not None:  # names stand in sentences
+            raise CheckpointError(
+                f"{path}: expected a safetensors file, but a tensor is called {strange[:80]!r}; {RECOPY}"
+            )
         self._padding = sum(entry.nbytes for name, entry in self._entries.items() if name.startswith(PADDING))
 
     def names(self) -> list[str]:

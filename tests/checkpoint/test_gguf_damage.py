@@ -76,6 +76,11 @@ def test_absurd_arrays(whole: bytes, tmp_path: Path, key: str, count: int, expec
     assert expected in refusal(tmp_path / "m", whole[:at] + struct.pack("<Q", count) + whole[at + 8 :])
 
 
+def test_a_name_of_two_lines_stays_in_one_sentence(whole: bytes, tmp_path: Path) -> None:
+    data = whole.replace(b"output_norm.weight", b"output_norm\nweight")
+    assert r"damaged: a tensor is called 'output_norm\nweight'" in refusal(tmp_path / "m", data)
+
+
 def test_a_header_of_noise_never_crashes(whole: bytes, tmp_path: Path) -> None:
     header_bytes = whole.index(b"output_norm.weight") + 100
     random = np.random.default_rng(5)

@@ -127,6 +127,14 @@ def test_headers_that_do_not_describe_the_file(tmp_path: Path, header: object) -
     assert refusal(path).startswith("FILE: expected ")
 
 
+def test_a_name_of_two_lines_stays_in_one_sentence(tmp_path: Path) -> None:
+    text = json.dumps({"a\nb": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    again = "copy or download the file again"
+    assert refusal(path) == f"FILE: expected a safetensors file, but a tensor is called 'a\\nb'; {again}"
+
+
 def test_not_a_file(tmp_path: Path) -> None:
     sentence = "FILE: expected a safetensors file, but there is none; copy or download the file again"
     assert refusal(tmp_path / "nothing.safetensors") == sentence
