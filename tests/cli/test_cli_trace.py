@@ -188,8 +188,10 @@ def test_a_disk_that_is_full_at_the_end_takes_the_trace_alone(environment: dict[
     path, kept = tmp_path / "trace.json", tmp_path / "kept"
     launching.run(*PROGRAM, *LINE, env=environment)  # the packed model is there
     options = ("--trace", str(path), "--stats", "--json", "--prompt-cache", str(kept))
-    limited = ("sh", "-c", 'ulimit -f 8; exec "$@"', "sh")  # a file may have 4 or 8 KiB
-    done = launching.run(*limited, *PROGRAM, *LINE, *options, env=environment)
+    limit = "import os, resource, sys"
+    limit += "\nresource.setrlimit(resource.RLIMIT_FSIZE, (11000, 11000))"
+    limit += "\nos.execv(sys.argv[1], sys.argv[1:])"
+    done = launching.run(sys.executable, "-c", limit, *PROGRAM, *LINE, *options, env=environment)
     assert done.code == 2, done.output
     assert len(json.loads(done.stdout)["ids"]) == 4
     assert done.stderr.count("dist-moe: error: ") == 1
