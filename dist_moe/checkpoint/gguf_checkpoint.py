@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dist_moe.checkpoint.gguf_config import gguf_config
-from dist_moe.checkpoint.gguf_file import BLOCK, BLOCK_BYTES, RECOPY, values_of
+from dist_moe.checkpoint.gguf_file import BLOCK, BLOCK_BYTES, RECOPY, block_of, values_of
 from dist_moe.checkpoint.gguf_names import EMBEDDING, LM_HEAD, gguf_locations
 from dist_moe.checkpoint.gguf_parts import GgufParts
 from dist_moe.checkpoint.gguf_text import text_files
@@ -19,7 +19,8 @@ from dist_moe.checkpoint.reader import SAMPLE_BYTES, SAMPLES
 from dist_moe.checkpoint.source import F32, Array, Blocks
 from dist_moe.errors import CheckpointError
 
-READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
+FLOATS, BLOCKS = ("F32", "F16", "BF16"), ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS")
+READABLE = (*FLOATS, *BLOCKS, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 SHOWN = 6  # tensors that one sentence lists
 ALL = slice(None)
 
@@ -53,7 +54,7 @@ class GgufCheckpoint:
         return place.tensor_shape if place.expert is None else place.tensor_shape[1:]
 
     def source_dtype(self, name: str) -> str:
-        """How the file keeps it: "f32", "f16", "bf16", "q8_0" or "q4_0"."""
+        """How the file keeps it: a type of `READABLE` in small letters, such as "q4_0"."""
         return self._type(name).lower()
 
     def preferred_dtype(self) -> str | None:
@@ -72,11 +73,9 @@ class GgufCheckpoint:
         if columns is None:
             return values_of(data, type_name)
         first, stop, _ = columns.indices(self.shape(name)[1])
-        width, width_bytes = (BLOCK, BLOCK_BYTES[type_name]) if type_name in BLOCK_BYTES else (1, 1)
-        if type_name == "BF16":
-            width_bytes = 2
+        width, elements = block_of(type_name)
         first_block, stop_block = first // width, -(-stop // width)
-        values = values_of(data[:, first_block * width_bytes : stop_block * width_bytes], type_name)
+        values = values_of(data[:, first_block * elements : stop_block * elements], type_name)
         return np.ascontiguousarray(values[:, first - first_block * width : stop - first_block * width])
 
     def blocks(self, name: str, rows: slice, columns: slice) -> Blocks | None:
@@ -144,6 +143,6 @@ class GgufCheckpoint:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
         return (
             f"{self.path}: {len(refused)} of {len(tensors)} tensors have a type that dist-moe does not read ({kinds}):"
-            f" {listed}{more}; expected {', '.join(READABLE)}: make the file with llama-quantize --pure, or give the"
-            " Hugging Face directory"
+            f" {listed}{more}; expected {', '.join(READABLE)}: get the file in another type, such as"
+            " Q4_K_M or Q8_0, or give the Hugging Face directory"
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType
 from gguf.quants import dequantize
 
 from dist_moe.errors import CheckpointError
@@ -30,6 +30,7 @@ MOST_HEADER_BYTES = 1 << 28
 MOST_DIMENSIONS = 4
 BLOCK = 32  # weights of a Q4_0 or Q8_0 block
 BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18}
+PIECE = 1 << 16  # weights that are made f32 at once: larger pieces leave the processor's caches
 RECOPY = "copy or download the file again"
 
 
@@ -91,11 +92,28 @@ class GgufFile:
         return self._bytes[first_byte : first_byte + count].tobytes()
 
 
+def block_of(type_name: str) -> tuple[int, int]:
+    """Weights of one block of a type, and the elements of `GgufTensor.data` that hold it."""
+    if type_name in ("F32", "F16"):
+        return 1, 1
+    weights, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    return int(weights), int(block_bytes)
+
+
 def values_of(data: Array, type_name: str) -> npt.NDArray[np.float32]:
     """A fresh C-contiguous float32 array of a slice of whole blocks of a tensor's data, every value exact."""
-    with np.errstate(all="ignore"):
-        values = dequantize(np.ascontiguousarray(data), GGMLQuantizationType[type_name])
-    return np.array(values, np.float32, order="C")
+    kind, (weights, elements) = GGMLQuantizationType[type_name], block_of(type_name)
+    values = np.empty((*data.shape[:-1], data.shape[-1] // elements * weights), np.float32)
+    if values.ndim == 1:
+        data, flat = data[None], values[None]
+    else:
+        flat = values
+    step = max(1, PIECE // max(1, flat.shape[-1]))
+    for first in range(0, len(flat), step):
+        rows = slice(first, first + step)
+        with np.errstate(all="ignore"):
+            flat[rows] = dequantize(np.ascontiguousarray(data[rows]), kind)
+    return values
 
 
 def check_start(path: Path) -> None:

@@ -108,6 +108,12 @@ class Checkpoint:
             values = values[place.expert]
         return values if place.rows is None else values[place.first_row : place.first_row + place.rows]
 
+    def stored(self, name: str, rows: slice, columns: slice | None = None) -> npt.NDArray[np.generic] | None:
+        """A read-only view of a slice, its rows apart: f32, or bf16 as uint16; None if the file has neither."""
+        values = self.raw(name)[rows]
+        values = values if columns is None else values[:, columns]
+        return values if values.dtype in (np.float32, np.uint16) and values.flags.aligned else None
+
     def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> F32:
         """A fresh C-contiguous f32 copy of a slice of a logical matrix or vector, widened exactly.
 
@@ -134,8 +140,7 @@ class Checkpoint:
             CheckpointError: A chat template is not UTF-8.
             UsageError: One of them cannot be read.
         """
-        names = [name for name in TEXT_FILES if files.is_file(self.path / name)]
-        return {**_extra_templates(self.path), **{name: files.read_bytes(self.path / name) for name in names}}
+        return directory_texts(self.path)
 
     def fingerprint(self) -> str:
         """A SHA-256 (hex) of config.json, every file's name, size and header, and 16 pages of its tensors.
@@ -216,6 +221,12 @@ def widen(values: npt.NDArray[np.generic]) -> F32:
         np.left_shift(values, np.uint32(16), out=bits, dtype=np.uint32)
         return bits.view(np.float32)
     return np.array(values, np.float32, order="C")
+
+
+def directory_texts(directory: Path) -> dict[str, bytes]:
+    """`Checkpoint.text_files` of a directory; raises as it does."""
+    names = [name for name in TEXT_FILES if files.is_file(directory / name)]
+    return {**_extra_templates(directory), **{name: files.read_bytes(directory / name) for name in names}}
 
 
 def _extra_templates(directory: Path) -> dict[str, bytes]:

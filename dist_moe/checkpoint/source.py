@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.errors import CheckpointError, EnvironmentMismatch
 from dist_moe.model_config import ModelConfig
 
-GGUF_MAGIC = b"GGUF"
+MAGICS = {b"GGUF": "GGUF", b"QW3W": "QW3W"}
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
 
@@ -43,7 +43,7 @@ class Source(Protocol):
         """The shape of a logical matrix [rows, columns] or vector [n]."""
 
     def source_dtype(self, name: str) -> str:
-        """How the file keeps it: "f32", "f16", "bf16", "q8_0" or "q4_0"."""
+        """How the file keeps it: "f32", "f16", "bf16", or a GGUF or QW3W type such as "q8_0" or "q4_k"."""
 
     def preferred_dtype(self) -> str | None:
         """The dtype of most of its matrices' weights if a store should keep that; None if it should quantize them."""
@@ -61,35 +61,48 @@ class Source(Protocol):
         """A cheap SHA-256 (hex) that tells models, versions and fine-tunes apart."""
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether a path is a file that begins as GGUF files do.
+@runtime_checkable
+class MappedSource(Protocol):
+    """A source whose matrices the kernels may read in the mapped file."""
+
+    def stored(self, name: str, rows: slice, columns: slice | None = None) -> Array | None:
+        """A read-only view of a slice, its rows apart: float32, or bf16 as uint16; None if it must be decoded."""
+
+
+def file_format(path: Path) -> str | None:
+    """The format of a model in one file, "GGUF" or "QW3W", by its first bytes; None if it is none.
 
     Raises:
         UsageError: The system does not say what stands there.
         CheckpointError: The file cannot be read.
     """
     if not files.is_file(path):
-        return False
+        return None
     try:
         with path.open("rb") as stream:
-            return stream.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+            return MAGICS.get(stream.read(4))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
 def open_source(path: Path) -> Source:
-    """Open a Hugging Face directory or a GGUF file, told apart by what they hold.
+    """Open a Hugging Face directory, a GGUF file or a QW3W file, told apart by what they hold.
 
     Raises:
-        CheckpointError: It is neither, damaged, or not supported.
+        CheckpointError: It is none of them, damaged, or not supported.
         EnvironmentMismatch: The package that reads GGUF files is not installed.
     """
-    if is_gguf(path):
+    found = file_format(path)
+    if found == "GGUF":
         return open_gguf(path)
+    if found == "QW3W":
+        from dist_moe.checkpoint.qw3w_checkpoint import Qw3wCheckpoint
+
+        return Qw3wCheckpoint(path)
     if files.is_file(path):
         raise CheckpointError(
-            f"{path}: expected a Hugging Face model directory or a GGUF file, but it is a file that does not begin "
-            "with GGUF; give the directory that holds config.json, or copy the GGUF file again"
+            f"{path}: expected a Hugging Face model directory, a GGUF file or a QW3W file, but it is a file that does "
+            "not begin with GGUF or QW3W; give the directory that holds config.json, or copy the file again"
         )
     return Checkpoint.open(path)
 

@@ -26,7 +26,7 @@ _DAY_S = 86400.0
 @click.group("cache", invoke_without_command=True)
 @click.pass_context
 def cache(context: click.Context) -> None:
-    """List or remove what `run -m` packed: models from Hugging Face directories and GGUF files.
+    """List or remove what `run -m` packed: models from Hugging Face directories, GGUF and QW3W files.
 
     The cache directory is $DIST_MOE_CACHE, else $XDG_CACHE_HOME/dist-moe, else ~/.cache/dist-moe. Stores that
     `dist-moe shard` made lie elsewhere and are never touched.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     "--model",
     metavar="PATH",
     type=click.Path(path_type=Path),
-    help="A store that is to run here, or the GGUF file or Hugging Face directory that a run would pack first.",
+    help="A store that is to run here, or the GGUF or QW3W file or Hugging Face directory that a run would pack first.",
 )
 @click.option(
     "--hostfile",

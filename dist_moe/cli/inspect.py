@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--verify", is_flag=True, help="Recompute every checksum; damage is named and gives exit code 2.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(path: str, verify: bool, as_json: bool) -> None:
-    """List the tensors of a store, of one of its files, of a Hugging Face directory or file, or of a GGUF file.
+    """List the tensors of a store, of one of its files, of a Hugging Face directory or file, or of a GGUF or QW3W file.
 
     Each with its format, size, owner (the node whose shard has it) and checksum, and totals per kind.
     """

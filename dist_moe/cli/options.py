@@ -117,7 +117,7 @@ def model_options(command: Decorated) -> Decorated:
             type=PathName(),
             metavar="PATH",
             show_default="the bundled demo model",
-            help="A store made by `dist-moe shard`, or a Hugging Face directory or a GGUF file, which is packed once "
+            help="A store made by `dist-moe shard`, or a Hugging Face directory or a GGUF or QW3W file, packed once "
             "into the cache directory ($DIST_MOE_CACHE, else $XDG_CACHE_HOME/dist-moe, else ~/.cache/dist-moe).",
         ),
         option(

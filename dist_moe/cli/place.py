@@ -84,8 +84,9 @@ def place(
 ) -> None:
     """Decide what each node gets of MODEL: hot experts go to several nodes, so that all are alike busy at each token.
 
-    MODEL is a store, a Hugging Face directory, a GGUF file or a file of configs/ (default: the bundled demo). Obeyed by
-    dist-moe shard --placement. Straggling is the busiest node's time with experts over the mean of all; 1 is best.
+    MODEL is a store, a Hugging Face directory, a GGUF or QW3W file or a file of configs/ (default: the bundled demo).
+    Obeyed by dist-moe shard --placement. Straggling is the busiest node's time with experts over the mean of all; 1
+    is best.
 
     \b
     Examples:
@@ -150,17 +151,18 @@ def _place(wish: _Wish, node_weights: tuple[int, ...]) -> None:
         return
     click.echo("\n".join(_as_text(manifest, routing, placement, found)))
     if wish.output is not None:
-        line = ["dist-moe", "shard", *_source(wish.model), "--placement", wish.output]
-        click.echo(f"next: {shlex.join(line)}")
+        click.echo(f"next: {shlex.join([*_packing(wish.model), '--placement', wish.output])}")
 
 
-def _source(model: str | None) -> list[str]:
-    """The model's name for `shard`; what has no weights to pack, or is packed already, stands as a word for them."""
+def _packing(model: str | None) -> list[str]:
+    """The command that obeys a placement; what has no weights to pack stands as a word for them."""
     from dist_moe.store.manifest import MANIFEST_NAME
 
     if model is None:
-        return []
-    return ["MODEL" if model.endswith(".toml") or is_file(Path(model) / MANIFEST_NAME) else model]
+        return ["dist-moe", "shard"]
+    if is_file(Path(model) / MANIFEST_NAME):
+        return ["dist-moe", "reshard", model]
+    return ["dist-moe", "shard", "MODEL" if model.endswith(".toml") else model]
 
 
 def _place_as_measured(wish: _Wish) -> None:

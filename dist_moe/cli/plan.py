@@ -116,7 +116,7 @@ class PlanOptions:
 def plan(**values: object) -> None:
     """Predict what a model needs and how fast it runs on a number of nodes; nothing is loaded.
 
-    MODEL is a store, a Hugging Face directory, a GGUF file or a file of configs/.
+    MODEL is a store, a Hugging Face directory, a GGUF or QW3W file or a file of configs/.
 
     \b
     Examples:

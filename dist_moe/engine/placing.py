@@ -13,7 +13,6 @@ from typing import Literal
 
 import numpy as np
 
-from dist_moe.engine.record import show_bytes
 from dist_moe.engine.replicas import improve, pack
 from dist_moe.engine.routing_profile import SEED, RoutingProfile
 from dist_moe.engine.work_simulation import Simulation
@@ -120,8 +119,8 @@ def _slots(manifest: Manifest, weights: Sequence[int], budget: Budget, other_byt
     if sum(slots) < experts:
         least = max(other_bytes) + -(-experts // nodes) * layer_bytes
         raise UsageError(
-            f"--budget: {show_bytes(budget.node_bytes)} on each of {nodes} nodes hold {sum(slots)} of {experts} "
-            f"experts of each layer: give {_as_budget(least)}, more nodes, or another --quant"
+            f"--budget: {_gigabytes(budget.node_bytes)} on each of {nodes} nodes hold {sum(slots)} of {experts} "
+            f"experts of each layer: give {_gigabytes(least)}, more nodes, or another --quant"
         )
     return slots
 
@@ -148,14 +147,15 @@ def _require_room(node_bytes: int, needed: Sequence[int]) -> None:
     """Refuse a budget that is too small for what a node gets in any case."""
     if (most := max(needed)) > node_bytes:
         raise UsageError(
-            f"--budget: {show_bytes(node_bytes)} are too few for node {needed.index(most) + 1}, whose heads, "
-            f"vocabulary blocks and dense layers take {_as_budget(most)}: give more, more nodes, or another --quant"
+            f"--budget: {_gigabytes(node_bytes)} are too few for node {needed.index(most) + 1}, whose heads, "
+            f"vocabulary blocks and dense layers take {_gigabytes(most)}: give more, more nodes, or another --quant"
         )
 
 
-def _as_budget(count: int) -> str:
-    """Bytes as --budget takes them, rounded up."""
-    return f"{-(-count // 10**4) / 10**5:g}GB"
+def _gigabytes(size: int) -> str:
+    """As --budget takes it: 3 digits or more, rounded upwards, so that what is advised is enough."""
+    digits = next((digits for digits in range(2, 6) if size * 10**digits >= 100 * _GIGABYTE), 6)
+    return f"{-(-size * 10**digits // _GIGABYTE) / 10**digits:.{digits}f} GB"
 
 
 def _proportional(total: int, weights: Sequence[int], most: int) -> list[int]:

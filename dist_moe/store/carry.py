@@ -19,15 +19,19 @@ EXACT_FORMAT = {
     "f16": WeightFormat.F32,
     "f32": WeightFormat.F32,
 }
+# Types whose integers no store can keep: q8 where q4 would throw bits away.
+_Q4_SOURCES = ("q4_1", "q4_k", "iq4_nl", "iq4_xs", "q2_k", "q3_k", "qw3w_q4", "qw3w_q4_zero_point")
+_Q8_SOURCES = ("q5_0", "q5_1", "q5_k", "q6_k", "qw3w_q8")
+NEAREST_FORMAT = dict.fromkeys(_Q4_SOURCES, WeightFormat.Q4) | dict.fromkeys(_Q8_SOURCES, WeightFormat.Q8)
 DEFAULT_FORMAT = WeightFormat.Q4
 _BITS = {"q4_0": 4, "q8_0": 8}
 _SHOWN = 3  # matrices that a line of `conversion_notes` names
 
 
 def default_format(source: Source) -> WeightFormat:
-    """The format of a store when nobody asks for one: what the source has, or q4 if it is not quantized yet."""
+    """The format of a store when nobody asks for one: nearest to what the source has, q4 if it is not quantized yet."""
     dtype = source.preferred_dtype()
-    return DEFAULT_FORMAT if dtype is None else EXACT_FORMAT[dtype]
+    return DEFAULT_FORMAT if dtype is None else (EXACT_FORMAT | NEAREST_FORMAT)[dtype]
 
 
 def is_carried(source_dtype: str, fmt: WeightFormat, group_size: int) -> bool:
@@ -80,6 +84,9 @@ def conversion_notes(source: Source, fmt: WeightFormat, group_size: int) -> list
         what = f"{len(found)} matrices of type {dtype.upper()} ({listed})"
         if is_carried(dtype, fmt, group_size):
             lines.append(f"{what}: integers and scales kept bit for bit as {fmt.label}")
+        elif dtype in NEAREST_FORMAT and fmt != WeightFormat.F32:
+            better = "" if fmt == WeightFormat.Q8 else ", --quant q8 loses less"
+            lines.append(f"{what}: decoded exactly, then rounded to {fmt.label}; --quant f32 keeps every value{better}")
         elif fmt == WeightFormat.F32 or (dtype not in _BITS and fmt == EXACT_FORMAT[dtype]):
             lines.append(f"{what}: every value kept exactly as {fmt.label}")
         else:

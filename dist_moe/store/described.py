@@ -19,7 +19,7 @@ def describe_model(model: str, quant: str | None) -> Manifest:
     """What a model's store is, or would be, without reading a weight.
 
     Args:
-        model: A store, a Hugging Face directory, a GGUF file or a file of configs/.
+        model: A store, a Hugging Face directory, a GGUF or QW3W file or a file of configs/.
         quant: The format of the weights, where it is not decided yet.
 
     Raises:

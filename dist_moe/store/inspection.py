@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_moe import files
+from dist_moe.checkpoint.qw3w_file import TYPE_NAMES as QW3W_TYPES
+from dist_moe.checkpoint.qw3w_file import Qw3wFile
 from dist_moe.checkpoint.safetensors_file import SafetensorsFile
-from dist_moe.checkpoint.source import is_gguf, require_gguf
+from dist_moe.checkpoint.source import file_format, require_gguf
 from dist_moe.errors import StoreError
 from dist_moe.store.checksum import checksum_text
 from dist_moe.store.layout import CHECKSUM_SUFFIX, weight_files
@@ -66,7 +68,7 @@ class Inspection:
     """The whole report."""
 
     path: Path
-    kind: str  # "store", "store file", "safetensors" or "GGUF"
+    kind: str  # "store", "store file", "safetensors", "GGUF" or "QW3W"
     manifest: Manifest | None
     files: list[FileReport]
 
@@ -83,15 +85,15 @@ class Inspection:
 
 
 def inspect_path(path: Path) -> Inspection:
-    """Report on a store, one of its files, a Hugging Face directory or file, or a GGUF file.
+    """Report on a store, one of its files, a Hugging Face directory or file, or a GGUF or QW3W file.
 
     Raises:
         StoreError: The path is none of these, or a store that cannot be opened.
-        CheckpointError: A safetensors or GGUF file is damaged.
+        CheckpointError: A safetensors, GGUF or QW3W file is damaged.
         EnvironmentMismatch: The package that reads GGUF files is not installed.
     """
-    if is_gguf(path):
-        return Inspection(path, "GGUF", None, [_gguf_report(path)])
+    if found := file_format(path):
+        return Inspection(path, found, None, [_gguf_report(path) if found == "GGUF" else _qw3w_report(path)])
     if files.is_file(path):
         manifest = _manifest_beside(path)
         entry = manifest.file(path.name) if manifest else None
@@ -110,7 +112,7 @@ def verify_lone_file(path: Path) -> list[str]:
     Raises:
         StoreError: The file has no checksums.
     """
-    if is_gguf(path):
+    if file_format(path):
         raise StoreError(f"{path}: has no checksums, as only the files of a store have them; leave out --verify")
     weights = SafetensorsFile(path)
     report = _file_report(path, None)
@@ -138,6 +140,15 @@ def _gguf_report(path: Path) -> FileReport:
     tensors = [
         TensorReport(name, re.sub(r"^blk\.\d+\.", "", name), tensor.type, tensor.shape, tensor.data.nbytes)
         for name, tensor in file.tensors.items()
+    ]
+    return FileReport(path.name, file.file_bytes, None, None, tensors=tensors)
+
+
+def _qw3w_report(path: Path) -> FileReport:
+    file = Qw3wFile(path)
+    tensors = [
+        TensorReport(name, re.sub(r"\.\d+\.", ".N.", name), QW3W_TYPES[record.dtype], record.shape, record.data.nbytes)
+        for name, record in file.records.items()
     ]
     return FileReport(path.name, file.file_bytes, None, None, tensors=tensors)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import dist_moe
 from dist_moe import files
 from dist_moe.checkpoint.hf_config import read_hf_config
-from dist_moe.checkpoint.source import Source, is_gguf, open_source
+from dist_moe.checkpoint.hub import is_hub_id
+from dist_moe.checkpoint.source import Source, file_format, open_source
 from dist_moe.demo import demo_model_directory
 from dist_moe.errors import PlaceError, UsageError
 from dist_moe.kernels import WeightFormat
@@ -37,7 +38,7 @@ class ModelSource:
     A `synthetic` model has no weights to read: `directory` is where the store of its random ones is, or will be.
     """
 
-    path: Path  # a store's or checkpoint's directory, or a GGUF file
+    path: Path  # a store's or checkpoint's directory, or a GGUF or QW3W file
     format: WeightFormat | None
     synthetic: SyntheticModel | None = None
     in_cache: bool = True  # of a synthetic model: a damaged store is ours to replace
@@ -58,7 +59,7 @@ class ModelSource:
             manifest = read_manifest(self.path / MANIFEST_NAME)
             check_text_files(self.path, manifest, required=with_text)
             return manifest.config
-        return open_source(self.path).config if is_gguf(self.path) else read_hf_config(self.path)
+        return open_source(self.path).config if file_format(self.path) else read_hf_config(self.path)
 
     def name(self) -> str:
         """What to call the model: as the store's manifest says, else by its directory or file.
@@ -73,13 +74,13 @@ class ModelSource:
         )
 
     def text_directory(self) -> Path:
-        """Where tokenizer and generation settings lie; those of a GGUF file are written to the cache directory.
+        """Where tokenizer and generation settings lie; those of a model in one file are written to the cache directory.
 
         Raises:
             CheckpointError: The GGUF file has a tokenizer of another kind.
             PlaceError: The cache directory cannot be written.
         """
-        return _write_texts(self.path) if is_gguf(self.path) else self.path
+        return _write_texts(self.path) if file_format(self.path) else self.path
 
 
 def find_model(
@@ -106,27 +107,32 @@ def find_model(
         return ModelSource(directory, None)
     if files.is_file(directory / PROGRESS_NAME):
         raise UsageError(
-            f"{option}{directory}: this store is incomplete (dist-moe shard was interrupted or is still running): "
+            f"{option}{directory}: this store is incomplete (dist-moe shard or reshard was interrupted or still runs): "
             "repeat its command, it continues where it stopped"
         )
     if files.is_file(directory / "config.json"):
         return ModelSource(directory, DEFAULT_FORMAT if wanted is None else wanted)
-    if is_gguf(directory):
+    if file_format(directory):
         return ModelSource(directory, default_format(open_source(directory)) if wanted is None else wanted)
     found = {None: "does not exist", "directory": "holds neither"}.get(
-        files.kind_of(directory), "is a file that does not begin with GGUF"
+        files.kind_of(directory), "is a file that does not begin with GGUF or QW3W"
     )
     raise UsageError(
         f"{option}{directory}: expected a store (with {MANIFEST_NAME}), a GGUF file or a Hugging Face directory (with "
-        f"config.json), but it {found}"
+        f"config.json), but it {found}{_hub_advice(model)}"
     )
 
 
+def _hub_advice(model: str) -> str:
+    """What to do about a name that only the Hugging Face hub knows."""
+    return f"; dist-moe shard {model} downloads and packs a model of the Hugging Face hub" if is_hub_id(model) else ""
+
+
 def is_source(path: Path) -> bool:
-    """Whether a path is what a store is packed from, a GGUF file or a Hugging Face directory, and not a store."""
+    """Whether a path is what a store is packed from, one file or a Hugging Face directory, and not a store."""
     if any(files.is_file(path / name) for name in (MANIFEST_NAME, PROGRESS_NAME)):
         return False
-    return files.is_file(path / "config.json") or is_gguf(path)
+    return files.is_file(path / "config.json") or file_format(path) is not None
 
 
 def cache_directory() -> Path:

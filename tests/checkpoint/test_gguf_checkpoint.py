@@ -10,11 +10,11 @@ import pytest
 from gguf.quants import GGMLQuantizationType, quantize
 
 from dist_moe.checkpoint import source
-from dist_moe.checkpoint.gguf_checkpoint import GgufCheckpoint
+from dist_moe.checkpoint.gguf_checkpoint import READABLE, GgufCheckpoint
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.checkpoint.source import is_gguf, open_source
+from dist_moe.checkpoint.source import file_format, open_source
 from dist_moe.errors import CheckpointError, EnvironmentMismatch
-from helpers.tiny_gguf import DENSE, MOE, write_gguf
+from helpers.tiny_gguf import DENSE, MOE, WIDE, write_gguf
 from helpers.tiny_model import TinyModel
 
 YARN = {
@@ -66,9 +66,9 @@ class Yarned(TinyModel):
         return super().config_json() | {"rope_scaling": yarn}
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", READABLE)
 def test_every_value_is_read_exactly(tmp_path: Path, kind: str) -> None:
-    values = write_gguf(tmp_path / "m.gguf", matrices=kind)
+    values = write_gguf(tmp_path / "m.gguf", WIDE if "K" in kind or kind == "IQ4_XS" else MOE, matrices=kind)
     checkpoint = open_source(tmp_path / "m.gguf")
     assert checkpoint.source_dtype("layers.0.q") == kind.lower()
     assert checkpoint.preferred_dtype() == kind.lower()
@@ -123,11 +123,11 @@ REFUSALS = {
     "more layers": ({".block_count": 3}, {}, "tensor blk.2.attn_norm.weight is missing"),
     "fewer layers": ({".block_count": 1}, {}, "has blk.1.attn_norm.weight (12 such), which is no tensor"),
     "split": ({"split.count": 3}, {}, "is one of 3 files of a split model; join them first"),
-    "one type": ({}, {"output.weight": "Q5_0"}, "1 of 27 tensors have a type that dist-moe does not read (1 Q5_0): "),
+    "one type": ({}, {"output.weight": "TQ1_0"}, "1 of 15 tensors have a type that dist-moe does not read (1 TQ1_0): "),
     "types": (
         {},
-        {"output.weight": "Q5_1", "blk.0.attn_q.weight": "Q4_1"},
-        "(1 Q4_1, 1 Q5_1): blk.0.attn_q.weight is Q4_1, output.weight is Q5_1; expected F32, F16, BF16, Q8_0, Q4_0",
+        {"output.weight": "TQ2_0", "blk.0.attn_q.weight": "IQ2_XXS"},
+        "(1 IQ2_XXS, 1 TQ2_0): blk.0.attn_q.weight is IQ2_XXS, output.weight is TQ2_0; expected F32, F16, BF16, Q8_0",
     ),
 }
 
@@ -136,7 +136,8 @@ REFUSALS = {
 def test_what_does_not_fit_is_refused(tmp_path: Path, case: str) -> None:
     changes, types, expected = REFUSALS[case]
     path = tmp_path / "m.gguf"
-    write_gguf(path, changes={k: v for k, v in changes.items() if k != "general.architecture"}, types=types)
+    model = WIDE if types else MOE
+    write_gguf(path, model, changes={k: v for k, v in changes.items() if k != "general.architecture"}, types=types)
     if "general.architecture" in changes:
         path.write_bytes(path.read_bytes().replace(b"qwen3moe", b"llama3.x"))
         expected = expected.replace('"llama"', '"llama3.x"')
@@ -149,7 +150,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, case: str) -> None:
 def test_formats_are_told_by_content(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.bin")
     (tmp_path / "model.gguf").write_bytes(b"GGML" + bytes(100))
-    assert is_gguf(tmp_path / "model.bin")
+    assert file_format(tmp_path / "model.bin") == "GGUF"
     assert isinstance(open_source(tmp_path / "model.bin"), GgufCheckpoint)
     with pytest.raises(CheckpointError, match="it is a file that does not begin with GGUF"):
         open_source(tmp_path / "model.gguf")

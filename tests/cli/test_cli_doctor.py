@@ -19,7 +19,7 @@ from dist_moe.kernels import WeightFormat
 from dist_moe.store.convert import convert
 from dist_moe.store.plan import StoreOptions
 from helpers import launching
-from helpers.tiny_gguf import write_gguf
+from helpers.tiny_gguf import WIDE, write_gguf
 from helpers.tiny_model import TinyModel
 
 DOCTOR = (sys.executable, "-m", "dist_moe", "doctor")
@@ -175,7 +175,7 @@ def test_what_a_store_is_packed_from(alone: MpiRun, environment: dict[str, str],
 
 
 def test_a_gguf_file_that_cannot_be_run(alone: MpiRun, tmp_path: Path) -> None:
-    write_gguf(tmp_path / "m.gguf", matrices="Q5_0")
+    write_gguf(tmp_path / "m.gguf", WIDE, matrices="TQ1_0")
     done = alone("--json", "-m", str(tmp_path / "m.gguf"))
     assert wrong(done) == ["store"]
     assert "have a type that dist-moe does not read" in done.stdout

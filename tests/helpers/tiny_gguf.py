@@ -9,13 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
 from helpers.tiny_model import TinyModel
 
 MOE = TinyModel(layers=2, dense_layers=())
 DENSE = TinyModel(layers=2, dense_layers=(0, 1), tied=True)
+# Rows of 256 weights and more, as K-quants need them.
+WIDE = TinyModel(layers=1, dense_layers=(), model_dim=256, experts=3, experts_per_token=2, expert_hidden=512)
+# Where the f16 scales lie in a block of the types that the package cannot write.
+SCALE_BYTES = {
+    "Q2_K": (80, 84),
+    "Q3_K": (108, 110),
+    "Q4_K": (0, 4),
+    "Q5_K": (0, 4),
+    "Q6_K": (208, 210),
+    "IQ4_NL": (0, 2),
+    "IQ4_XS": (0, 2),
+    "IQ2_XXS": (0, 2),
+}
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -78,7 +91,19 @@ def encoded(values: np.ndarray, type_name: str) -> np.ndarray:
     """Values as a tensor's data: floats as they are, other types as bytes."""
     if type_name in FLOATS:
         return values.astype(FLOATS[type_name])
+    if type_name in SCALE_BYTES:
+        return random_blocks(values.shape, type_name)
     return quantize(values, GGMLQuantizationType[type_name])
+
+
+def random_blocks(shape: tuple[int, ...], type_name: str, seed: int = 1) -> np.ndarray:
+    """Random integers under small random scales: the data of a tensor of this shape."""
+    weights, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    random, (first, stop) = np.random.default_rng(seed), SCALE_BYTES[type_name]
+    blocks = random.integers(0, 256, (*shape[:-1], shape[-1] // weights, block_bytes)).astype(np.uint8)
+    scales = random.uniform(-1e-3, 1e-3, (*blocks.shape[:-1], (stop - first) // 2)).astype(np.float16)
+    blocks[..., first:stop] = scales.view(np.uint8)
+    return blocks.reshape(*shape[:-1], -1)
 
 
 def write_gguf(

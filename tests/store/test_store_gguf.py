@@ -15,7 +15,7 @@ from dist_moe.kernels import reference
 from dist_moe.kernels.formats import WeightFormat, packed_bytes
 from dist_moe.store.carry import conversion_notes, default_format
 from dist_moe.store.reader import Store
-from helpers.tiny_gguf import DENSE, MOE, gguf_tensors, write_gguf
+from helpers.tiny_gguf import DENSE, MOE, WIDE, gguf_tensors, write_gguf
 from helpers.tiny_model import TinyModel
 from helpers.tiny_store import contents, run_convert
 
@@ -164,6 +164,26 @@ def test_mixed_files_follow_the_majority_and_say_so(tmp_path: Path) -> None:
     assert all("rounded to q4" in line for line in conversion_notes(source, Q4, 64))
     assert all("kept exactly as f32" in line for line in conversion_notes(source, WeightFormat.F32, 64))
     check_matrices(store_of(path, format=Q8), values)
+
+
+@pytest.mark.parametrize(("kind", "fmt"), [("Q4_1", Q4), ("IQ4_NL", Q4), ("Q4_K", Q4), ("Q5_K", Q8), ("Q6_K", Q8)])
+def test_other_types_are_packed_as_their_values_would_be(tmp_path: Path, kind: str, fmt: WeightFormat) -> None:
+    values = write_gguf(tmp_path / "m.gguf", WIDE, kind)
+    source = open_source(tmp_path / "m.gguf")
+    assert default_format(source) == fmt
+    better = ", --quant q8 loses less" if fmt == Q4 else ""
+    assert conversion_notes(source, fmt, 32) == [
+        f"14 matrices of type {kind} (layers.0.q, layers.0.k, layers.0.v ...): decoded exactly, then rounded to "
+        f"{fmt.label}; --quant f32 keeps every value{better}"
+    ]
+    assert "every value kept exactly as f32" in conversion_notes(source, WeightFormat.F32, 32)[0]
+    check_matrices(store_of(tmp_path / "m.gguf", format=WeightFormat.F32), values)
+    (tmp_path / "m.store").rename(tmp_path / "f32.store")
+    ours = store_of(tmp_path / "m.gguf")
+    write_gguf(tmp_path / "m.gguf", WIDE, "F32", data=values)
+    theirs = store_of(tmp_path / "m.gguf", format=fmt, force=True)
+    for kind_of_unit in ("head", "kv_head", "chunk", "vocabulary"):
+        assert np.array_equal(ours.unit(kind_of_unit, 0, 1), theirs.unit(kind_of_unit, 0, 1))
 
 
 def test_a_store_of_a_gguf_is_the_same_on_any_number_of_nodes(tmp_path: Path) -> None:

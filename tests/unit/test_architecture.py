@@ -34,6 +34,7 @@ DOORS = {
     "click": {"cli"},
     "matplotlib": {"cli/heat_map.py"},
     "gguf": {"checkpoint/gguf_file.py"},
+    "huggingface_hub": {"checkpoint/hub.py"},
     "prompt_toolkit": {"chat/terminal.py"},
     "xxhash": {"store/checksum.py"},
 }

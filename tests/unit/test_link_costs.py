@@ -9,6 +9,7 @@ import pytest
 
 from dist_moe.engine.options import EngineOptions
 from dist_moe.kernels import SumsCodec, WireFormat
+from dist_moe.parallel.cost import sum_traffic
 from dist_moe.parallel.host_sums import FEWEST_SUMS, MOST_SUMS, HostSums
 from dist_moe.parallel.probe import LinkCosts, fit_costs
 
@@ -47,6 +48,14 @@ def test_one_phase_is_for_two_hosts_and_for_small_sums() -> None:
     assert host_sums(4, LinkCosts(1e-3, 0.117e9)).is_one_phase(2048)
     assert not host_sums(4, LinkCosts(1e-3, 0.117e9)).is_one_phase(2048 * 512)
     assert host_sums(3, INFINIBAND).is_one_phase(256)
+
+
+@pytest.mark.parametrize("link", [ETHERNET, INFINIBAND, LinkCosts(1e-3, 0.117e9)])
+@pytest.mark.parametrize("hosts", [2, 3, 4, 8])
+def test_the_cost_model_counts_the_phases_that_sums_take(hosts: int, link: LinkCosts) -> None:
+    for count in (32, 2048, 2048 * 8, 2048 * 512):
+        phases = 1 if host_sums(hosts, link).is_one_phase(count) else 2
+        assert sum_traffic(count, hosts, link).phases == phases, count
 
 
 @pytest.mark.parametrize("wire", [WireFormat.BF16, WireFormat.Q8])
