@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dist_moe.cli.inspect_against import show_against, show_difference
+from dist_moe.cli.shard import source_path
 from dist_moe.cli.values import PathName
 from dist_moe.errors import StoreError, UsageError
 from dist_moe.parallel.launcher import detect_launcher
@@ -52,7 +53,7 @@ def inspect(path: str, verify: bool, against: str | None, diff: str | None, full
     if full and against is None and diff is None:
         raise UsageError("--full: belongs to --against or --diff; leave it out, or add one of them")
     if against is not None:
-        show_against(Path(path), Path(against), full, as_json)
+        show_against(Path(path), source_path(against, quiet=as_json), full, as_json)
         return
     if diff is not None:
         show_difference(Path(diff), Path(path), full, as_json)

@@ -92,7 +92,7 @@ def shard(
     from dist_moe.store.plan import StoreOptions, source_name
 
     placed = None if placement is None else read_cut(Path(placement), nodes, experts)
-    path = _source(source, quiet)
+    path = source_path(source, quiet)
     _refuse_store(path)
     model = open_source(path)
     fmt = WeightFormat.parse(quant) if quant else default_format(model)
@@ -120,7 +120,7 @@ def shard(
     click.echo(shlex.join(["mpirun", "-n", str(shards), "dist-moe", "run", "-m", str(destination)]))
 
 
-def _source(source: str | None, quiet: bool) -> Path:
+def source_path(source: str | None, quiet: bool) -> Path:
     """Where SRC lies; a model of the Hugging Face hub is downloaded first."""
     from dist_moe.checkpoint.hub import download, is_hub_id
     from dist_moe.demo import demo_model_directory

@@ -54,7 +54,7 @@ def _one_each(manifest: Manifest, hosts: Sequence[str]) -> dict[str, tuple[int, 
     if manifest.nodes != len(hosts):
         raise UsageError(
             f"the store has {manifest.nodes} shards, but there are {len(hosts)} hosts: say who gets what with "
-            f"--assign {hosts[0]}=1,2 and so on, or make the store with dist-moe shard --nodes {len(hosts)}"
+            f"--assign {hosts[0]}=1,2 and so on, or cut it anew with dist-moe reshard --nodes {len(hosts)}"
         )
     return {host: (number,) for number, host in enumerate(hosts, 1)}
 
