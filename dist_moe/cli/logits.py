@@ -16,6 +16,7 @@ from dist_moe.cli.job import Setting, run_job
 from dist_moe.cli.models import find_model
 from dist_moe.cli.npy_rows import NpyRows
 from dist_moe.cli.options import LogitsOptions, model_options
+from dist_moe.cli.output_files import require_apart
 from dist_moe.cli.probes import Probes, make_probes
 from dist_moe.cli.prompt import require_room
 from dist_moe.cli.token_ids import read_ids, require_ids
@@ -51,6 +52,7 @@ def make_task(options: LogitsOptions, setting: Setting) -> LogitsTask:
     Raises:
         UsageError: An id that the model lacks, more ids than positions, or a file that cannot be written.
     """
+    require_apart(options, setting.directory)
     ids = read_ids(options.ids, "--ids")
     require_ids(ids, setting.config.vocabulary, "--ids")
     require_room(len(ids), setting.config.max_positions, setting.config.max_positions)

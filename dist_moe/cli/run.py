@@ -23,6 +23,7 @@ from dist_moe.cli.models import find_model
 from dist_moe.cli.npy_rows import NpyRows
 from dist_moe.cli.options import RunOptions, model_options, output_options, prompt_options
 from dist_moe.cli.output import Output
+from dist_moe.cli.output_files import require_apart
 from dist_moe.cli.probes import Probes, make_probes
 from dist_moe.cli.prompt import Prompt, read_prompt, require_context, require_room
 from dist_moe.cli.reference_trace import TraceTask, read_trace
@@ -119,6 +120,7 @@ def make_task(options: RunOptions, setting: Setting) -> EngineTask | Task:
         UsageError: The prompt or an option does not fit the model.
         CheckpointError: The model's tokenizer or generation settings cannot be used.
     """
+    require_apart(options, setting.directory)
     config, text = setting.config, setting.text
     has_text = options.prompt is not None or options.prompt_file is not None
     tokenizer = text.require_tokenizer() if has_text else text.tokenizer

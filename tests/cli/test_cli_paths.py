@@ -21,6 +21,7 @@ from dist_moe.demo import demo_model_directory
 from dist_moe.errors import UsageError
 from dist_moe.files import require_writable
 from dist_moe.parallel.launcher import Launcher
+from dist_moe.parallel.world import AgreedError
 from dist_moe.store.inspection import inspect_path
 from dist_moe.store.reader import Store
 from dist_moe.text.tokenizer import Tokenizer
@@ -174,3 +175,26 @@ def test_files_of_ids_that_are_none_are_named(tmp_path: Path) -> None:
         (tmp_path / "bad.npy").write_bytes(content)
         with pytest.raises(UsageError, match=r"bad\.npy: not a file of token ids"):
             read_ids(str(tmp_path / "bad.npy"), "--ids")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--trace", "out", "--logits", "./out"), "--logits and --trace both write out: give each a file of its own"),
+        (("--trace", "{model}/manifest.json"), "is a file of the model, which would be lost"),
+        (("--routing", "link"), "is a file of the model, which would be lost"),
+        (("--logits", "link"), "is a file of the model, which would be lost"),
+    ],
+)
+def test_an_output_overwrites_neither_another_one_nor_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], said: str
+) -> None:
+    model = tmp_path / "store"
+    execute(["shard", str(demo_model_directory()), "-o", str(model)])
+    manifest = (model / "manifest.json").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to(model / "manifest.json")
+    with pytest.raises(AgreedError, match=said):
+        execute(["run", "-m", str(model), "-p", "Once", "-n", "1", *(option.format(model=model) for option in options)])
+    assert (model / "manifest.json").read_bytes() == manifest
+    assert not Path("out").exists()
