@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,12 @@ class StorePacker:
         self._counts = _nonfinite_units(store.manifest)
         self.nonfinite = Counter[str]()
 
-    def unit(self, kind: UnitKind, layer: int, index: int, counted: bool = True) -> Packed:
-        """One packed unit, uint8 [unit bytes], as a read-only view; StoreError if it is damaged."""
+    def units(self, kind: UnitKind, layer: int, indices: Sequence[int], counted: Sequence[bool]) -> Iterator[Packed]:
+        """The packed units in order, uint8 [unit bytes] each, as read-only views; StoreError if one is damaged."""
+        for index, is_counted in zip(indices, counted, strict=True):
+            yield self._unit(kind, layer, index, is_counted)
+
+    def _unit(self, kind: UnitKind, layer: int, index: int, counted: bool) -> Packed:
         sealed = self._store.sealed_unit(kind, layer, index)
         running = RunningChecksum()
         running.update(sealed.data)
