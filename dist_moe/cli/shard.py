@@ -40,6 +40,13 @@ _LINE_EVERY_S = 5.0
     help="Weights per scale of q8 and q4; 0 is a whole row.",
 )
 @click.option(
+    "--scales",
+    type=OneOf(["absmax", "mse"]),
+    default="absmax",
+    show_default=True,
+    help="Scales of q8 and q4: from the largest weight, or of least squared error (slower to pack).",
+)
+@click.option(
     "--experts",
     type=OneOf(["whole", "sliced"]),
     help="Each shard gets whole experts, or a slice of every expert.  [default: whole]",
@@ -64,17 +71,22 @@ _LINE_EVERY_S = 5.0
     is_flag=True,
     help="Pack a checkpoint with NaN or infinite weights: f32 keeps them, other formats store 0.",
 )
+@click.option(
+    "--threads", type=Whole(min=1), help="Threads that pack; the bytes do not depend on it.  [default: all CPUs]"
+)
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def shard(
     source: str | None,
     nodes: int | None,
     quant: str | None,
     group_size: str,
+    scales: str,
     experts: str | None,
     placement: str | None,
     output: str | None,
     force: bool,
     allow_nonfinite: bool,
+    threads: int | None,
     quiet: bool,
 ) -> None:
     """Pack SRC (default: the bundled demo) into a store, a shard per node.
@@ -86,7 +98,7 @@ def shard(
     if not detect_launcher(os.environ).is_first:
         return
     from dist_moe.checkpoint.source import open_source
-    from dist_moe.kernels.formats import WeightFormat
+    from dist_moe.kernels.formats import ScaleChoice, WeightFormat
     from dist_moe.store.carry import conversion_notes, default_format
     from dist_moe.store.convert import convert
     from dist_moe.store.plan import StoreOptions, source_name
@@ -102,10 +114,12 @@ def shard(
         nodes=shards,
         format=fmt,
         group_size=int(group_size),
+        scales=ScaleChoice.parse(scales),
         experts=experts or "whole",
         placement=placed,
         force=force,
         allow_nonfinite=allow_nonfinite,
+        threads=threads or 0,
     )
     for line in conversion_notes(model, fmt, options.group_size):
         click.echo(line, err=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_moe.errors import StoreError, UsageError
-from dist_moe.kernels.formats import WeightFormat
+from dist_moe.kernels.formats import ScaleChoice, WeightFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.store.checksum import checksum_text
 from dist_moe.store.fields import Fields
@@ -24,6 +24,7 @@ from dist_moe.store.units import GROUP_SIZES, check_format, chunks_per_expert, l
 
 FORMAT_VERSION = 1
 PLACED_FORMAT_VERSION = 2  # of stores that were cut as a placement says; the others stay readable for old programs
+SCALES_FORMAT_VERSION = 3  # of stores whose scales are not the default ones
 NUMERICS_VERSION = 1  # equals DM_NUMERICS_VERSION; a test compares them
 MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = ".progress.json"  # while a store is being written: a manifest that lists the finished files
@@ -63,10 +64,13 @@ class Manifest:
     package_version: str
     files: tuple[StoreFile, ...]
     node_weights: tuple[int, ...] = ()  # of a placement: work of each shard's node in the same time
+    scales: ScaleChoice = ScaleChoice.ABSMAX  # how those of q8 and q4 were chosen
 
     @property
     def format_version(self) -> int:
         """The lowest one that can say all this."""
+        if self.scales != ScaleChoice.ABSMAX:
+            return SCALES_FORMAT_VERSION
         return PLACED_FORMAT_VERSION if self.experts == PLACED else FORMAT_VERSION
 
     @property
@@ -120,13 +124,13 @@ def parse_manifest(text: str, where: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{where}: is not valid JSON ({error}); {_ADVICE}") from None
     entry = Fields(value, where, _ADVICE)
-    format_version = _check_version(entry, where, "format_version", FORMAT_VERSION, PLACED_FORMAT_VERSION)
+    format_version = _check_version(entry, where, "format_version", FORMAT_VERSION, SCALES_FORMAT_VERSION)
     _check_version(entry, where, "numerics_version", NUMERICS_VERSION, NUMERICS_VERSION)
     found = entry.text("checksum", _CHECKSUM)
     expected = checksum_text(_dump({key: item for key, item in value.items() if key != "checksum"}).encode())
     if found != expected:
         raise StoreError(f"{where}: its checksum is {found}, but its contents give {expected}; {_ADVICE}")
-    manifest = _from_json(entry, format_version == PLACED_FORMAT_VERSION)
+    manifest = _from_json(entry, format_version)
     if manifest.render() != text:
         raise StoreError(f"{where}: its text is not as dist-moe writes it; {_ADVICE}")
     return manifest
@@ -168,6 +172,7 @@ def _dump(value: dict[str, Any]) -> str:
 
 def _body(manifest: Manifest) -> dict[str, Any]:
     weights = {"node_weights": list(manifest.node_weights)} if manifest.node_weights else {}
+    scales = {} if manifest.scales == ScaleChoice.ABSMAX else {"scales": manifest.scales.label}
     return {
         "format_version": manifest.format_version,
         "numerics_version": NUMERICS_VERSION,
@@ -175,6 +180,7 @@ def _body(manifest: Manifest) -> dict[str, Any]:
         "source": {"name": manifest.source_name, "fingerprint": manifest.source_fingerprint},
         "weights": manifest.format.label,
         "group_size": manifest.group_size,
+        **scales,
         "router": manifest.router_format.label,
         "embedding": manifest.embedding_format.label,
         "experts": manifest.experts,
@@ -186,7 +192,11 @@ def _body(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _from_json(entry: Fields, placed: bool) -> Manifest:
+def _from_json(entry: Fields, format_version: int) -> Manifest:
+    searched = format_version == SCALES_FORMAT_VERSION
+    layouts = {FORMAT_VERSION: EXPERT_LAYOUTS, PLACED_FORMAT_VERSION: (PLACED,)}
+    experts = entry.choice("experts", layouts.get(format_version, (*EXPERT_LAYOUTS, PLACED)))
+    placed = experts == PLACED
     source = entry.object("source")
     config = model_from_json(entry.object("model"))
     weights = WeightFormat.parse(entry.choice("weights", [format.label for format in WeightFormat]))
@@ -205,12 +215,13 @@ def _from_json(entry: Fields, placed: bool) -> Manifest:
         group_size=group_size,
         router_format=WeightFormat.parse(entry.choice("router", ("f32", "bf16"))),
         embedding_format=WeightFormat.parse(entry.choice("embedding", ("f32", "bf16"))),
-        experts=entry.choice("experts", (PLACED,) if placed else EXPERT_LAYOUTS),
+        experts=experts,
         nodes=nodes,
         shards=tuple(shard_from_json(shard, counts) for shard in entry.objects("shards")),
         package_version=entry.text("package_version"),
         files=tuple(_file(file) for file in entry.objects("files")),
         node_weights=tuple(entry.integers("node_weights", 1, LARGEST_WEIGHT)) if placed else (),
+        scales=ScaleChoice.parse(entry.choice("scales", (ScaleChoice.MSE.label,))) if searched else ScaleChoice.ABSMAX,
     )
     source.done()
     entry.done()

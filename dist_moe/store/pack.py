@@ -158,7 +158,7 @@ class Packer:
             for first in range(0, rows, step):
                 block = slice(first, min(first + step, rows))
                 values = self._source.read(name, block) if self._down_DF is None else self._down_DF[block]
-                self._kernels.row_scales(self._scale_D[block], values, fmt)
+                self._kernels.row_scales(self._scale_D[block], values, fmt, self._manifest.scales)
 
     def _pack_slice(
         self, name: str, packed: Packed, group: int, rows: slice = _ALL, columns: slice = _ALL, height: int = 0
@@ -199,7 +199,7 @@ class Packer:
         self._names.append(name if self._counted else "")
 
     def _pack_list(self) -> None:
-        counts = self._kernels.pack_matrices(self._matrices, self._manifest.format)
+        counts = self._kernels.pack_matrices(self._matrices, self._manifest.format, self._manifest.scales)
         for name, count in zip(self._names, counts, strict=True):
             if count and name:
                 self.nonfinite[name] += count

@@ -11,7 +11,7 @@ import dist_moe
 from dist_moe import files
 from dist_moe.checkpoint.gguf_names import model_name
 from dist_moe.errors import UsageError
-from dist_moe.kernels.formats import WeightFormat
+from dist_moe.kernels.formats import ScaleChoice, WeightFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.store.manifest import Manifest
 from dist_moe.store.placement import EXPERT_LAYOUTS, PLACED, Placement, ShardUnits, check_placement, place
@@ -20,12 +20,13 @@ from dist_moe.store.units import check_format
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """How to make a store. The first five decide its bytes."""
+    """How to make a store. The first six decide its bytes."""
 
     nodes: int = 1
     format: WeightFormat = WeightFormat.Q4
     group_size: int = 32  # weights per scale, 0 for whole rows
     experts: str = "whole"  # or "sliced"
+    scales: ScaleChoice = ScaleChoice.ABSMAX  # of q8 and q4; f32 and bf16 have none
     placement: Placement | None = None  # takes the place of nodes and experts
     force: bool = False  # replace a store that stands there
     allow_nonfinite: bool = False  # pack NaN and infinite weights, too
@@ -104,6 +105,7 @@ def cut(manifest: Manifest, options: StoreOptions) -> Manifest:
         package_version=dist_moe.__version__,
         files=(),
         node_weights=() if placement is None else placement.node_weights,
+        scales=options.scales if options.format.quantized else ScaleChoice.ABSMAX,
     )
 
 

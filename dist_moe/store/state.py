@@ -161,6 +161,8 @@ def _differences(found: Manifest, plan: Manifest) -> str:
         return ""
     named = ("weights", "group_size", "experts", "nodes")
     texts = [f"{key} {theirs[key]}, not {ours[key]}" for key in named if theirs[key] != ours[key]]
+    if found.scales != plan.scales:
+        texts.append(f"scales {found.scales.label}, not {plan.scales.label}")
     if theirs["source"] != ours["source"] or theirs["model"] != ours["model"] or not texts:
         texts.append(
             f"source {found.source_name} in another version"

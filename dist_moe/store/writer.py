@@ -30,6 +30,9 @@ _BLOCK_BYTES = 2 << 20
 # What may wait to be written while more is made.
 _WAITING_BYTES = 64 << 20
 
+# Less than this is written at once: handing it over takes longer.
+_SMALL_BYTES = 64 << 10
+
 
 def partial_name(name: str) -> str:
     """The temporary name of a file that is being written."""
@@ -90,9 +93,13 @@ class FileWriter:
     def write(self, data: bytes | npt.NDArray[Any]) -> None:
         """Append bytes, which must not change any more; raises PlaceError if earlier ones cannot be written."""
         view = bytes_of(data)
-        self._settle(max(0, _WAITING_BYTES - len(view)))
-        self._waiting.append((len(view), self._thread.submit(self._append, view)))
-        self._waiting_bytes += len(view)
+        if len(view) < _SMALL_BYTES and not self._waiting:
+            with write_errors(self._path):
+                self._append(view)
+        else:
+            self._settle(max(0, _WAITING_BYTES - len(view)))
+            self._waiting.append((len(view), self._thread.submit(self._append, view)))
+            self._waiting_bytes += len(view)
         self.position += len(view)
         self._on_written(len(view))
 
