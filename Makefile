@@ -46,6 +46,7 @@ test: test-unit test-openmpi
 
 test-unit: $(VENV)/installed
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" pytest -m "not faults and not cluster"
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" pytest -m cluster -k "each_layout or commands" tests/cluster
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" mpirun -n 4 pytest --with-mpi
 
 # What starts jobs; tests of a single process are the same under either MPI.

@@ -13,6 +13,7 @@
 #include <stdint.h>
 
 #include "mapped.h"
+#include "pack_list.h"
 #include "pick.h"
 #include "token_rows.h"
 
@@ -155,9 +156,10 @@ uint64_t dm_self_test(dm_context *context);
 
 /* Bytes of a packed matrix, a multiple of 64. group = 0: one scale per row; f32 and bf16 ignore it. */
 size_t dm_packed_bytes(int format, size_t rows, size_t columns, size_t group);
-/* The f16 scale of every whole row, as a float: what dm_pack needs for slices of rows when group = 0. */
-void dm_row_scales(dm_context *context, float *scale_R, const float *weights_RC, size_t R, size_t C, size_t row_stride,
-                   int format);
+/* The f16 scale of every whole row, as a float: what dm_pack needs for slices of rows when group = 0. importance_C and
+ * scales are those of dm_pack_matrices. */
+void dm_row_scales(dm_context *context, float *scale_R, const float *weights_RC, const float *importance_C, size_t R,
+                   size_t C, size_t row_stride, int format, int scales);
 /* Pack a matrix. scale_R may be NULL (scales are then taken from the rows given); it is read only when group = 0.
  * Returns the number of NaN or infinite weights and of scales beyond f16. */
 size_t dm_pack(dm_context *context, void *packed, const float *weights_RC, const float *scale_R, size_t R, size_t C,

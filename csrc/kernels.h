@@ -32,10 +32,12 @@ typedef struct dm_rows {
 typedef struct dm_pack_job {
     const float *weights_RC;
     const float *scale_R;
+    const float *importance_C;
     size_t rows_present;
     size_t C;
     size_t row_stride;
     size_t group;
+    int scales;
 } dm_pack_job;
 
 /* Query heads that share a KV head, of consecutive tokens of one sequence whose positions lie in one block. Its rows
@@ -57,7 +59,7 @@ typedef struct dm_kernels {
 
     /* Returns the number of bad weights and scales. */
     size_t (*pack_tile[DM_FORMAT_COUNT])(void *tile, const dm_pack_job *job);
-    float (*row_scale)(const float *weights_C, size_t C, int format);
+    float (*row_scale)(const float *weights_C, const float *importance_C, size_t C, int format, int scales);
     void (*unpack_tile[DM_FORMAT_COUNT])(float *weights_RC, const void *tile, size_t rows, size_t C, size_t group);
 
     void (*embed)(float *x_D, const void *row_D, size_t D, int bf16_table);

@@ -1,18 +1,31 @@
 /* packing.c: matrices into and out of the packed formats; a tile of 16 rows is one unit of work. */
+#include <string.h>
+
 #include "context.h"
 #include "float_state.h"
 
 typedef struct packing {
     const dm_kernels *kernels;
-    void *packed;
-    const void *source;
-    float *weights_RC;
-    const float *scale_R;
-    float *scales_out_R;
-    size_t R, C, row_stride, group, tiles, items;
-    int format;
-    size_t bad;
+    const dm_pack_matrix *matrices;
+    uint64_t *bad_N;
+    int format, scales;
 } packing;
+
+typedef struct unpacking {
+    const dm_kernels *kernels;
+    float *weights_RC;
+    const uint8_t *packed;
+    size_t R, C, group, tiles, items;
+    int format;
+} unpacking;
+
+typedef struct scaling {
+    const dm_kernels *kernels;
+    float *scale_R;
+    const float *weights_RC, *importance_C;
+    size_t R, C, row_stride, items;
+    int format, scales;
+} scaling;
 
 size_t dm_packed_bytes(int format, size_t rows, size_t columns, size_t group) {
     return dm_divide_up(rows, 16) * dm_tile_bytes(format, columns, group);
@@ -22,79 +35,147 @@ size_t dm_chunk_bytes(int format, size_t D, size_t width, size_t group) {
     return 2 * dm_packed_bytes(format, width, D, group) + dm_packed_bytes(format, D, width, group);
 }
 
-static void pack_item(void *argument, size_t item, dm_worker *worker) {
-    (void)worker;
-    packing *job = argument;
-    size_t bad = 0;
-    size_t last = dm_item_first(item + 1, job->items, job->tiles);
-    for (size_t tile = dm_item_first(item, job->items, job->tiles); tile < last; tile++) {
-        dm_pack_job tile_job = {
-            .weights_RC = (const float *)job->source + tile * 16 * job->row_stride,
-            .scale_R = job->scale_R == NULL ? NULL : job->scale_R + tile * 16,
-            .rows_present = job->R - tile * 16 < 16 ? job->R - tile * 16 : 16,
-            .C = job->C,
-            .row_stride = job->row_stride,
-            .group = job->group,
-        };
-        uint8_t *to = (uint8_t *)job->packed + tile * dm_tile_bytes(job->format, job->C, job->group);
-        bad += job->kernels->pack_tile[job->format](to, &tile_job);
+/* The given rows of a tile as f32 with all columns: in place, or in scratch. */
+static void open_tile(dm_pack_job *tile, const dm_pack_matrix *matrix, size_t first_row, dm_worker *worker) {
+    const size_t left = matrix->rows_present > first_row ? matrix->rows_present - first_row : 0;
+    const size_t given = matrix->columns_present, at = first_row * matrix->row_stride;
+    tile->rows_present = left < 16 ? left : 16;
+    if (matrix->rows - first_row > tile->rows_present && tile->rows_present < 16) {
+        /* Rows of zeros are rows of the matrix: they have a scale, which padding has not. */
+        tile->rows_present = matrix->rows - first_row < 16 ? matrix->rows - first_row : 16;
+    } else if (!matrix->is_bf16 && given == matrix->columns) {
+        tile->weights_RC = (const float *)matrix->weights + at;
+        tile->row_stride = matrix->row_stride;
+        return;
     }
-    __atomic_fetch_add(&job->bad, bad, __ATOMIC_RELAXED);
+    float *wide = dm_scratch(worker, DM_SCRATCH_OPERAND, 16 * matrix->columns * sizeof(float));
+    memset(wide, 0, 16 * matrix->columns * sizeof(float));
+    for (size_t r = 0; r < (left < 16 ? left : 16); r++) {
+        float *row = wide + r * matrix->columns;
+        if (!matrix->is_bf16) {
+            memcpy(row, (const float *)matrix->weights + at + r * matrix->row_stride, given * sizeof(float));
+            continue;
+        }
+        const uint16_t *from = (const uint16_t *)matrix->weights + at + r * matrix->row_stride;
+        for (size_t c = 0; c < given; c++) {
+            const uint32_t bits = (uint32_t)from[c] << 16;
+            memcpy(&row[c], &bits, sizeof bits);
+        }
+    }
+    tile->weights_RC = wide;
+    tile->row_stride = matrix->columns;
+}
+
+static uint64_t pack_one_tile(const packing *job, const dm_pack_matrix *matrix, size_t t, dm_worker *worker) {
+    dm_pack_job tile = {
+        .scale_R = matrix->scale_R == NULL ? NULL : matrix->scale_R + t * 16,
+        .importance_C = matrix->importance_C,
+        .C = matrix->columns,
+        .group = matrix->group,
+        .scales = job->scales,
+    };
+    open_tile(&tile, matrix, t * 16, worker);
+    uint8_t *to = (uint8_t *)matrix->packed + t * dm_tile_bytes(job->format, matrix->columns, matrix->group);
+    return job->kernels->pack_tile[job->format](to, &tile);
+}
+
+/* Tiles [first, last) of all matrices' tiles, counted one after the other. */
+static void pack_range(void *argument, size_t first, size_t last, dm_worker *worker) {
+    packing *job = argument;
+    size_t before = 0;
+    for (size_t n = 0; before < last; n++) {
+        const dm_pack_matrix *matrix = &job->matrices[n];
+        const size_t tiles = dm_divide_up(matrix->rows, 16), end = before + tiles;
+        uint64_t bad = 0;
+        for (size_t tile = first > before ? first : before; tile < (last < end ? last : end); tile++) {
+            bad += pack_one_tile(job, matrix, tile - before, worker);
+        }
+        if (bad > 0) __atomic_fetch_add(&job->bad_N[n], bad, __ATOMIC_RELAXED);
+        before = end;
+    }
+}
+
+void dm_pack_matrices(dm_context *context, uint64_t *bad_N, const dm_pack_matrix *matrices, size_t count, int format,
+                      int scales) {
+    packing job = {
+        .kernels = context->kernels, .matrices = matrices, .bad_N = bad_N, .format = format, .scales = scales};
+    size_t tiles = 0, weights = 0;
+    for (size_t n = 0; n < count; n++) {
+        bad_N[n] = 0;
+        tiles += dm_divide_up(matrices[n].rows, 16);
+        weights += matrices[n].rows * matrices[n].columns;
+    }
+    uint64_t saved = dm_enter();
+    dm_pool_share(context->pool, pack_range, &job, tiles, weights < DM_SMALL_WORK ? tiles : 1);
+    dm_set_float_state(saved);
+}
+
+size_t dm_pack(dm_context *context, void *packed, const float *weights_RC, const float *scale_R, size_t R, size_t C,
+               size_t row_stride, int format, size_t group) {
+    const dm_pack_matrix matrix = {.packed = packed,
+                                   .weights = weights_RC,
+                                   .scale_R = scale_R,
+                                   .rows = R,
+                                   .columns = C,
+                                   .rows_present = R,
+                                   .columns_present = C,
+                                   .row_stride = row_stride,
+                                   .group = group};
+    uint64_t bad = 0;
+    dm_pack_matrices(context, &bad, &matrix, 1, format, DM_SCALES_ABSMAX);
+    return (size_t)bad;
 }
 
 static void row_scales_item(void *argument, size_t item, dm_worker *worker) {
     (void)worker;
-    packing *job = argument;
+    scaling *job = argument;
     size_t last = dm_item_first(item + 1, job->items, job->R);
     for (size_t r = dm_item_first(item, job->items, job->R); r < last; r++) {
-        const float *row = (const float *)job->source + r * job->row_stride;
-        job->scales_out_R[r] = job->kernels->row_scale(row, job->C, job->format);
+        const float *row = job->weights_RC + r * job->row_stride;
+        job->scale_R[r] = job->kernels->row_scale(row, job->importance_C, job->C, job->format, job->scales);
     }
+}
+
+void dm_row_scales(dm_context *context, float *scale_R, const float *weights_RC, const float *importance_C, size_t R,
+                   size_t C, size_t row_stride, int format, int scales) {
+    scaling job = {.kernels = context->kernels,
+                   .scale_R = scale_R,
+                   .weights_RC = weights_RC,
+                   .importance_C = importance_C,
+                   .R = R,
+                   .C = C,
+                   .row_stride = row_stride,
+                   .items = dm_item_count(context, R, C),
+                   .format = format,
+                   .scales = scales};
+    uint64_t saved = dm_enter();
+    dm_pool_run(context->pool, row_scales_item, &job, job.items);
+    dm_set_float_state(saved);
 }
 
 static void unpack_item(void *argument, size_t item, dm_worker *worker) {
     (void)worker;
-    packing *job = argument;
+    unpacking *job = argument;
     size_t last = dm_item_first(item + 1, job->items, job->tiles);
     for (size_t tile = dm_item_first(item, job->items, job->tiles); tile < last; tile++) {
-        const uint8_t *from = (const uint8_t *)job->source + tile * dm_tile_bytes(job->format, job->C, job->group);
+        const uint8_t *from = job->packed + tile * dm_tile_bytes(job->format, job->C, job->group);
         size_t rows = job->R - tile * 16 < 16 ? job->R - tile * 16 : 16;
         job->kernels->unpack_tile[job->format](job->weights_RC + tile * 16 * job->C, from, rows, job->C, job->group);
     }
 }
 
-static void run(dm_context *context, dm_task task, packing *job, size_t units, size_t steps_per_unit) {
-    uint64_t saved = dm_enter();
-    job->kernels = context->kernels;
-    job->tiles = dm_divide_up(job->R, 16);
-    job->items = dm_item_count(context, units, steps_per_unit);
-    dm_pool_run(context->pool, task, job, job->items);
-    dm_set_float_state(saved);
-}
-
-void dm_row_scales(dm_context *context, float *scale_R, const float *weights_RC, size_t R, size_t C, size_t row_stride,
-                   int format) {
-    packing job = {
-        .source = weights_RC, .scales_out_R = scale_R, .R = R, .C = C, .row_stride = row_stride, .format = format};
-    run(context, row_scales_item, &job, R, C);
-}
-
-size_t dm_pack(dm_context *context, void *packed, const float *weights_RC, const float *scale_R, size_t R, size_t C,
-               size_t row_stride, int format, size_t group) {
-    packing job = {.packed = packed,
-                   .source = weights_RC,
-                   .scale_R = scale_R,
-                   .R = R,
-                   .C = C,
-                   .row_stride = row_stride,
-                   .format = format,
-                   .group = group};
-    run(context, pack_item, &job, dm_divide_up(R, 16), 16 * C);
-    return job.bad;
-}
-
 void dm_unpack(dm_context *context, float *weights_RC, const void *packed, size_t R, size_t C, int format,
                size_t group) {
-    packing job = {.source = packed, .weights_RC = weights_RC, .R = R, .C = C, .format = format, .group = group};
-    run(context, unpack_item, &job, dm_divide_up(R, 16), 16 * C);
+    unpacking job = {.kernels = context->kernels,
+                     .weights_RC = weights_RC,
+                     .packed = packed,
+                     .R = R,
+                     .C = C,
+                     .group = group,
+                     .tiles = dm_divide_up(R, 16),
+                     .format = format};
+    job.items = dm_item_count(context, job.tiles, 16 * C);
+    uint64_t saved = dm_enter();
+    dm_pool_run(context->pool, unpack_item, &job, job.items);
+    dm_set_float_state(saved);
 }

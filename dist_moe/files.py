@@ -58,6 +58,14 @@ def exists(path: Path) -> bool:
     return kind_of(path) is not None
 
 
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two names are of one file; False if either names nothing."""
+    try:
+        return one.samefile(other)
+    except (OSError, ValueError):
+        return False
+
+
 def read_bytes(path: Path) -> bytes:
     """The contents of a small file.
 

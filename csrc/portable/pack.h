@@ -2,7 +2,7 @@
 #ifndef DM_PACK_H
 #define DM_PACK_H
 
-DM_INLINE int is_finite(float x) { return (f32_bits(x) & DM_ABS_MASK) < DM_INFINITY_BITS; }
+#include "scales.h"
 
 static size_t pack_tile_f32(void *tile, const dm_pack_job *job) {
     float *packed = tile;
@@ -31,47 +31,6 @@ static size_t pack_tile_bf16(void *tile, const dm_pack_job *job) {
     return bad;
 }
 
-/* The largest magnitudes (as bits) among the finite weights above and below zero, and the number of the others. */
-typedef struct extremes {
-    int32_t above, below;
-    size_t bad;
-} extremes;
-
-static extremes find_extremes(const float *weights, size_t n) {
-    i32v above = {0}, below = {0}, bad = {0};
-    for (size_t i = 0; i < n; i += DM_LANES) {
-        i32v bits = (i32v)load_f32_part(weights + i, n - i);
-        i32v magnitude = bits & DM_ABS_MASK;
-        i32v finite = magnitude < DM_INFINITY_BITS;
-        i32v negative = bits >> 31;
-        above = max_i32(magnitude & finite & ~negative, above);
-        below = max_i32(magnitude & finite & negative, below);
-        bad -= ~finite;
-    }
-    extremes found = {highest_i32(above), highest_i32(below), 0};
-    for (size_t i = 0; i < DM_LANES; i++) found.bad += (size_t)bad[i];
-    return found;
-}
-
-/* q8: amax / 127. q4: the weight of largest magnitude, the first one on ties, becomes -8. */
-static uint16_t scale_bits(const float *weights, size_t n, int format, extremes found) {
-    int32_t amax_bits = found.above > found.below ? found.above : found.below;
-    float amax = f32_from_bits((uint32_t)amax_bits);
-    if (format == DM_Q8) return narrow_f16(amax / 127.0f);
-    int negative = found.below > found.above;
-    if (found.below == found.above) {
-        size_t first = 0;
-        while (first < n && __builtin_fabsf(weights[first]) != amax) first++;
-        negative = first < n && weights[first] < 0.0f;
-    }
-    return narrow_f16(negative ? amax / 8.0f : amax / -8.0f);
-}
-
-static float row_scale(const float *weights_C, size_t C, int format) {
-    uint16_t bits = scale_bits(weights_C, C, format, find_extremes(weights_C, C));
-    return (bits & 0x7c00) == 0x7c00 ? f32_from_bits(DM_INFINITY_BITS) : widen_f16_one(bits);
-}
-
 /* Scale s of row r: given, or taken from the weights. Adds to *bad what cannot be represented. */
 static uint16_t choose_scale(const dm_pack_job *job, size_t r, size_t s, int format, size_t *bad) {
     if (r >= job->rows_present) return 0;
@@ -82,7 +41,8 @@ static uint16_t choose_scale(const dm_pack_job *job, size_t r, size_t s, int for
     *bad += found.bad;
     uint16_t bits = 0x7c00;
     if (job->group != 0 || job->scale_R == NULL)
-        bits = scale_bits(row + first, n, format, found);
+        bits = choose_scale_bits(row + first, job->importance_C == NULL ? NULL : job->importance_C + first, n, format,
+                                 job->scales, found);
     else if (is_finite(job->scale_R[r]))
         bits = narrow_f16(job->scale_R[r]);
     if ((bits & 0x7c00) != 0x7c00) return bits;

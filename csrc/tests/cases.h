@@ -13,5 +13,7 @@ void run_units(test_run *run);
 void run_experts(test_run *run);
 void run_node(test_run *run);
 void run_machine(test_run *run);
+void run_sums(test_run *run);
+void run_picks(test_run *run);
 
 #endif

@@ -25,7 +25,7 @@ static void *packed(test_run *run, const float *weights, size_t rows, size_t col
     size_t kept = run->buffer_count;
     float *scale_R = buffer(run, rows * sizeof(float));
     float *back = buffer(run, rows * columns * sizeof(float));
-    dm_row_scales(run->context, scale_R, weights, rows, columns, columns, one->format);
+    dm_row_scales(run->context, scale_R, weights, NULL, rows, columns, columns, one->format, DM_SCALES_ABSMAX);
     int64_t bad = (int64_t)dm_pack(run->context, to, weights, row_scales ? scale_R : NULL, rows, columns, columns,
                                    one->format, one->group);
     dm_unpack(run->context, back, to, rows, columns, one->format, one->group);

@@ -107,6 +107,8 @@ static void check_all(driver *driver) {
         {"vectors", run_vectors, 1, NUMBERS_COUNT},
         {"primitives", run_primitives, 1, NUMBERS_COUNT},
         {"node", run_node, 1, 2},
+        {"sums", run_sums, 1, 2},
+        {"picks", run_picks, 1, 2},
         {"machine", run_machine, DM_FORMAT_COUNT, 1},
         {"matrices", run_matrices, DM_FORMAT_COUNT, NUMBERS_COUNT},
         {"units", run_units, DM_FORMAT_COUNT, NUMBERS_COUNT},

@@ -110,6 +110,12 @@ class Checkpoint:
             values = values[place.expert]
         return values if place.rows is None else values[place.first_row : place.first_row + place.rows]
 
+    def stored(self, name: str, rows: slice, columns: slice | None = None) -> npt.NDArray[np.generic] | None:
+        """A read-only view of a slice, its rows apart: f32, or bf16 as uint16; None if the file has neither."""
+        values = self.raw(name)[rows]
+        values = values if columns is None else values[:, columns]
+        return values if values.dtype in (np.float32, np.uint16) and values.flags.aligned else None
+
     def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> F32:
         """A fresh C-contiguous f32 copy of a slice of a logical matrix or vector, widened exactly.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +59,14 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """A cheap SHA-256 (hex) that tells models, versions and fine-tunes apart."""
+
+
+@runtime_checkable
+class MappedSource(Protocol):
+    """A source whose matrices the kernels may read in the mapped file."""
+
+    def stored(self, name: str, rows: slice, columns: slice | None = None) -> Array | None:
+        """A read-only view of a slice, its rows apart: float32, or bf16 as uint16; None if it must be decoded."""
 
 
 def file_format(path: Path) -> str | None:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 
 PREFIX = "DIST_MOE_"
-SWITCHES = ("DIST_MOE_SHARED_MEMORY", "DIST_MOE_YIELD")
+SWITCHES = ("DIST_MOE_MPI_SUM", "DIST_MOE_SHARED_MEMORY", "DIST_MOE_YIELD")
 # Not options: where packed models are kept, where a chat's ranks find it, the kernels' instruction set, the build's
 # warnings.
 OTHERS = ("DIST_MOE_CACHE", "DIST_MOE_CHAT_LINE", "DIST_MOE_ISA", "DIST_MOE_WERROR")

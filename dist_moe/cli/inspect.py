@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dist_moe.cli.inspect_against import show_against, show_difference
 from dist_moe.cli.values import PathName
-from dist_moe.errors import StoreError
+from dist_moe.errors import StoreError, UsageError
 from dist_moe.parallel.launcher import detect_launcher
 
 if TYPE_CHECKING:
@@ -23,13 +24,38 @@ if TYPE_CHECKING:
 @click.command("inspect")
 @click.argument("path", metavar="STORE|SHARD", type=PathName())
 @click.option("--verify", is_flag=True, help="Recompute every checksum; damage is named and gives exit code 2.")
+@click.option(
+    "--against",
+    metavar="SRC",
+    type=PathName(),
+    help="Errors of a store against its source, per layer and kind of matrix: max, rms, cosine; and whether scales, "
+    "groups and padding are sound (exit code 2 if not).",
+)
+@click.option(
+    "--diff",
+    metavar="STORE",
+    type=PathName(),
+    help="Which units differ in two stores of one model, byte by byte, however they are cut: --diff A B. Exit code 0 "
+    "if what is here is equal, else 2.",
+)
+@click.option("--full", is_flag=True, help="With --against, a line for each tensor; with --diff, all differing units.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def inspect(path: str, verify: bool, as_json: bool) -> None:
+def inspect(path: str, verify: bool, against: str | None, diff: str | None, full: bool, as_json: bool) -> None:
     """List the tensors of a store, of one of its files, of a Hugging Face directory or file, or of a GGUF or QW3W file.
 
     Each with its format, size, owner (the node whose shard has it) and checksum, and totals per kind.
     """
     if not detect_launcher(os.environ).is_first:
+        return
+    if verify + (against is not None) + (diff is not None) > 1:
+        raise UsageError("--verify, --against and --diff are three questions: ask one at a time")
+    if full and against is None and diff is None:
+        raise UsageError("--full: belongs to --against or --diff; leave it out, or add one of them")
+    if against is not None:
+        show_against(Path(path), Path(against), full, as_json)
+        return
+    if diff is not None:
+        show_difference(Path(diff), Path(path), full, as_json)
         return
     from dist_moe.store.inspection import inspect_path
 

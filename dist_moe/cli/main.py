@@ -25,6 +25,7 @@ COMMANDS = {
     "logits": "Write the logits at every position of a list of tokens.",
     "perplexity": "Measure how well a model predicts a text, and how far it is from a reference.",
     "shard": "Make a store, in shards for one or more nodes, from a Hugging Face directory.",
+    "reshard": "Cut a store into another number of shards, without its source.",
     "plan": "Predict memory, bytes on the wire and speed of a model on a number of nodes.",
     "push": "Bring each host of a cluster its shard of a store, and verify it there.",
     "routing": "Show how tokens spread over experts and ranks, from what run --routing wrote.",
@@ -32,7 +33,8 @@ COMMANDS = {
     "place": "Decide which node gets which experts: hot ones on several, unequal nodes by weight.",
     "cache": "List or remove packed models in the cache directory.",
     "bench": "Measure prefill and decode, each as a share of what the machine allows.",
-    "inspect": "List what a store or a shard holds, and verify it.",
+    "inspect": "List what a store holds, verify it, or compare it with its source or another store.",
+    "export": "Write chosen tensors of a store as safetensors or .npy.",
     "doctor": "Examine this machine, or all hosts of a job: what is wrong, and the fix.",
     "completion": "Print the script that completes commands and options in a shell.",
 }

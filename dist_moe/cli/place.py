@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import click
 
 from dist_moe.cli.values import Number, OneOf, PathName, Whole, WholeList
 from dist_moe.errors import UsageError
-from dist_moe.files import require_writable, write_errors
+from dist_moe.files import NewFile, is_file, require_writable
 from dist_moe.parallel.launcher import detect_launcher
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 LARGEST_WEIGHT = 1 << 20
 MOST_NODES = 4096
-
 
 MEASURED = "measured"
 START_TIMEOUT_S = STALL_TIMEOUT_S = 60.0
@@ -94,52 +94,101 @@ def place(
       dist-moe place configs/qwen3-30b-a3b.toml --nodes 4 --zipf 1 --simulate
       mpirun -f hosts dist-moe place store/ --weights measured -o placement.json
     """  # noqa: D301  click wants the character
+    wish = _Wish(model, nodes, profile_file, zipf, budget, quant, output, simulate, as_json)
     if weights == MEASURED:
-        weights = _measure()
-    if not detect_launcher(os.environ).is_first:
-        return
+        _place_as_measured(wish)
+    elif detect_launcher(os.environ).is_first:
+        wish.check()
+        _place(wish, _weights(nodes, weights))
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """The options but for the weights."""
+
+    model: str | None
+    nodes: int | None
+    profile_file: str | None
+    zipf: float | None
+    budget: str
+    quant: str | None
+    output: str | None
+    simulate: bool
+    as_json: bool
+
+    def check(self) -> None:
+        """What can be found out without the model.
+
+        Raises:
+            UsageError: Nothing would come of it, or the file cannot be written.
+        """
+        from dist_moe.engine.placing import parse_budget
+
+        parse_budget(self.budget)
+        if self.output is None and not self.simulate:
+            raise UsageError("place: neither -o placement.json nor --simulate is given: nothing would come of it")
+        if self.output is not None:
+            require_writable(Path(self.output))
+
+
+def _place(wish: _Wish, node_weights: tuple[int, ...]) -> None:
     from dist_moe.demo import demo_model_directory
     from dist_moe.engine.placement_report import simulate_straggling
     from dist_moe.engine.placing import parse_budget, place_model
     from dist_moe.store.described import describe_model
     from dist_moe.store.placement_json import render_placement
 
-    node_weights = _weights(nodes, weights)
-    amount = parse_budget(budget)
-    if output is None and not simulate:
-        raise UsageError("place: neither -o placement.json nor --simulate is given: nothing would come of it")
-    if output is not None:
-        require_writable(Path(output))
-    manifest = describe_model(model or str(demo_model_directory()), quant)
-    routing = _routing(manifest, profile_file, zipf)
-    placement = place_model(manifest, routing, node_weights, amount, _show_progress)
-    found = simulate_straggling(manifest, routing, placement) if simulate and routing is not None else []
-    if output is not None:
-        with write_errors(Path(output)):
-            Path(output).write_text(render_placement(placement), encoding="utf-8")
-    if as_json:
+    manifest = describe_model(wish.model or str(demo_model_directory()), wish.quant)
+    routing = _routing(manifest, wish.profile_file, wish.zipf)
+    placement = place_model(manifest, routing, node_weights, parse_budget(wish.budget), _show_progress)
+    found = simulate_straggling(manifest, routing, placement) if wish.simulate and routing is not None else []
+    if wish.output is not None:
+        with NewFile(Path(wish.output)) as file:
+            file.write(render_placement(placement).encode())
+            file.commit()
+    if wish.as_json:
         click.echo(json.dumps(_as_json(manifest, routing, placement, found)))
         return
     click.echo("\n".join(_as_text(manifest, routing, placement, found)))
-    if output is not None:
-        source = [] if model is None else ["MODEL" if model.endswith(".toml") else model]
-        click.echo(f"next: {shlex.join(['dist-moe', 'shard', *source, '--placement', output])}")
+    if wish.output is not None:
+        click.echo(f"next: {shlex.join([*_packing(wish.model), '--placement', wish.output])}")
 
 
-def _measure() -> str:
-    """The weights of this job's hosts, equal on all ranks; rank 0 says which host got which."""
+def _packing(model: str | None) -> list[str]:
+    """The command that obeys a placement; what has no weights to pack stands as a word for them."""
+    from dist_moe.store.manifest import MANIFEST_NAME
+
+    if model is None:
+        return ["dist-moe", "shard"]
+    if is_file(Path(model) / MANIFEST_NAME):
+        return ["dist-moe", "reshard", model]
+    return ["dist-moe", "shard", "MODEL" if model.endswith(".toml") else model]
+
+
+def _place_as_measured(wish: _Wish) -> None:
+    """With the weights of this job's hosts; rank 0 says which host got which, and every error is all ranks'."""
     from dist_moe.engine.job import Job
     from dist_moe.engine.plan_machine import reading_weights
 
     job = Job(None, START_TIMEOUT_S, lambda _: STALL_TIMEOUT_S)
     try:
+        job.on_leader(lambda: _check_measured(wish, job.world.nodes))
         found = reading_weights(job)
+
+        def tell() -> None:
+            words = [f"{number} {host}: {speed / 1e9:.1f} GB/s" for number, (host, speed, _) in enumerate(found, 1)]
+            click.echo(f"measured: {', '.join(words)}", err=True)
+            _place(wish, tuple(weight for _, _, weight in found))
+
+        job.on_leader(tell)
     finally:
         job.leave()
-    words = [f"{number} {host}: {speed / 1e9:.1f} GB/s" for number, (host, speed, _) in enumerate(found, 1)]
-    if job.world.is_leader:
-        click.echo(f"measured: {', '.join(words)}", err=True)
-    return ",".join(str(weight) for _, _, weight in found)
+
+
+def _check_measured(wish: _Wish, hosts: int) -> None:
+    wish.check()
+    if wish.nodes not in (None, hosts):
+        raise UsageError(f"--nodes {wish.nodes}: this job has {hosts} hosts to measure: give that, or leave it out")
 
 
 def _weights(nodes: int | None, weights: str | None) -> tuple[int, ...]:
@@ -192,18 +241,23 @@ def _as_text(
     manifest: Manifest, routing: RoutingProfile | None, placement: Placement, found: list[Straggling]
 ) -> list[str]:
     from dist_moe.engine.placement_report import node_facts
+    from dist_moe.engine.record import show_bytes
 
     counted = f"{routing.tokens} tokens of {routing.origin}" if routing else "this model has no experts"
     if routing is not None and routing.assumed:
         counted = f"assumed, {routing.origin}"
-    lines = [f"{manifest.source_name} on {len(placement.shards)} nodes; routing: {counted}", ""]
+    lines = [f"{manifest.source_name} on {_count(placement)}; routing: {counted}", ""]
     lines.append("node  weight  heads  vocabulary blocks  experts per layer       shard")
     for number, facts in enumerate(node_facts(manifest, placement), 1):
         lines.append(
             f"{number:4}  {facts.weight:6}  {facts.heads:5}  {facts.vocabulary_blocks:17}  "
-            f"{facts.experts_per_layer:17.1f}  {facts.shard_bytes / 1e9:7.2f} GB"
+            f"{facts.experts_per_layer:17.1f}  {show_bytes(facts.shard_bytes):>10}"
         )
     if found:
         lines += ["", "straggling, expected: tokens per step  without placement  with it"]
         lines += [f"{result.batch:37}  {result.before:17.3f}  {result.after:7.3f}" for result in found]
     return lines
+
+
+def _count(placement: Placement) -> str:
+    return "1 node" if len(placement.shards) == 1 else f"{len(placement.shards)} nodes"

@@ -41,6 +41,7 @@ class Probes:
     _times: TimesTable = field(default_factory=TimesTable)
     ranks: dict[str, Any] | None = None  # as data, once the block is over
     _ranks: list[str] = field(default_factory=list)
+    _unwritten: UsageError | None = None
 
     @contextmanager
     def attached(self, engine: Runtime) -> Iterator[None]:
@@ -65,9 +66,15 @@ class Probes:
                 engine.model.stopwatch.on_step = None
 
     def report(self) -> None:
-        """Print what is known only at the end."""
+        """Print what is known only at the end.
+
+        Raises:
+            UsageError: The trace could not be written; said last, so that nothing else is lost with it.
+        """
         for line in (*self._times.lines(), *self._ranks):
             click.echo(line, err=True)
+        if self._unwritten is not None:
+            raise self._unwritten
 
     @contextmanager
     def _watched_ranks(self, engine: Runtime) -> Iterator[None]:
@@ -85,8 +92,11 @@ class Probes:
                 yield
             except Interrupted as error:
                 interrupted = error
-        write_chrome_trace(path, timeline, engine.hosts)
-        if timeline.dropped_steps:
+        try:
+            write_chrome_trace(path, timeline, engine.hosts)
+        except UsageError as error:
+            self._unwritten = error
+        if timeline.dropped_steps and self._unwritten is None:
             click.echo(dropped_steps_line(path, timeline), err=True)
         if interrupted is not None:
             raise interrupted

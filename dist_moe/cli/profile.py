@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from dist_moe import files
 from dist_moe.cli import config_file
 from dist_moe.cli.config_file import option
 from dist_moe.cli.job import Setting, run_job
@@ -22,7 +23,6 @@ from dist_moe.engine.routing_profile import ProfileCounter
 from dist_moe.engine.routing_record import recorded_routing
 from dist_moe.engine.runtime import Runtime
 from dist_moe.errors import UsageError
-from dist_moe.files import require_writable
 
 DEFAULT_CONTEXT = 2048
 
@@ -62,7 +62,10 @@ def make_task(options: ProfileOptions, setting: Setting) -> ProfileTask:
     """
     if setting.config.experts == 0:
         raise UsageError("profile: this model has no experts: every token reads the same weights; place it without")
-    require_writable(Path(options.output))
+    files.require_writable(Path(options.output))
+    for name in options.texts:
+        if files.is_same(Path(name), Path(options.output)):
+            raise UsageError(f"-o {options.output}: that is the text {name}, which would be lost: name another file")
     tokenizer = setting.text.require_tokenizer()
     context = min(options.ctx, setting.config.max_positions)
     pieces = []

@@ -81,9 +81,9 @@ class RunTask:
         self.output.begin(self.prompt)
         result = self._generate(engine)
         self.output.end(self.prompt, result, engine.statistics(), self.probes.ranks)
-        self.probes.report()
         if self.saved is not None:
             self.saved.save(engine.runtime, self.prompt.ids, result.ids)
+        self.probes.report()
         if result.finish_reason == "interrupted":
             raise Interrupted(f"interrupted after {len(result.ids)} tokens")
         if result.finish_reason == "error":

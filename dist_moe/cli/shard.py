@@ -91,7 +91,7 @@ def shard(
     from dist_moe.store.convert import convert
     from dist_moe.store.plan import StoreOptions, source_name
 
-    placed = None if placement is None else _placement(Path(placement), nodes, experts)
+    placed = None if placement is None else read_cut(Path(placement), nodes, experts)
     path = _source(source, quiet)
     _refuse_store(path)
     model = open_source(path)
@@ -116,7 +116,7 @@ def shard(
         raise PlaceError(f"{error} or choose another -o") from error
     except KeyboardInterrupt:
         raise Interrupted(f"{destination}: interrupted; repeat the same command to continue where it stopped") from None
-    _report(result.manifest.files, destination, result.written_files, result.manifest.nonfinite)
+    report_store(result.manifest.files, destination, result.written_files, result.manifest.nonfinite)
     click.echo(shlex.join(["mpirun", "-n", str(shards), "dist-moe", "run", "-m", str(destination)]))
 
 
@@ -130,7 +130,7 @@ def _source(source: str | None, quiet: bool) -> Path:
     return download(source, quiet) if is_hub_id(source) else Path(source)
 
 
-def _placement(path: Path, nodes: int | None, experts: str | None) -> Placement:
+def read_cut(path: Path, nodes: int | None, experts: str | None) -> Placement:
     """What --placement names: a file, or the cut of a store.
 
     Raises:
@@ -156,8 +156,8 @@ def _refuse_store(directory: Path) -> None:
     is_store = any(files.exists(directory / name) for name in (MANIFEST_NAME, PROGRESS_NAME))
     if is_store and not any(files.exists(directory / name) for name in (SINGLE, INDEX)):
         raise UsageError(
-            f"{directory} is a store already: run it with dist-moe run -m {directory}, or give the Hugging Face "
-            "directory that it was made from"
+            f"{directory} is a store already: run it with dist-moe run -m {directory}, cut it into other shards with "
+            f"dist-moe reshard {directory} --nodes N, or give the Hugging Face directory that it was made from"
         )
 
 
@@ -221,7 +221,8 @@ class ShardProgress:
         click.echo(f"{what}: {_gigabytes(done_bytes)} of {_gigabytes(total_bytes)} GB{left}", err=True)
 
 
-def _report(files: Any, destination: Path, written: tuple[str, ...], nonfinite: dict[str, int]) -> None:
+def report_store(files: Any, destination: Path, written: tuple[str, ...], nonfinite: dict[str, int]) -> None:
+    """Say what stands at the destination, and how much of it is new."""
     total_bytes = sum(file.file_bytes for file in files)
     for name, count in nonfinite.items():
         click.echo(f"warning: {name} has {count} weights that are NaN, infinite or too large for the format", err=True)

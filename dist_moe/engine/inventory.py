@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from dist_moe.engine.agreement import StartRecord
 from dist_moe.engine.rank_table import name_hosts, number_runs
 from dist_moe.errors import StoreError, UsageError
 from dist_moe.parallel.holdings import Held, Holdings, chunk_counts
-from dist_moe.parallel.plan import EXPERT_LAYOUTS, JobPlan, plan_job, usable_heads
+from dist_moe.parallel.plan import EXPERT_LAYOUTS, JobPlan, Plan, plan_job, usable_heads
 from dist_moe.parallel.world import World
 from dist_moe.store.layout import shard_command, source_note
 from dist_moe.store.manifest import Manifest
@@ -64,7 +64,13 @@ def take_inventory(world: World, store: Store, records: Sequence[StartRecord]) -
     )
 
 
-def plan_from_inventory(world: World, manifest: Manifest, inventory: Inventory, wanted: str) -> JobPlan:
+def plan_from_inventory(
+    world: World,
+    manifest: Manifest,
+    inventory: Inventory,
+    wanted: str,
+    has_room: Callable[[Sequence[Plan]], bool] = lambda _: True,
+) -> JobPlan:
     """Every rank's share of what its node has; equal on all ranks, so nothing is exchanged.
 
     Args:
@@ -72,6 +78,7 @@ def plan_from_inventory(world: World, manifest: Manifest, inventory: Inventory, 
         manifest: The store's.
         inventory: What the nodes have.
         wanted: `--experts`.
+        has_room: Whether each node's memory holds all that a plan lets it read; equal on all ranks.
 
     Raises:
         StoreError: Units are on no host.
@@ -81,20 +88,17 @@ def plan_from_inventory(world: World, manifest: Manifest, inventory: Inventory, 
     lines = tuple(missing_units(manifest, held, inventory))
     if lines:
         raise StoreError("\n".join(lines))
-    layout = choose_layout(wanted)
-    config = manifest.config
+    layout, config = choose_layout(wanted), manifest.config
     idle = world.size - config.heads
     if idle > 0 and world.is_leader:
         words = "%d ranks for %d query heads: %d have no part in attention; fewer ranks with more --threads are quicker"
         logger.warning(words, world.size, config.heads, idle)
-    return plan_job(
-        config,
-        manifest.group_size,
-        layout,
-        node_of_rank=world.node_of_rank,
-        holdings=held,
-        speeds=placed_speeds(manifest, inventory),
-    )
+    where, speeds = world.node_of_rank, placed_speeds(manifest, inventory)
+    job = plan_job(config, manifest.group_size, layout, node_of_rank=where, holdings=held, speeds=speeds)
+    if wanted == "auto" and world.nodes > 1 and not has_room(job.plans):
+        logger.info("--experts whole: hosts hold more experts than their memory, so each keeps to its part of them")
+        return plan_job(config, manifest.group_size, "whole", node_of_rank=where, holdings=held, speeds=speeds)
+    return job
 
 
 def choose_layout(wanted: str) -> str:

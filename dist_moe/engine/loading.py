@@ -17,13 +17,19 @@ from dist_moe.parallel.plan import JobPlan
 from dist_moe.store.reader import Store
 
 
+def demand_of(options: EngineOptions, step_tokens: int) -> Demand:
+    """What an engine's options make of its memory; `step_tokens` are those of the largest step."""
+    context = max(options.context, options.resident_positions)
+    return Demand(options.kv, context, step_tokens, options.copy_weights)
+
+
 def load_model(
     exchange: Exchange,
     store: Store,
     job: JobPlan,
     kernels: Kernels,
     options: EngineOptions,
-    step_tokens: int,
+    demand: Demand,
     records: Sequence[StartRecord],
     on_reading: ReadProgress | None,
 ) -> Transformer:
@@ -35,15 +41,14 @@ def load_model(
         job: All ranks' shares.
         kernels: What will compute.
         options: How the engine runs.
-        step_tokens: Tokens of the largest step.
+        demand: What they make of its memory (`demand_of`).
         records: What the ranks reported, by rank.
         on_reading: Told while this rank's weights are read from the disk or copied.
 
     Raises:
         AgreedError: A host lacks memory or units, or a file is damaged or cannot be read; raised on all ranks alike.
     """
-    world, copy = exchange.world, options.copy_weights
-    demand = Demand(options.kv, max(options.context, options.resident_positions), step_tokens, copy)
+    world, copy, step_tokens = exchange.world, options.copy_weights, demand.step_tokens
     needs = check_memory(world, store.manifest, job.plans, demand, records)
     if options.check == "full":
         verify_together(world, store)

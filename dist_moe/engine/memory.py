@@ -6,7 +6,6 @@ T tokens · D model dim · P head dim · E experts · K experts per token
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,9 +14,10 @@ import numpy as np
 from dist_moe.engine.agreement import StartRecord
 from dist_moe.engine.record import show_bytes
 from dist_moe.errors import UsageError
-from dist_moe.kernels import BLOCK_POSITIONS, NODE_RANK_BYTES, KvFormat, kv_block_bytes
+from dist_moe.kernels import BLOCK_POSITIONS, NODE_RANK_BYTES, KvFormat, SumsCodec, WireFormat, kv_block_bytes
 from dist_moe.model.step import MAX_LOGIT_ROWS
 from dist_moe.model.workspace import workspace_bytes
+from dist_moe.parallel import host_sums, token_exchange
 from dist_moe.parallel.plan import Plan
 from dist_moe.parallel.world import AgreedError, World
 from dist_moe.store.layout import weight_layout
@@ -107,6 +107,19 @@ def check_memory(
     return needs
 
 
+def has_room(
+    world: World, manifest: Manifest, demand: Demand, records: Sequence[StartRecord], plans: Sequence[Plan]
+) -> bool:
+    """Whether every host's memory holds all that its ranks may read, as far as is known. See `check_memory`."""
+    for node in range(world.nodes):
+        ranks = [rank for rank, where in enumerate(world.node_of_rank) if where == node]
+        need = host_need(manifest, [plans[rank] for rank in ranks], [records[rank].threads for rank in ranks], demand)
+        available_bytes = min(records[rank].available_bytes for rank in ranks)
+        if records[ranks[0]].medium != "memory" and 0 < available_bytes < need.full_bytes:
+            return False
+    return True
+
+
 def layers_with_room(world: World, need: MemoryNeed, records: Sequence[StartRecord], layers: int) -> int:
     """Of how many layers the routed experts stay in memory once they are read: all, or somewhat less than have room.
 
@@ -164,22 +177,24 @@ def _weights(manifest: Manifest, plans: Sequence[Plan]) -> tuple[int, int, int]:
     blocks = sum(len(plan.vocabulary_blocks) for plan in plans)
     head_bytes = len(heads) * _unit(manifest, "head") + len(kv_heads) * _unit(manifest, "kv_head")
     always_bytes = config.layers * head_bytes + blocks * _unit(manifest, "vocabulary")
-    chunk_bytes = picked_bytes = 0
-    kinds = Counter((config.is_dense(layer), config.layer_hidden(layer)) for layer in range(config.layers))
+    chunk_bytes = 0
     for layer in range(config.layers):
-        count = kinds.pop((config.is_dense(layer), config.layer_hidden(layer)), 0)
-        own_bytes = count * _chunk_count(plans, layer) * _unit(manifest, "chunk", layer) if count else 0
+        own_bytes = _chunk_count(manifest, plans, layer) * _unit(manifest, "chunk", layer)
         if config.is_dense(layer):
             always_bytes += own_bytes
         else:
             chunk_bytes += own_bytes
-            picked_bytes += own_bytes * config.experts_per_token // config.experts
-    return always_bytes, chunk_bytes, picked_bytes
+    return always_bytes, chunk_bytes, chunk_bytes * config.experts_per_token // max(1, config.experts)
 
 
-def _chunk_count(plans: Sequence[Plan], layer: int) -> int:
-    """Chunks of one layer that these ranks may read."""
-    return len(np.unique(np.concatenate([plan.readable_chunks(layer) for plan in plans])))
+def _chunk_count(manifest: Manifest, plans: Sequence[Plan], layer: int) -> int:
+    """Chunks of one layer that these ranks may read; a placement gives a host more of one layer than of another."""
+    config = manifest.config
+    chunks = config.layer_experts(layer) * chunks_per_expert(config, manifest.group_size, layer)
+    read_C = np.zeros(chunks, np.bool_)
+    for plan in plans:
+        read_C[plan.readable_chunks(layer)] = True
+    return int(read_C.sum())
 
 
 def _unit(manifest: Manifest, kind: UnitKind, layer: int = 0) -> int:
@@ -201,7 +216,18 @@ def _buffers(manifest: Manifest, plan: Plan, threads: int, step_tokens: int) -> 
     logits_bytes = MAX_LOGIT_ROWS * config.vocabulary * 4 if plan.rank == 0 and plan.ranks > 1 else 0
     # Where ranks share memory and tokens travel, their operands pass through two arrays on the way to a host's first.
     token_bytes = 2 * step_tokens * config.model_dim * 4 if plan.ranks > 1 else 0
-    return step_bytes + thread_bytes + logits_bytes + token_bytes + NODE_RANK_BYTES
+    link_bytes = _link_bytes(plan.nodes, step_tokens, config.model_dim) if plan.local_rank == 0 else 0
+    return step_bytes + thread_bytes + logits_bytes + token_bytes + link_bytes + NODE_RANK_BYTES
+
+
+def _link_bytes(hosts: int, step_tokens: int, model_dim: int) -> int:
+    """Messages to and from every host on the rank that speaks for one: sums, and tokens; as many as a step has."""
+    if hosts == 1:
+        return 0
+    bound = SumsCodec(WireFormat.EXACT).bound
+    token_bytes = token_exchange.SLOTS * max(token_exchange.MOST_BYTES, bound(model_dim))
+    rooms_bytes = (hosts * host_sums.SLOTS * bound(host_sums.MOST_SUMS), hosts * token_bytes)
+    return sum(2 * min(room_bytes, bound(step_tokens * model_dim)) for room_bytes in rooms_bytes)
 
 
 def _describe(need: MemoryNeed, demand: Demand, tightest: StartRecord) -> str:

@@ -83,6 +83,8 @@ def place_model(
         parts = zip(heads, kv_heads, blocks, strict=True)
         slots = _slots(manifest, weights, budget, [_other_bytes(manifest, *part) for part in parts])
         held_of = _place_layers(manifest, profile, slots, weights, progress)
+    elif budget.node_bytes is not None:
+        _require_dense_room(manifest, weights, budget.node_bytes, heads, kv_heads, blocks)
     layers = [_layer_of(manifest, layer, held_of, weights) for layer in range(config.layers)]
     shards = tuple(
         ShardUnits(runs_of(heads[node]), runs_of(kv_heads[node]), runs_of(blocks[node]), _joined(layers, node))
@@ -112,14 +114,48 @@ def _slots(manifest: Manifest, weights: Sequence[int], budget: Budget, other_byt
         return _proportional(min(int(budget.copies * experts), nodes * experts), weights, experts)
     assert budget.node_bytes is not None
     layer_bytes = sum(_bytes(manifest, "expert", layer) for layer in routed_layers(manifest.config))
-    slots = [min(experts, max(0, budget.node_bytes - other) // layer_bytes) for other in other_bytes]
+    _require_room(budget.node_bytes, other_bytes)
+    slots = [min(experts, (budget.node_bytes - other) // layer_bytes) for other in other_bytes]
     if sum(slots) < experts:
         least = max(other_bytes) + -(-experts // nodes) * layer_bytes
         raise UsageError(
-            f"--budget: {budget.node_bytes / _GIGABYTE:.2f} GB on each of {nodes} nodes hold {sum(slots)} of {experts} "
-            f"experts of each layer: give {least / _GIGABYTE:.2f} GB, more nodes, or another --quant"
+            f"--budget: {_gigabytes(budget.node_bytes)} on each of {nodes} nodes hold {sum(slots)} of {experts} "
+            f"experts of each layer: give {_gigabytes(least)}, more nodes, or another --quant"
         )
     return slots
+
+
+def _require_dense_room(
+    manifest: Manifest,
+    weights: Sequence[int],
+    node_bytes: int,
+    heads: Sequence[range],
+    kv_heads: Sequence[range],
+    blocks: Sequence[range],
+) -> None:
+    """Refuse a budget in bytes for which there is nothing to choose: without experts every part is given."""
+    needed = []
+    for node, parts in enumerate(zip(heads, kv_heads, blocks, strict=True)):
+        needed.append(_other_bytes(manifest, *parts, whole_layers=False))
+        for layer in range(manifest.config.layers):
+            chunks = weighted(manifest.layer_chunks_per_expert(layer), weights)[node]
+            needed[-1] += len(chunks) * _bytes(manifest, "chunk", layer)
+    _require_room(node_bytes, needed)
+
+
+def _require_room(node_bytes: int, needed: Sequence[int]) -> None:
+    """Refuse a budget that is too small for what a node gets in any case."""
+    if (most := max(needed)) > node_bytes:
+        raise UsageError(
+            f"--budget: {_gigabytes(node_bytes)} are too few for node {needed.index(most) + 1}, whose heads, "
+            f"vocabulary blocks and dense layers take {_gigabytes(most)}: give more, more nodes, or another --quant"
+        )
+
+
+def _gigabytes(size: int) -> str:
+    """As --budget takes it: 3 digits or more, rounded upwards, so that what is advised is enough."""
+    digits = next((digits for digits in range(2, 6) if size * 10**digits >= 100 * _GIGABYTE), 6)
+    return f"{-(-size * 10**digits // _GIGABYTE) / 10**digits:.{digits}f} GB"
 
 
 def _proportional(total: int, weights: Sequence[int], most: int) -> list[int]:
@@ -131,13 +167,13 @@ def _proportional(total: int, weights: Sequence[int], most: int) -> list[int]:
     return slots
 
 
-def _other_bytes(manifest: Manifest, heads: range, kv_heads: range, blocks: range) -> int:
-    """Bytes of a node's shard without experts; a dense layer as if it were all here."""
+def _other_bytes(manifest: Manifest, heads: range, kv_heads: range, blocks: range, *, whole_layers: bool = True) -> int:
+    """Bytes of a node's shard without experts; a dense layer as if it were all here, or not at all."""
     config = manifest.config
     total = len(blocks) * _bytes(manifest, "vocabulary", 0)
     for layer in range(config.layers):
         total += len(heads) * _bytes(manifest, "head", layer) + len(kv_heads) * _bytes(manifest, "kv_head", layer)
-        total += _bytes(manifest, "expert", layer) if config.is_dense(layer) else 0
+        total += _bytes(manifest, "expert", layer) if whole_layers and config.is_dense(layer) else 0
     return total
 
 

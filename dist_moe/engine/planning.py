@@ -130,8 +130,11 @@ def check_request(
         memory_bytes: What a node can hold; 0 is not known.
 
     Raises:
-        UsageError: The context does not fit the model or the prompt, or the model none of these numbers of nodes.
+        UsageError: The context does not fit the model or the prompt, or the model none of these numbers of nodes, or
+            there are more nodes than query heads.
     """
+    if counts[-1] > (heads := manifest.config.heads):
+        raise UsageError(f"{counts[-1]} nodes: this model has {heads} query heads and each node needs one: take fewer")
     context, most = workload.demand.context, manifest.config.max_positions
     if context > most:
         raise UsageError(f"--ctx {context}: the model has {most} positions; give at most that")

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,8 @@ from dist_moe.engine.exchange_rule import partition_rule
 from dist_moe.engine.generation import Drawn, Generation
 from dist_moe.engine.inventory import plan_from_inventory, take_inventory
 from dist_moe.engine.leader import Leader
-from dist_moe.engine.loading import load_model
+from dist_moe.engine.loading import demand_of, load_model
+from dist_moe.engine.memory import has_room
 from dist_moe.engine.options import EngineOptions
 from dist_moe.engine.prefix_index import PrefixIndex
 from dist_moe.engine.prompt_cache import PromptCache
@@ -80,11 +82,15 @@ class Runtime:
         if world.is_leader:
             log_records(records, world.hosts)
         exchange = open_exchange(world, spin, os.environ, options.wire)
-        log_links(exchange, options.wire, self.config.layers, self.config.model_dim)
+        log_links(exchange, options.wire, options.step_exchange, self.config.layers, self.config.model_dim)
         inventory = agreed(world, "start", lambda: take_inventory(world, store, records))
-        job = agreed(world, "start", lambda: plan_from_inventory(world, store.manifest, inventory, options.layout))
+        demand = demand_of(options, self._step_tokens)
+        fits = partial(has_room, world, store.manifest, demand, records)
+        job = agreed(
+            world, "start", lambda: plan_from_inventory(world, store.manifest, inventory, options.layout, fits)
+        )
         self.layout = job.layout
-        self.model = load_model(exchange, store, job, self.kernels, options, self._step_tokens, records, on_reading)
+        self.model = load_model(exchange, store, job, self.kernels, options, demand, records, on_reading)
         self._scrubber = start_scrub(world, self.model.weights, job.plans[world.rank]) if options.scrub else None
         worker = Worker(self.model, exchange, self._scrubber)
         shape = WireShape.of(self.config, store.manifest.format.quantized)

@@ -63,6 +63,11 @@ class Settings:
             value = getattr(self, name)
             if value is not None or name != "quant":
                 require_choice(name, value, choices)
+        if self.wire != "exact" and self.exchange == "alltoall":
+            raise UsageError(
+                f"wire {self.wire} rounds the sums that exchange allreduce makes, those of alltoall are always exact: "
+                "leave exchange out, or take wire exact"
+            )
         for name, most in (("context", 2**31 - 1), ("threads", MOST_THREADS)):
             if getattr(self, name) is not None:
                 require_whole(name, getattr(self, name), 1, most)

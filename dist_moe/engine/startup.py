@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from dist_moe.errors import EnvironmentMismatch, StoreError
+from dist_moe.errors import EnvironmentMismatch, StoreError, UsageError
 from dist_moe.kernels import NodeMemory, SumsCodec, WireFormat, catch_bus_errors, linger_after_crash
 from dist_moe.parallel.exchange import Exchange
 from dist_moe.parallel.host_exchange import HostExchange
@@ -47,9 +47,16 @@ def open_exchange(world: World, spin: bool, environ: Mapping[str, str], wire: st
     Args:
         world: All ranks.
         spin: Whether waiting ranks of this host may spin (`parallel.cores.may_spin`).
-        environ: DIST_MOE_SHARED_MEMORY=0 asks for no shared memory, DIST_MOE_MPI_SUM=1 for MPI's own sum between hosts.
+        environ: DIST_MOE_SHARED_MEMORY=0 asks for no shared memory; rank 0's DIST_MOE_MPI_SUM=1 for MPI's own sum
+            between hosts.
         wire: How sums travel between hosts: exact, bf16 or q8.
+
+    Raises:
+        AgreedError: Rounded sums are wanted of MPI.
     """
+    by_mpi = world.gather_texts(environ.get("DIST_MOE_MPI_SUM", ""))[0] == "1"
+    if by_mpi and wire != "exact":
+        world.agree(UsageError(f"--wire {wire}: MPI's own sum cannot round, leave DIST_MOE_MPI_SUM=1 out"), "start")
     node = _open_node_memory(world, spin, environ) if world.nodes < world.size else None
     if world.nodes == 1:
         return Exchange(world) if node is None else NodeExchange(world, node)
@@ -60,7 +67,7 @@ def open_exchange(world: World, spin: bool, environ: Mapping[str, str], wire: st
     links = HostExchange(speakers, world.mpi, world.progress, spin) if speaks else None
     costs = _agreed_costs(world, links)
     hosts = None
-    if links is not None and environ.get("DIST_MOE_MPI_SUM") != "1":
+    if links is not None and not by_mpi:
         partial = SumsCodec(WireFormat[wire.upper()])
         hosts = HostSums(links, partial, partial if partial.rounds else SumsCodec(WireFormat.F32), costs)
     exchange = Exchange(world, hosts) if node is None else NodeExchange(world, node, speakers, hosts)
@@ -68,18 +75,21 @@ def open_exchange(world: World, spin: bool, environ: Mapping[str, str], wire: st
     return exchange
 
 
-def log_links(exchange: Exchange, wire: str, layers: int, model_dim: int) -> None:
+def log_links(exchange: Exchange, wire: str, step_exchange: str, layers: int, model_dim: int) -> None:
     """Log what a decoded token's sums between hosts will cost, and on rank 0 warn where they are rounded.
 
     Args:
         exchange: Of the job.
         wire: How sums travel between hosts.
+        step_exchange: What travels; tokens to their experts are never rounded.
         layers: Of the model, with two sums each.
         model_dim: Values of a sum.
     """
     if exchange.link_costs is None or not exchange.world.is_leader:
         return
-    if wire != "exact":
+    if wire != "exact" and step_exchange == "alltoall":
+        logger.warning("--wire %s changes nothing: with --exchange alltoall all sums travel exactly", wire)
+    elif wire != "exact":
         logger.warning("--wire %s: sums between hosts are rounded, so the result depends on the number of hosts", wire)
     costs, hosts = exchange.link_costs, exchange.hosts
     sum_s = costs.seconds(2, 8 * model_dim) if hosts is None else hosts.expected_s(model_dim)

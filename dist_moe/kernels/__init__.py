@@ -12,6 +12,7 @@ from dist_moe.kernels.formats import (
     VOCABULARY_BLOCK,
     FaultKind,
     KvFormat,
+    ScaleChoice,
     WeightFormat,
     chunk_bytes,
     kv_block_bytes,
@@ -28,6 +29,7 @@ from dist_moe.kernels.mapped_files import (
 )
 from dist_moe.kernels.native import Kernels
 from dist_moe.kernels.node import NODE_RANK_BYTES, NodeMemory
+from dist_moe.kernels.pack_kernels import PackMatrix
 from dist_moe.kernels.paging import is_absent, populate
 from dist_moe.kernels.pick_kernels import WorkModel
 from dist_moe.kernels.picks import LARGEST_SPEED, ChunkHolders, Picks, Workers
@@ -60,10 +62,12 @@ __all__ = [
     "NodeMemory",
     "Operand",
     "OperandRows",
+    "PackMatrix",
     "Penalties",
     "Picks",
     "RoutingRows",
     "SamplingParameters",
+    "ScaleChoice",
     "SumRows",
     "SumsCodec",
     "WeightFormat",

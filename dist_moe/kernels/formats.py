@@ -53,6 +53,23 @@ class WeightFormat(IntEnum):
         return cls[_known(label, [format.label for format in cls], "weight format")]
 
 
+class ScaleChoice(IntEnum):
+    """How the scales of q8 and q4 weights are chosen (`DM_SCALES_...`): by the largest weight, or of least error."""
+
+    ABSMAX = 0
+    MSE = 1
+
+    @property
+    def label(self) -> str:
+        """The name that users and manifests write, such as "mse"."""
+        return self.name.lower()
+
+    @classmethod
+    def parse(cls, label: str) -> ScaleChoice:
+        """The choice called `label`; raises UsageError that names the known ones."""
+        return cls[_known(label, [choice.label for choice in cls], "choice of scales")]
+
+
 class KvFormat(IntEnum):
     """Formats of the key/value cache (`dm_kv_format`)."""
 

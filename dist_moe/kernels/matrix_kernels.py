@@ -17,9 +17,7 @@ from dist_moe.kernels.arrays import (
     F32Array,
     I32Array,
     I64Array,
-    Pointer,
     U8Array,
-    address_of,
     columns_pointer,
     require_packed,
 )
@@ -27,18 +25,13 @@ from dist_moe.kernels.buffers import MatrixList, Operand
 from dist_moe.kernels.context import Context
 from dist_moe.kernels.formats import WeightFormat, packed_bytes
 from dist_moe.kernels.library import ffi, lib
+from dist_moe.kernels.pack_kernels import row_stride, strided
 
 
 class MatrixKernels(Context):
     """The chapters "packed weights", "vectors" and "matrices" of dist_moe.h."""
 
     # ---- packed weights ----
-
-    def row_scales(self, scale_R: F32Array, weights_RC: F32Array, fmt: WeightFormat) -> None:
-        """The f16 scale of every whole row as float32 [R], which `pack` needs for slices of rows when group = 0."""
-        (rows, columns), stride = weights_RC.shape, _row_stride(weights_RC)
-        out, weights = F32.write(scale_R, rows), _strided(weights_RC)
-        lib.dm_row_scales(self._context, out, weights, rows, columns, stride, fmt)
 
     def pack(
         self, packed: U8Array, weights_RC: F32Array, scale_R: F32Array | None, fmt: WeightFormat, group: int
@@ -50,10 +43,10 @@ class MatrixKernels(Context):
         Returns:
             How many weights are NaN or infinite, plus how many scales exceed f16.
         """
-        (rows, columns), stride = weights_RC.shape, _row_stride(weights_RC)
+        (rows, columns), stride = weights_RC.shape, row_stride(weights_RC)
         require_packed(packed, packed_bytes(fmt, rows, columns, group))
         scale = ffi.NULL if scale_R is None else F32.read(scale_R, rows)
-        out, weights = ffi.from_buffer(packed, require_writable=True), _strided(weights_RC)
+        out, weights = ffi.from_buffer(packed, require_writable=True), strided(weights_RC)
         return int(lib.dm_pack(self._context, out, weights, scale, rows, columns, stride, fmt, group))
 
     def unpack(self, weights_RC: F32Array, packed: U8Array, fmt: WeightFormat, group: int) -> None:
@@ -147,15 +140,3 @@ class MatrixKernels(Context):
         lib.dm_unit_sums(
             self._context, sums, fault, weights, x, units.count, tokens, columns, head_dim, fmt, group, layer
         )
-
-
-def _row_stride(weights_RC: F32Array) -> int:
-    """Floats from one row to the next of a matrix whose rows have no gaps."""
-    row_bytes, item_bytes = weights_RC.strides
-    if weights_RC.dtype != np.float32 or item_bytes != 4 or row_bytes % 4 or row_bytes < 0:
-        raise TypeError(f"expected float32 rows without gaps, got {weights_RC.dtype} with strides {weights_RC.strides}")
-    return row_bytes // 4
-
-
-def _strided(weights_RC: F32Array) -> Pointer:
-    return ffi.cast("float *", address_of(weights_RC))

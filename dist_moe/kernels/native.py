@@ -11,12 +11,20 @@ from dist_moe.kernels.attention_kernels import AttentionKernels
 from dist_moe.kernels.expert_kernels import ExpertKernels
 from dist_moe.kernels.machine_kernels import MachineKernels
 from dist_moe.kernels.matrix_kernels import MatrixKernels
+from dist_moe.kernels.pack_kernels import PackKernels
 from dist_moe.kernels.pick_kernels import PickKernels
 from dist_moe.kernels.sampling_kernels import SamplingKernels
 from dist_moe.kernels.token_kernels import TokenKernels
 
 
 class Kernels(
-    MatrixKernels, AttentionKernels, ExpertKernels, TokenKernels, PickKernels, SamplingKernels, MachineKernels
+    MatrixKernels,
+    PackKernels,
+    AttentionKernels,
+    ExpertKernels,
+    TokenKernels,
+    PickKernels,
+    SamplingKernels,
+    MachineKernels,
 ):
     """All kernels on one context: an ISA level and a thread pool; used from one thread at a time."""

@@ -135,6 +135,8 @@ def sum_traffic(values: float, nodes: int, link: LinkCosts) -> Traffic:
     one_phase = Traffic(others * values * SUM_BYTES, 1, 2 * others * values, SUM_CALL_S)
     share = others / nodes * values
     two_phases = Traffic(share * (SUM_BYTES + RESULT_BYTES), 2, 2 * share, SUM_CALL_S)
+    if nodes == 2:
+        return one_phase
     return one_phase if one_phase.wire_seconds(link) <= two_phases.wire_seconds(link) else two_phases
 
 

@@ -24,7 +24,7 @@ FEWEST_SUMS = 4096
 MOST_SUMS = 16384
 # Pieces that are sent before the first of them must have arrived.
 AHEAD = 3
-_SLOTS = 2 * AHEAD + 1
+SLOTS = 2 * AHEAD + 1
 # A part is whole blocks of what the codecs treat as one.
 _BLOCK = 32
 # Up to so many bytes of rounded sums go to every host.
@@ -53,6 +53,7 @@ class HostSums:
     Attributes:
         exchange: Their messages.
         costs: What the choice between one phase and two goes by; equal on all hosts.
+        message_sums: Sums in a message, where many travel.
     """
 
     def __init__(self, exchange: HostExchange, partial: Codec, finished: Codec, costs: LinkCosts) -> None:
@@ -70,10 +71,10 @@ class HostSums:
         self._finished = finished
         N = exchange.hosts
         shape = (N, max(partial.bound(MOST_SUMS), finished.bound(MOST_SUMS)))
-        self._out = [list(np.empty(shape, np.uint8)) for _ in range(_SLOTS)]
-        self._in = [list(np.empty(shape, np.uint8)) for _ in range(_SLOTS)]
+        self._out = [list(np.empty(shape, np.uint8)) for _ in range(SLOTS)]
+        self._in = [list(np.empty(shape, np.uint8)) for _ in range(SLOTS)]
         wanted = int(costs.bytes_per_s * _MESSAGE_S / partial.value_bytes) // _BLOCK * _BLOCK
-        self._message_sums = min(MOST_SUMS, max(FEWEST_SUMS, wanted))
+        self.message_sums = min(MOST_SUMS, max(FEWEST_SUMS, wanted))
         self._one_phase_for: dict[int, bool] = {}
 
     def is_one_phase(self, count: int) -> bool:
@@ -109,13 +110,13 @@ class HostSums:
         one_phase = self._one_phase_for[count]
         phases = self._one_phase if one_phase else self._two_phases
         parts = 1 if one_phase else self.exchange.hosts
-        piece = parts * self._message_sums
+        piece = parts * self.message_sums
         if count <= piece:
             for _ in phases(flat, 0):
                 pass
             return
         under_way = [
-            phases(flat[first : first + piece], place % _SLOTS) for place, first in enumerate(range(0, count, piece))
+            phases(flat[first : first + piece], place % SLOTS) for place, first in enumerate(range(0, count, piece))
         ]
         # The wire has work while this rank packs and adds: each piece's next phase comes AHEAD pieces later.
         for turn in range(len(under_way) + 2 * AHEAD):

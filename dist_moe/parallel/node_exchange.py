@@ -122,8 +122,6 @@ class NodeExchange(Exchange):
         self, local_Tn: NDArray[np.float32], counts_W: Sequence[int], out_TN: NDArray[np.float32] | None
     ) -> NDArray[np.float32] | None:
         """Put the ranks' columns side by side on the leader; see Exchange."""
-        if self.world.nodes == self.world.size:
-            return super().gather_columns(local_Tn, counts_W, out_TN)
         rows, widest = len(local_Tn), max(counts_W)
         step = max(1, PIECE_ELEMENTS // max(1, 4 * widest * self.world.size))
         for first in range(0, rows, step):

@@ -30,7 +30,7 @@ class Plan:
 
     Attributes:
         rank, ranks: Whose share, and how many ranks there are.
-        node: The node of this rank.
+        node, nodes: The node of this rank, and how many there are.
         local_rank, local_ranks: Its place among that node's ranks, and how many those are.
         heads: Query heads.
         kv_heads: The KV heads that they read.
@@ -42,6 +42,7 @@ class Plan:
     rank: int
     ranks: int
     node: int
+    nodes: int
     local_rank: int
     local_ranks: int
     heads: tuple[int, ...]
@@ -158,6 +159,7 @@ def plan_job(
                 rank=rank,
                 ranks=len(node_of_rank),
                 node=node,
+                nodes=nodes,
                 local_rank=ranks_of_node[node].index(rank),
                 local_ranks=len(ranks_of_node[node]),
                 heads=heads[rank],

@@ -50,7 +50,7 @@ def fit_costs(seconds_of: dict[int, float], hosts: int) -> LinkCosts:
     if large > small and seconds_of[large] > seconds_of[small]:
         rate = peers * (large - small) / (seconds_of[large] - seconds_of[small])
     # A shaped link lets small messages through faster than its rate.
-    latency_s = max(seconds_of[small] / 2, seconds_of[small] - peers * small / rate)
+    latency_s = max(seconds_of[small] / (2 * peers), seconds_of[small] - peers * small / rate)
     return LinkCosts(latency_s, rate)
 
 

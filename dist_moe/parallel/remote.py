@@ -13,7 +13,8 @@ from pathlib import Path
 from dist_moe.errors import EnvironmentMismatch, UsageError
 
 # No question at a prompt: several hosts are asked at once, and nobody can see which one asks.
-SSH = "ssh -o BatchMode=yes -o ConnectTimeout=15"
+# A host that says nothing for a minute is lost: checksums of a store take longer, in silence.
+SSH = "ssh -o BatchMode=yes -o ConnectTimeout=15 -o ServerAliveInterval=20"
 NO_PROGRAM = 127
 _HOST = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_][A-Za-z0-9_.-]*")
 # rsync is silent while the other side reads what it has of a file.

@@ -27,6 +27,7 @@ _MESSAGE_S = 1.5e-4
 FEWEST_BYTES = 1 << 14
 MOST_BYTES = 1 << 17
 AHEAD = 2
+SLOTS = AHEAD + 1
 
 
 class TokenRows(Protocol):
@@ -233,7 +234,7 @@ class TokenExchange:
         """Memory for the messages under way, `size` bytes each; it grows to the longest."""
         if not self._kept_slots or self._kept_slots[0].incoming_N.shape[1] < size:
             shape = (len(self._groups.members), size)
-            self._kept_slots = [_Slot(np.empty(shape, np.uint8), np.empty(shape, np.uint8)) for _ in range(AHEAD + 1)]
+            self._kept_slots = [_Slot(np.empty(shape, np.uint8), np.empty(shape, np.uint8)) for _ in range(SLOTS)]
         return self._kept_slots
 
     def _own_buffer(self, size: int) -> Bytes:

@@ -60,7 +60,18 @@ def write_store(
     source: WeightSource, make_packer: MakePacker, destination: Path, options: StoreOptions, progress: Progress
 ) -> Conversion:
     """`convert` for any source whose units `make_packer` can make; raises as it does."""
-    plan = plan_store(source, options)
+    return write_plan(plan_store(source, options), source.text_files(), make_packer, destination, options, progress)
+
+
+def write_plan(
+    plan: Manifest,
+    texts: Mapping[str, bytes],
+    make_packer: MakePacker,
+    destination: Path,
+    options: StoreOptions,
+    progress: Progress,
+) -> Conversion:
+    """`write_store` of a store that is planned already, with its small files; raises as it does."""
     state.prepare_directory(destination)
     total_bytes = sum(weight_layout(plan, name).file_bytes for name in weight_files(plan))
 
@@ -69,7 +80,6 @@ def write_store(
             state.weight_bytes(destination, plan), total_bytes, "waiting for another process that writes this store"
         )
 
-    texts = source.text_files()
     if not options.force and (there := _already_there(destination, plan, texts, options)):
         return there
     with store_lock(destination, on_wait if options.wait else None):

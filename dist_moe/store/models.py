@@ -107,7 +107,7 @@ def find_model(
         return ModelSource(directory, None)
     if files.is_file(directory / PROGRESS_NAME):
         raise UsageError(
-            f"{option}{directory}: this store is incomplete (dist-moe shard was interrupted or is still running): "
+            f"{option}{directory}: this store is incomplete (dist-moe shard or reshard was interrupted or still runs): "
             "repeat its command, it continues where it stopped"
         )
     if files.is_file(directory / "config.json"):

@@ -1,20 +1,20 @@
-"""From a checkpoint's matrices to packed units and common tensors, one at a time.
+"""From a checkpoint's matrices to packed units and common tensors, some units at a time.
 
-D model dim, P head dim, F hidden units, w chunk width. Private memory stays near one expert's down matrix, and below
-`_WHOLE_DOWN_BYTES` for the widest dense MLPs.
+D model dim, P head dim, F hidden units, w chunk width. Units are packed in lists of about `_LIST_BYTES`, straight from
+the mapped file if it has bf16 or f32. Private memory beyond that is what a source must decode first.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from dist_moe.checkpoint.source import Source
-from dist_moe.kernels import Kernels, aligned_empty
+from dist_moe.checkpoint.source import MappedSource, Source
+from dist_moe.kernels import Kernels, PackMatrix, aligned_empty
 from dist_moe.kernels.formats import VOCABULARY_BLOCK, packed_bytes
 from dist_moe.store.carry import is_carried, pack_blocks
 from dist_moe.store.layout import TensorSpec
@@ -26,7 +26,9 @@ Packed = npt.NDArray[np.uint8]
 
 _ALL = slice(None)
 _BLOCK_BYTES = 32 << 20  # f32 bytes of one piece of a long table
-_WHOLE_DOWN_BYTES = 256 << 20  # a down matrix up to this size is widened once for all of its chunks
+_LIST_BYTES = 16 << 20  # of packed units that are made at once
+_WHOLE_DOWN_BYTES = 256 << 20  # a down matrix up to this size is decoded once for all of its chunks
+_BF16_EXPONENT = np.uint16(0x7F80)
 
 
 class UnitPacker(Protocol):
@@ -36,8 +38,8 @@ class UnitPacker(Protocol):
     def nonfinite(self) -> Mapping[str, int]:
         """The weights so far that could not be packed, per source tensor."""
 
-    def unit(self, kind: UnitKind, layer: int, index: int, counted: bool = True) -> Packed:
-        """One packed unit, uint8 [unit bytes]; `counted` says whether it enters `nonfinite`."""
+    def units(self, kind: UnitKind, layer: int, indices: Sequence[int], counted: Sequence[bool]) -> Iterator[Packed]:
+        """The packed units in order, uint8 [unit bytes] each; `counted` says which of them enter `nonfinite`."""
 
     def common(self, spec: TensorSpec) -> Iterator[npt.NDArray[Any]]:
         """One tensor of the common file in pieces."""
@@ -55,16 +57,25 @@ class Packer:
         self._down_name = ""
         self._down_DF: Floats | None = None
         self._scale_D: Floats | None = None
+        self._matrices: list[PackMatrix] = []
+        self._names: list[str] = []  # of the matrices; "" for what is not counted
         self._counted = True
         self.nonfinite = Counter[str]()
 
-    def unit(self, kind: UnitKind, layer: int, index: int, counted: bool = True) -> Packed:
-        """One packed unit, uint8 [unit bytes]; `counted` says whether it enters `nonfinite`."""
+    def units(self, kind: UnitKind, layer: int, indices: Sequence[int], counted: Sequence[bool]) -> Iterator[Packed]:
+        """The packed units in order, uint8 [unit bytes] each; `counted` says which of them enter `nonfinite`."""
         manifest = self._manifest
-        self._counted = counted
-        unit: Packed = aligned_empty(
-            unit_bytes(self._config, manifest.format, manifest.group_size, kind, layer), np.uint8
-        )
+        size = unit_bytes(self._config, manifest.format, manifest.group_size, kind, layer)
+        step = max(1, _LIST_BYTES // size)
+        for first in range(0, len(indices), step):
+            numbers = indices[first : first + step]
+            packed: Packed = aligned_empty((len(numbers), size), np.uint8)
+            for unit, index, self._counted in zip(packed, numbers, counted[first:], strict=False):
+                self._add_unit(unit, kind, layer, index)
+            self._pack_list()
+            yield from packed
+
+    def _add_unit(self, unit: Packed, kind: UnitKind, layer: int, index: int) -> None:
         if kind == "head":
             self._pack_head(unit, layer, index)
         elif kind == "kv_head":
@@ -73,8 +84,7 @@ class Packer:
             self._pack_chunk(unit, layer, index)
         else:
             rows = slice(index * VOCABULARY_BLOCK, min((index + 1) * VOCABULARY_BLOCK, self._config.vocabulary))
-            self._pack_slice("lm_head", unit, manifest.group_size, rows, height=VOCABULARY_BLOCK)
-        return unit
+            self._pack_slice("lm_head", unit, self._manifest.group_size, rows, height=VOCABULARY_BLOCK)
 
     def common(self, spec: TensorSpec) -> Iterator[npt.NDArray[Any]]:
         """One tensor of the common file in pieces."""
@@ -88,9 +98,17 @@ class Packer:
         row_bytes = 4 * int(np.prod(spec.shape[1:], dtype=np.int64))
         step = max(1, _BLOCK_BYTES // row_bytes)
         for first in range(0, spec.shape[0], step):
-            values = self._source.read(spec.name, slice(first, first + step))
-            self._count(spec.name, values.size - int(np.count_nonzero(np.isfinite(values))))
-            yield (values.view(np.uint32) >> 16).astype("<u2") if spec.dtype == "BF16" else values
+            yield self._piece(spec, slice(first, first + step))
+
+    def _piece(self, spec: TensorSpec, rows: slice) -> npt.NDArray[Any]:
+        """Some rows of a common tensor."""
+        stored = self._stored(spec.name, rows)
+        if stored is not None and stored.dtype == np.uint16 and spec.dtype == "BF16":
+            self._count(spec.name, int(np.count_nonzero((stored & _BF16_EXPONENT) == _BF16_EXPONENT)))
+            return stored
+        values = self._source.read(spec.name, rows)
+        self._count(spec.name, values.size - int(np.count_nonzero(np.isfinite(values))))
+        return (values.view(np.uint32) >> 16).astype("<u2") if spec.dtype == "BF16" else values
 
     def _pack_head(self, unit: Packed, layer: int, head: int) -> None:
         name, cut = f"layers.{layer}.", self._row_bytes()
@@ -117,21 +135,23 @@ class Packer:
         if self._carry(name + "down", unit[2 * cut :], manifest.group_size, _ALL, hidden):
             return
         self._open_down(name + "down")
-        if self._down_DF is None:
-            down_Dw = self._source.read(name + "down", columns=hidden)
-        else:
+        down_Dw = self._stored(name + "down", _ALL, hidden)
+        if down_Dw is None and self._down_DF is not None:
             down_Dw = self._down_DF[:, hidden]
-        down_Dw = _padded(down_Dw, model_dim, width)
-        self._pack(name + "down", unit[2 * cut :], down_Dw, manifest.group_size, self._scale_D)
+        if down_Dw is None:
+            down_Dw = self._source.read(name + "down", columns=hidden)
+        self._add(name + "down", unit[2 * cut :], down_Dw, (model_dim, width), manifest.group_size, self._scale_D)
 
     def _open_down(self, name: str) -> None:
-        """Widen a down matrix once for all of its chunks, if it is small, and find the scales of its whole rows."""
+        """Decode a down matrix once for all of its chunks, if it is small, and find the scales of its whole rows."""
         if name == self._down_name:
             return
         fmt = self._manifest.format
         rows, columns = self._source.shape(name)
         self._down_name, self._scale_D = name, None
-        self._down_DF = None if rows * columns * 4 > _WHOLE_DOWN_BYTES else self._source.read(name)
+        self._down_DF = None
+        if self._stored(name, _ALL) is None and rows * columns * 4 <= _WHOLE_DOWN_BYTES:
+            self._down_DF = self._source.read(name)
         if fmt.quantized and self._manifest.group_size == 0:
             self._scale_D = np.empty(rows, np.float32)
             step = max(1, _BLOCK_BYTES // (4 * columns))
@@ -146,8 +166,11 @@ class Packer:
         """Pack a slice of a matrix, zero-padded to `height` rows."""
         if self._carry(name, packed, group, rows, columns, height):
             return
-        values_RC = self._source.read(name, rows, None if columns == _ALL else columns)
-        self._pack(name, packed, _padded(values_RC, max(height, len(values_RC)), values_RC.shape[1]), group)
+        values_RC = self._stored(name, rows, columns)
+        if values_RC is None:
+            values_RC = self._source.read(name, rows, None if columns == _ALL else columns)
+        given, wide = values_RC.shape
+        self._add(name, packed, values_RC, (max(height, given), wide), group)
 
     def _carry(self, name: str, packed: Packed, group: int, rows: slice, columns: slice, height: int = 0) -> bool:
         """Pack a slice bit for bit if the source has it in this format."""
@@ -158,8 +181,29 @@ class Packer:
             self._count(name, pack_blocks(packed, blocks, self._manifest.format, height))
         return blocks is not None
 
-    def _pack(self, name: str, packed: Packed, weights_RC: Floats, group: int, scale_R: Floats | None = None) -> None:
-        self._count(name, self._kernels.pack(packed, weights_RC, scale_R, self._manifest.format, group))
+    def _stored(self, name: str, rows: slice, columns: slice | None = None) -> npt.NDArray[Any] | None:
+        """A slice in the mapped file, if the kernels can read it there."""
+        return self._source.stored(name, rows, columns) if isinstance(self._source, MappedSource) else None
+
+    def _add(
+        self,
+        name: str,
+        packed: Packed,
+        weights_RC: npt.NDArray[Any],
+        shape: tuple[int, int],
+        group: int,
+        scale_R: Floats | None = None,
+    ) -> None:
+        """Enter a matrix into the list, to be filled up with zeros to a shape."""
+        self._matrices.append(PackMatrix(packed, weights_RC, *shape, group, scale_R))
+        self._names.append(name if self._counted else "")
+
+    def _pack_list(self) -> None:
+        counts = self._kernels.pack_matrices(self._matrices, self._manifest.format)
+        for name, count in zip(self._names, counts, strict=True):
+            if count and name:
+                self.nonfinite[name] += count
+        self._matrices, self._names = [], []
 
     def _count(self, name: str, nonfinite: int) -> None:
         if nonfinite and self._counted:
@@ -167,11 +211,3 @@ class Packer:
 
     def _row_bytes(self) -> int:
         return head_row_bytes(self._config, self._manifest.format, self._manifest.group_size)
-
-
-def _padded(values_RC: Floats, rows: int, columns: int) -> Floats:
-    if values_RC.shape == (rows, columns):
-        return values_RC
-    padded = np.zeros((rows, columns), np.float32)
-    padded[: values_RC.shape[0], : values_RC.shape[1]] = values_RC
-    return padded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -65,20 +65,11 @@ def plan_store(source: WeightSource, options: StoreOptions) -> Manifest:
     Raises:
         UsageError: The model cannot be stored like that; says what works.
     """
-    config, placement = source.config, options.placement
-    nodes = options.nodes if placement is None else len(placement.shards)
-    if not 1 <= nodes <= config.heads:
-        raise UsageError(
-            f"--nodes {nodes}: this model has {config.heads} query heads and each node needs one; "
-            f"give 1 to {config.heads}"
-        )
-    if options.experts not in EXPERT_LAYOUTS:
-        raise UsageError(f"--experts {options.experts}; give one of {', '.join(EXPERT_LAYOUTS)}")
+    config = source.config
+    _check_nodes(config, options)
     check_format(config, options.format, options.group_size)
-    if placement is not None:
-        check_placement(placement, config, options.group_size)
     routers = {source.source_dtype(name) for name in source.names() if name.endswith(".router")}
-    return Manifest(
+    uncut = Manifest(
         config=config,
         source_name=source_name(source.path),
         source_fingerprint=source.fingerprint(),
@@ -86,20 +77,56 @@ def plan_store(source: WeightSource, options: StoreOptions) -> Manifest:
         group_size=options.group_size,
         router_format=_exact_format(routers),
         embedding_format=_exact_format({source.source_dtype("embedding")}),
+        experts=options.experts,
+        nodes=0,
+        shards=(),
+        package_version=dist_moe.__version__,
+        files=(),
+    )
+    return cut(uncut, options)
+
+
+def cut(manifest: Manifest, options: StoreOptions) -> Manifest:
+    """The plan of a store with the same units in other shards, as `nodes`, `experts` or `placement` say.
+
+    Raises:
+        UsageError: The model cannot be cut like that; says what works.
+    """
+    _check_nodes(manifest.config, options)
+    placement = options.placement
+    if placement is not None:
+        check_placement(placement, manifest.config, manifest.group_size)
+    return replace(
+        manifest,
         experts=options.experts if placement is None else PLACED,
-        nodes=nodes,
-        shards=_shards(config, options),
+        nodes=_nodes(options),
+        shards=_shards(manifest, options),
         package_version=dist_moe.__version__,
         files=(),
         node_weights=() if placement is None else placement.node_weights,
     )
 
 
-def _shards(config: ModelConfig, options: StoreOptions) -> tuple[ShardUnits, ...]:
+def _nodes(options: StoreOptions) -> int:
+    return options.nodes if options.placement is None else len(options.placement.shards)
+
+
+def _check_nodes(config: ModelConfig, options: StoreOptions) -> None:
+    nodes = _nodes(options)
+    if not 1 <= nodes <= config.heads:
+        raise UsageError(
+            f"--nodes {nodes}: this model has {config.heads} query heads and each node needs one; "
+            f"give 1 to {config.heads}"
+        )
+    if options.experts not in EXPERT_LAYOUTS:
+        raise UsageError(f"--experts {options.experts}; give one of {', '.join(EXPERT_LAYOUTS)}")
+
+
+def _shards(manifest: Manifest, options: StoreOptions) -> tuple[ShardUnits, ...]:
     if options.placement is not None:
         return options.placement.shards
-    nodes = range(options.nodes)
-    return tuple(place(config, options.group_size, options.experts, options.nodes, node) for node in nodes)
+    config, group_size, nodes = manifest.config, manifest.group_size, options.nodes
+    return tuple(place(config, group_size, options.experts, nodes, node) for node in range(nodes))
 
 
 def source_name(source: Path) -> str:

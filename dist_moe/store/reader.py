@@ -253,8 +253,8 @@ def read_store_manifest(directory: Path) -> Manifest:
         return read_manifest(directory / MANIFEST_NAME)
     if files.exists(directory / PROGRESS_NAME):
         raise StoreError(
-            f"{directory}: is an incomplete store (dist-moe shard was interrupted or is still running); "
-            "repeat the dist-moe shard command with the same options, it continues where it stopped"
+            f"{directory}: is an incomplete store (dist-moe shard or reshard was interrupted or is still running); "
+            "repeat the dist-moe shard command (or reshard) with the same options, it continues where it stopped"
         )
     if files.exists(directory / "config.json"):
         raise StoreError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,8 +115,12 @@ class SyntheticPacker:
         """Nothing: random weights are finite."""
         return {}
 
-    def unit(self, kind: UnitKind, layer: int, index: int, counted: bool = True) -> Packed:
-        """One packed unit, uint8 [unit bytes]."""
+    def units(self, kind: UnitKind, layer: int, indices: Sequence[int], counted: Sequence[bool]) -> Iterator[Packed]:
+        """The packed units in order, uint8 [unit bytes] each."""
+        for index in indices:
+            yield self._unit(kind, layer, index)
+
+    def _unit(self, kind: UnitKind, layer: int, index: int) -> Packed:
         manifest = self._manifest
         unit: Packed = aligned_empty(
             unit_bytes(self._config, manifest.format, manifest.group_size, kind, layer), np.uint8

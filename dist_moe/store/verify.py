@@ -13,7 +13,7 @@ from dist_moe.errors import DistMoeError, StoreError
 from dist_moe.store.checksum import RunningChecksum, checksum_rows, checksum_text
 from dist_moe.store.layout import CHECKSUM_SUFFIX, file_specs, shard_number, unit_tensors, weight_files
 from dist_moe.store.manifest import COMMON_NAME, Manifest, StoreFile
-from dist_moe.store.sealed import damage_text, name_mapped
+from dist_moe.store.sealed import Sealed, damage_text, name_mapped
 from dist_moe.store.units import describe_unit
 
 _READ_BYTES = 1 << 24
@@ -86,6 +86,19 @@ def check_file(path: Path, entry: StoreFile, manifest: Manifest) -> None:
     raise StoreError(
         f"{path}: has checksum {running.text()}, the manifest says {entry.checksum}: the file is damaged; {ADVICE}"
     )
+
+
+def check_sealed(sealed: Sealed, running: RunningChecksum | None = None) -> None:
+    """Compare mapped weights with the checksum beside them; `running` if somebody has read them already.
+
+    Raises:
+        StoreError: They differ.
+    """
+    if running is None:
+        running = RunningChecksum()
+        running.update(sealed.data)
+    if running.value() != sealed.checksum:
+        raise StoreError(f"{sealed.damage(running.value())}; {ADVICE}")
 
 
 def check_text_files(directory: Path, manifest: Manifest, required: bool = True) -> None:

@@ -68,10 +68,10 @@ def _write_units(
     for tensor in unit_tensors(plan, shard):
         file.pad_to(layout.first_byte[tensor.spec.name])
         values = []
-        for index in tensor.indices.tolist():
-            # A KV head may stand in several shards; the one with its group's first query head counts its NaNs.
-            counted = tensor.kind != "kv_head" or index * plan.config.heads_per_kv_head in heads
-            unit = packer.unit(tensor.kind, tensor.layer, index, counted)
+        indices = tensor.indices.tolist()
+        # A KV head may stand in several shards; the one with its group's first query head counts its NaNs.
+        counted = [tensor.kind != "kv_head" or i * plan.config.heads_per_kv_head in heads for i in indices]
+        for unit in packer.units(tensor.kind, tensor.layer, indices, counted):
             running = RunningChecksum()
             running.update(unit)
             values.append(running.value())

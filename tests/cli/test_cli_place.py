@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -107,7 +108,7 @@ def test_the_same_input_gives_the_same_placement(home: Path) -> None:
         (("--nodes", "2", "--weights", "1,0", "--simulate"), "--weights: expected whole numbers from 1"),
         (("--nodes", "9", "--simulate"), "9 nodes: this model has 8 query heads"),
         (("--nodes", "2", "--simulate", "--budget", "much"), "--budget much: expected copies of the experts like 2x"),
-        (("--nodes", "2", "--simulate", "--budget", "0.0001GB"), "hold 0 of 16 experts"),
+        (("--nodes", "2", "--simulate", "--budget", "0.0001GB"), "are too few for node 1"),
         (("--nodes", "2", "--simulate", "--profile", "none.npz"), "none.npz: expected the profile"),
         (("--nodes", "2", "--simulate", "--profile", "x", "--zipf", "1"), "--zipf is for trying out"),
         (("--nodes", "2", "-o", "no/such/place.json"), "no/such"),
@@ -158,3 +159,58 @@ def test_a_dense_model_is_placed_but_has_no_profile(tmp_path: Path) -> None:
     assert "this model has no experts" in done.stdout
     said = refused("place", dense, "--nodes", "2", "--zipf", "1", "--simulate")
     assert "this model has no experts: leave them out" in said
+
+
+def test_a_profile_does_not_replace_a_text_that_it_reads(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "link.npz").symlink_to("text.txt")
+    for output in ("text.txt", "link.npz"):
+        with pytest.raises(DistMoeError, match=f"{output}: that is the text .*text.txt, which would be lost") as caught:
+            execute(["profile", str(tmp_path / "text.txt"), "-o", str(tmp_path / output)])
+        assert caught.value.exit_code == 2
+    assert (tmp_path / "text.txt").read_text() == TEXT
+
+
+@pytest.mark.parametrize("budget", ["0.0001GB", "0.16GB"])
+def test_a_budget_below_what_a_node_gets_without_experts_is_refused(budget: str) -> None:
+    dense = Path(__file__).resolve().parents[2] / "configs" / "qwen3-0.6b.toml"
+    said = refused("place", dense, "--nodes", "2", "--simulate", "--budget", budget)
+    found = re.search(r"too few for node 1, .* take (\S+ GB): give more", said)
+    assert found is not None, said
+    assert execute(["place", str(dense), "--nodes", "2", "--simulate", "--budget", found[1]]) == 0
+
+
+def test_the_budget_that_a_refusal_names_is_enough() -> None:
+    said = refused("place", "--nodes", "4", "--simulate", "--budget", "0.0003GB", "--quant", "q8")
+    found = re.search(r"hold \d+ of 16 experts of each layer: give (\S+ GB), ", said)
+    assert found is not None, said
+    assert execute(["place", "--nodes", "4", "--simulate", "--quant", "q8", "--budget", found[1]]) == 0
+
+
+def test_after_a_store_the_next_command_cuts_it_again(home: Path) -> None:
+    dist_moe(home, "shard", "--nodes", "2", "-o", "cut", "--quiet")
+    shown = dist_moe(home, "place", "cut", "--nodes", "2", "-o", "cut.json").stdout
+    assert re.search(r" \d+\.\d MB$", shown, re.MULTILINE)
+    line = shown.splitlines()[-1].removeprefix("next: dist-moe ").split()
+    assert line == ["reshard", "cut", "--placement", "cut.json"]
+    dist_moe(home, *line, "-o", "cut-again", "--quiet")
+    assert (home / "cut-again" / "shard-00002-of-00002.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--nodes", "3", "--simulate"), "--nodes 3: this job has 2 hosts to measure"),
+        (("-o", "/dev/full"), "/dev/full is a device or pipe: name a file"),
+        (("no-model", "--simulate"), "no-model: expected a store"),
+    ],
+)
+def test_measured_weights_and_a_mistake_end_all_ranks_alike(
+    arguments: tuple[str, ...], sentence: str, mpirun: Command
+) -> None:
+    env = {"DIST_MOE_TEST_NODES": "0,1", "DIST_MOE_YIELD": "1"}
+    done = mpirun(2, *PROGRAM, "place", "--weights", "measured", *arguments, env=env)
+    assert done.code == 2, done.output
+    assert done.stderr.count("dist-moe: error: ") == 1
+    assert sentence in done.stderr
+    assert "Abort" not in done.output

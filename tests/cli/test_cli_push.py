@@ -169,6 +169,11 @@ def test_a_dry_run_reaches_no_host(hosts: Hosts, store: Path) -> None:
     assert "--bwlimit=80M" in result.stdout
 
 
+def test_a_host_that_is_lost_is_not_waited_for(store: Path) -> None:
+    result = run_push(None, store, "--hosts", "node1,node2", "--dry-run")
+    assert "-e 'ssh -o BatchMode=yes -o ConnectTimeout=15 -o ServerAliveInterval=20'" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

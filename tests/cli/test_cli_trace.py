@@ -184,6 +184,21 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_run(environment: d
     assert done.stdout == ""
 
 
+def test_a_disk_that_is_full_at_the_end_takes_the_trace_alone(environment: dict[str, str], tmp_path: Path) -> None:
+    path, kept = tmp_path / "trace.json", tmp_path / "kept"
+    launching.run(*PROGRAM, *LINE, env=environment)  # the packed model is there
+    options = ("--trace", str(path), "--stats", "--json", "--prompt-cache", str(kept))
+    limit = "import os, resource, sys"
+    limit += "\nresource.setrlimit(resource.RLIMIT_FSIZE, (11000, 11000))"
+    limit += "\nos.execv(sys.argv[1], sys.argv[1:])"
+    done = launching.run(sys.executable, "-c", limit, *PROGRAM, *LINE, *options, env=environment)
+    assert done.code == 2, done.output
+    assert len(json.loads(done.stdout)["ids"]) == 4
+    assert done.stderr.count("dist-moe: error: ") == 1
+    assert f"{path}: cannot be written (File too large)" in done.stderr
+    assert sorted(tmp_path.iterdir()) == [kept]
+
+
 @pytest.mark.faults
 @pytest.mark.skipif(flavour() == "openmpi", reason="prterun kills the ranks itself")
 def test_control_c_writes_the_trace(environment: dict[str, str], tmp_path: Path) -> None:

@@ -275,6 +275,7 @@ def test_bad_calls_are_refused_before_the_first_piece(
 BAD_ENGINES = {
     "kv": ({"kv": "q4"}, "kv: expected f32, f16 or q8, found 'q4'"),
     "experts": ({"experts": "all"}, "experts: expected auto, whole, sliced or shared, found 'all'"),
+    "wire": ({"wire": "q8", "exchange": "alltoall"}, "wire q8 rounds .*, those of alltoall are always exact"),
     "threads": ({"threads": 0}, "threads: expected a whole number from 1 to 1024, found 0"),
     "context": ({"context": 10**9}, "context: 1000000000 is more than the model's maximum of 131072 positions"),
     "store": ({"store": "/nowhere"}, "^/nowhere: expected a store .*, but it does not exist"),

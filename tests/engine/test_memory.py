@@ -5,19 +5,25 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from dist_moe.engine.agreement import StartRecord
 from dist_moe.engine.available_memory import AvailableMemory, available_memory, is_in_memory
-from dist_moe.engine.inventory import holdings_of
-from dist_moe.engine.memory import Demand, check_memory, host_need
+from dist_moe.engine.inventory import Inventory, holdings_of, plan_from_inventory
+from dist_moe.engine.memory import Demand, check_memory, has_room, host_need
 from dist_moe.engine.request import Request
-from dist_moe.kernels import KvFormat, Operand
+from dist_moe.kernels import KvFormat, Operand, SumsCodec, WireFormat
 from dist_moe.model.workspace import workspace_bytes
+from dist_moe.parallel import token_exchange
+from dist_moe.parallel.holdings import everything_held
+from dist_moe.parallel.host_sums import HostSums
 from dist_moe.parallel.plan import EXPERT_LAYOUTS, Plan, plan_job
+from dist_moe.parallel.probe import LinkCosts
 from dist_moe.parallel.world import AgreedError, World
 from dist_moe.store.placement import indices_of
 from dist_moe.store.reader import Store
@@ -27,6 +33,7 @@ from helpers.start_record import RECORD
 from helpers.tiny_model import TinyModel, random_ids
 
 DEMAND = Demand(KvFormat.F16, 130, 64)
+NONE = np.empty(0, np.int64)
 
 
 def plans_of(store: Store, ranks: int, layout: str = "whole") -> list[Plan]:
@@ -122,6 +129,45 @@ def test_a_host_counts_what_its_own_shards_hold(make_store, source: Path, layout
         )
         plans = job.of_node(node)
         assert host_need(manifest, plans, [1] * len(plans), DEMAND).weights_bytes == units_bytes + common_bytes
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+def test_layers_that_are_placed_differently_are_counted_each(store: Store, layout: str) -> None:
+    """Host b holds all experts of the first routed layer, and one chunk in three of the other layers."""
+    manifest, config = store.manifest, store.config
+    everything = everything_held(config, manifest.group_size, 2)
+    chunks_NC = [held_NC.copy() for held_NC in everything.chunks_NC]
+    for held_NC in chunks_NC[1:]:
+        held_NC[1, np.arange(held_NC.shape[1]) % 3 > 0] = False
+    held = replace(everything, chunks_NC=tuple(chunks_NC))
+    job = plan_job(config, manifest.group_size, layout, node_of_rank=[0, 1, 1], holdings=held)
+    plans = job.of_node(1)
+    chunk_bytes = sum(
+        len(set().union(*(plan.readable_chunks(layer).tolist() for plan in plans)))
+        * unit_bytes(config, manifest.format, manifest.group_size, "chunk", layer)
+        for layer in range(config.layers)
+    )
+    without = [replace(plan, _readable=(NONE,) * config.layers) for plan in plans]
+    others_bytes = host_need(manifest, without, [1, 1], DEMAND).weights_bytes
+    assert host_need(manifest, plans, [1, 1], DEMAND).weights_bytes == others_bytes + chunk_bytes
+
+
+def test_messages_between_hosts_are_counted_where_they_are_kept(store: Store) -> None:
+    """Three hosts, the first with two ranks: its first rank alone keeps room for sums and tokens of all hosts."""
+    plans = [[replace(plan, nodes=nodes) for plan in plans_of(store, 2)] for nodes in (1, 3)]
+    large = replace(DEMAND, step_tokens=65536)
+    alone, among = (host_need(store.manifest, some, [1, 1], large).buffer_bytes for some in plans)
+    costs = LinkCosts(1e-6, 1e12)
+    codec, links = SumsCodec(WireFormat.EXACT), SimpleNamespace(hosts=3, host=0)
+    sums = HostSums(links, codec, SumsCodec(WireFormat.F32), costs)  # type: ignore[arg-type]
+    kept = [array for slots in (sums._out, sums._in) for slot in slots for array in slot]
+    token_bytes = 2 * 3 * token_exchange.SLOTS * token_exchange.MOST_BYTES
+    assert among - alone == sum(array.nbytes for array in kept) + token_bytes
+    # A small step does not fill it.
+    few, more = (host_need(store.manifest, some, [1, 1], DEMAND).buffer_bytes for some in plans)
+    assert more - few == 2 * 2 * codec.bound(DEMAND.step_tokens * store.config.model_dim)
+    job = plan_job(store.config, store.manifest.group_size, "whole", node_of_rank=[0, 0, 1, 2])
+    assert [plan.nodes for plan in job.plans] == [3] * 4
 
 
 def two_hosts() -> World:
@@ -249,3 +295,18 @@ def test_what_lies_in_memory(tmp_path: Path) -> None:
     write(tmp_path, {"proc/self/mountinfo": line.replace("tmpfs", "ext4")})
     assert not is_in_memory(tmp_path, tmp_path / "proc")
     assert not is_in_memory(tmp_path / "nowhere")
+
+
+def test_hosts_without_room_for_all_experts_keep_to_their_part(store: Store) -> None:
+    """Both have every file; `auto` shares all experts where memory holds them, else each computes its own."""
+    world, manifest = two_hosts(), store.manifest
+    inventory = Inventory(("a", "b"), ("/s", "/s"), (frozenset(range(manifest.nodes)),) * 2)
+    shared = plan_from_inventory(world, manifest, inventory, "shared")
+    whole = plan_from_inventory(world, manifest, inventory, "whole")
+    needs = [host_need(manifest, job.of_node(0), [1, 1], DEMAND).full_bytes for job in (shared, whole)]
+    assert needs[1] < needs[0]
+    for available_bytes, expected in ((needs[0], "shared"), (needs[0] - 1, "whole"), (0, "shared")):
+        records = [replace(RECORD, available_bytes=available_bytes, threads=1)] * 4
+        fits = partial(has_room, world, manifest, DEMAND, records)
+        assert plan_from_inventory(world, manifest, inventory, "auto", fits).layout == expected
+        assert plan_from_inventory(world, manifest, inventory, "shared", fits).layout == "shared"

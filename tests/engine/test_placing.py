@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -142,8 +143,12 @@ def test_other_budgets_are_refused(text: str) -> None:
 
 def test_a_budget_that_cannot_hold_the_model_is_refused_with_one_that_can(big: Manifest) -> None:
     profile = assumed_profile(routed_layers(big.config), 128, 8, 0.0)
-    with pytest.raises(UsageError, match=r"3\.00 GB on each of 4 nodes hold \d+ of 128 experts .* give 4\.\d\d GB"):
-        place_model(big, profile, (1, 1, 1, 1), parse_budget("3GB"))
+    for amount in ("3.00 GB", "0.0123 GB"):
+        with pytest.raises(UsageError, match=rf"{amount} on each of 4 nodes hold \d+ of 128 experts .*") as caught:
+            place_model(big, profile, (1, 1, 1, 1), parse_budget(amount))
+        advised = re.search(r"give (4\.\d\d GB),", str(caught.value))
+        assert advised is not None
+        place_model(big, profile, (1, 1, 1, 1), parse_budget(advised[1]))
     with pytest.raises(UsageError, match=r"0\.5x: less than one copy"):
         place_model(big, profile, (1, 1, 1, 1), parse_budget("0.5x"))
     with pytest.raises(UsageError, match="33 nodes: this model has 32 query heads"):

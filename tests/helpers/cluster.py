@@ -307,7 +307,12 @@ def obstacle() -> str:
     name = f"moe-hosts-{os.getpid()}-p-robe"
     done = _run("ip", "netns", "add", name)
     if done.returncode == 0:
-        done = _run("ip", "netns", "exec", name, "unshare", "--uts", "--mount", "hostname", "probe")
+        for words in (
+            ("unshare", "--uts", "--mount", "hostname", "probe"),
+            ("ip", "link", "add", "bridge", "type", "bridge"),
+            ("ip", "link", "add", "one", "type", "veth", "peer", "name", "other"),
+        ):
+            done = done if done.returncode else _run("ip", "netns", "exec", name, *words)
         _run("ip", "netns", "delete", name)
     return f"network namespaces are not allowed here: {done.stderr.strip()}" if done.returncode else ""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.store.convert import Conversion, convert
+from dist_moe.store.placement import LayerRuns, Placement, ShardUnits, runs_of, unit_counts
 from dist_moe.store.plan import StoreOptions
 from helpers.tiny_model import TinyModel
 
@@ -39,3 +41,43 @@ def run_convert(source: Checkpoint, directory: Path, **options: object) -> Conve
 def contents(directory: Path) -> dict[str, bytes]:
     """Every file of a directory, hidden ones included."""
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def placement_of(checkpoint: Checkpoint, nodes: int = 3) -> Placement:
+    """Heads and blocks in turn, every second chunk on two nodes, chunk 0 on all."""
+    config = checkpoint.config
+    counts = unit_counts(config, 32)
+    groups = config.heads_per_kv_head
+
+    def owned(units: int, node: int) -> list[int]:
+        return [unit for unit in range(units) if unit % nodes == node]
+
+    def chunks(layer: int, node: int) -> list[int]:
+        homes = [
+            {chunk % nodes, *([(chunk + 1) % nodes] if chunk % 2 else [])} for chunk in range(counts.chunks[layer])
+        ]
+        return [chunk for chunk, home in enumerate(homes) if node in home or chunk == 0]
+
+    shards = []
+    for node in range(nodes):
+        heads = owned(config.heads, node)
+        layers = tuple(LayerRuns(layer, layer + 1, runs_of(chunks(layer, node))) for layer in range(config.layers))
+        kv_heads = sorted({head // groups for head in heads})
+        shards.append(ShardUnits(runs_of(heads), runs_of(kv_heads), runs_of(owned(counts.vocabulary, node)), layers))
+    return Placement("odd", (3, 2, 1)[:nodes], counts, tuple(shards))
+
+
+class Crash(Exception):
+    """Stands for a power cut: no handler of ours sees it coming."""
+
+
+def crash_on_third(real: Callable[..., object]) -> Callable[..., object]:
+    """Wrap a function so that its third call dies."""
+    calls = iter(range(10))
+
+    def pack(*arguments: object) -> object:
+        if next(calls) == 2:
+            raise Crash
+        return real(*arguments)
+
+    return pack

@@ -100,6 +100,7 @@ def run_case(
     worker.kv.scatter(RESTORED, TOKENS, (lambda layer, first, stop: rows[layer][first:stop]) if rows else None)
     found["restored kv"] = kv_hash(worker, RESTORED, world.is_leader)[0]
     found["candidates"] = candidates_hash(worker, vocabulary)
+    found["logits by alltoall"] = logits_hash(worker, CHUNK, True, vocabulary, partitioned=True)
     return {**found, "layout": job.layout}
 
 

@@ -17,36 +17,13 @@ from dist_moe.cli.inspect import inspect
 from dist_moe.cli.shard import shard
 from dist_moe.errors import StoreError, UsageError
 from dist_moe.store.manifest import read_manifest
-from dist_moe.store.placement import LayerRuns, Placement, ShardUnits, check_placement, runs_of, unit_counts
+from dist_moe.store.placement import LayerRuns, Placement, check_placement
 from dist_moe.store.placement_json import read_placement, render_placement
 from dist_moe.store.reader import Store
 from dist_moe.store.units import UNIT_KINDS, unit_count
+from helpers.tiny_store import placement_of
 
 MakeStore = Callable[..., Path]
-
-
-def placement_of(checkpoint: Checkpoint, nodes: int = 3) -> Placement:
-    """Heads and blocks in turn, every second chunk on two nodes, chunk 0 on all."""
-    config = checkpoint.config
-    counts = unit_counts(config, 32)
-    groups = config.heads_per_kv_head
-
-    def owned(units: int, node: int) -> list[int]:
-        return [unit for unit in range(units) if unit % nodes == node]
-
-    def chunks(layer: int, node: int) -> list[int]:
-        homes = [
-            {chunk % nodes, *([(chunk + 1) % nodes] if chunk % 2 else [])} for chunk in range(counts.chunks[layer])
-        ]
-        return [chunk for chunk, home in enumerate(homes) if node in home or chunk == 0]
-
-    shards = []
-    for node in range(nodes):
-        heads = owned(config.heads, node)
-        layers = tuple(LayerRuns(layer, layer + 1, runs_of(chunks(layer, node))) for layer in range(config.layers))
-        kv_heads = sorted({head // groups for head in heads})
-        shards.append(ShardUnits(runs_of(heads), runs_of(kv_heads), runs_of(owned(counts.vocabulary, node)), layers))
-    return Placement("odd", (3, 2, 1)[:nodes], counts, tuple(shards))
 
 
 @pytest.fixture

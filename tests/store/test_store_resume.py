@@ -13,13 +13,9 @@ from dist_moe.store import convert as conversion
 from dist_moe.store import writer
 from dist_moe.store.plan import StoreOptions
 from dist_moe.store.reader import Store
-from helpers.tiny_store import contents, run_convert
+from helpers.tiny_store import Crash, contents, crash_on_third, run_convert
 
 MakeStore = Callable[..., Path]
-
-
-class Crash(Exception):
-    """Stands for a power cut: no handler of ours sees it coming."""
 
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -89,17 +85,6 @@ def test_finished_shards_are_not_written_again(
     )
     assert (tmp_path / "store" / "shard-00001-of-00003.safetensors").stat().st_ino == inode
     assert contents(tmp_path / "store") == contents(make_store("whole", nodes=3))
-
-
-def crash_on_third(real: Callable[..., object]) -> Callable[..., object]:
-    calls = iter(range(10))
-
-    def pack(*arguments: object) -> object:
-        if next(calls) == 2:
-            raise Crash
-        return real(*arguments)
-
-    return pack
 
 
 def test_the_same_options_again_change_nothing_even_where_nothing_can_be_written(
