@@ -122,6 +122,9 @@ REFUSALS = {
     "width": ({".embedding_length": 96}, {}, "has shape [300, 64], but the metadata makes it [300, 96]"),
     "more layers": ({".block_count": 3}, {}, "tensor blk.2.attn_norm.weight is missing"),
     "fewer layers": ({".block_count": 1}, {}, "has blk.1.attn_norm.weight (12 such), which is no tensor"),
+    "millions": ({".expert_count": 10**6}, {}, "is said to have 2 layers of 1000000 experts, but has 27 tensors alone"),
+    "thousands": ({".block_count": 5000}, {}, "is said to have 5000 layers of 8 experts, but has 27 tensors alone"),
+    "billions": ({".block_count": 10**9}, {}, "block_count is 1000000000, expected at most 100000"),
     "split": ({"split.count": 3}, {}, "is one of 3 files of a split model; join them first"),
     "one type": ({}, {"output.weight": "TQ1_0"}, "1 of 15 tensors have a type that dist-moe does not read (1 TQ1_0): "),
     "types": (

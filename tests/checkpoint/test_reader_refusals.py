@@ -137,3 +137,19 @@ def test_a_sharded_checkpoint_names_the_file_of_a_wrong_tensor(make_source: Make
     assert refusal(source.write(tmp_path, shards=3)).startswith(
         "DIR/model-00002-of-00003.safetensors: tensor model.norm"
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"num_experts": 10**6}, "DIR: is said to have 2 layers of 1000000 experts, but has 39 tensors alone"),
+        ({"num_hidden_layers": 2000}, "DIR: is said to have 2000 layers of 3 experts, but has 39 tensors alone"),
+        ({"num_hidden_layers": 10**9}, "DIR/config.json: num_hidden_layers is 1000000000, expected at most 100000"),
+    ],
+)
+def test_counts_that_no_file_has_cost_no_memory(
+    make_source: MakeSource, tmp_path: Path, changes: dict[str, int], sentence: str
+) -> None:
+    source = make_source()
+    source.config |= changes
+    assert refusal(source.write(tmp_path)).startswith(sentence)
