@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
-HELPERS = Path(__file__).parents[1]
-SCRIPT = HELPERS / "helpers" / "fuzz.py"
+import dist_moe
+
+TESTS = Path(__file__).parents[1]
+SCRIPT = TESTS / "helpers" / "fuzz.py"
+PACKAGE = Path(dist_moe.__file__).parents[1]  # as this process has it: the source folder has no kernels
 
 
 @pytest.mark.parametrize("target", ["safetensors", "config", "gguf", "qw3w", "manifest"])
 def test_mutated_files_are_read_or_refused(target: str, tmp_path: Path) -> None:
-    paths = os.pathsep.join([str(HELPERS), str(HELPERS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = os.pathsep.join([str(PACKAGE), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": paths, "TMPDIR": str(tmp_path)}
     command = [sys.executable, str(SCRIPT), target, "--count", "500"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
