@@ -50,3 +50,12 @@ def exchange(world: World, request: pytest.FixtureRequest) -> Exchange:
 def mpirun() -> Callable[..., launching.Finished]:
     """`mpirun(ranks, *command, env=None, timeout_s=60)` of this environment; see `helpers.launching.mpirun`."""
     return launching.mpirun
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers_stay() -> Iterator[None]:
+    """A command that a test runs in this process takes signals for good, as it may in a process of its own."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
