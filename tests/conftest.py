@@ -59,3 +59,4 @@ def signal_handlers_stay() -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
