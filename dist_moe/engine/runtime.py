@@ -82,7 +82,7 @@ class Runtime:
         if world.is_leader:
             log_records(records, world.hosts)
         exchange = open_exchange(world, spin, os.environ, options.wire)
-        log_links(exchange, options.wire, options.step_exchange, self.config.layers, self.config.model_dim)
+        log_links(exchange, options.wire, self.config.layers, self.config.model_dim)
         inventory = agreed(world, "start", lambda: take_inventory(world, store, records))
         demand = demand_of(options, self._step_tokens)
         fits = partial(has_room, world, store.manifest, demand, records)

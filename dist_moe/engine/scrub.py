@@ -66,10 +66,10 @@ class Scrubber:
         """A step has ended."""
         self._idle_since_s = time.monotonic()
 
-    def check_piece(self) -> bool:
-        """Check the next piece; False if there is nothing left to find."""
+    def check_piece(self) -> int:
+        """Check the next piece; its bytes, 0 if there is nothing left to find."""
         with self._turn:
-            return next(self._pieces, None) is not None
+            return next(self._pieces, 0)
 
     def finish_pass(self) -> None:
         """Check, here and now, what is left of the first pass."""
@@ -97,6 +97,19 @@ class Scrubber:
                     return
             self.passes += 1
 
+    def _check_turn(self) -> bool:
+        """Check as many pieces as one long one has bytes, fewer if a step begins; False if nothing is left to find.
+
+        Waking up may cost more than a small piece, and is paid for in idle time as well.
+        """
+        checked_bytes = 0
+        while checked_bytes < PIECE_BYTES and self._idle_since_s is not None:
+            piece_bytes = self.check_piece()
+            if not piece_bytes:
+                return False
+            checked_bytes += piece_bytes
+        return True
+
     def _run(self) -> None:
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
@@ -107,7 +120,7 @@ class Scrubber:
             if idle_since_s is None or started_s - idle_since_s < _SETTLED_S:
                 pause_s = _SETTLED_S
                 continue
-            if not self.check_piece():
+            if not self._check_turn():
                 return
             pause_s = (time.monotonic() - started_s) / _SHARE_OF_CORE
 

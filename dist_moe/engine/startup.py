@@ -75,21 +75,18 @@ def open_exchange(world: World, spin: bool, environ: Mapping[str, str], wire: st
     return exchange
 
 
-def log_links(exchange: Exchange, wire: str, step_exchange: str, layers: int, model_dim: int) -> None:
+def log_links(exchange: Exchange, wire: str, layers: int, model_dim: int) -> None:
     """Log what a decoded token's sums between hosts will cost, and on rank 0 warn where they are rounded.
 
     Args:
         exchange: Of the job.
         wire: How sums travel between hosts.
-        step_exchange: What travels; tokens to their experts are never rounded.
         layers: Of the model, with two sums each.
         model_dim: Values of a sum.
     """
     if exchange.link_costs is None or not exchange.world.is_leader:
         return
-    if wire != "exact" and step_exchange == "alltoall":
-        logger.warning("--wire %s changes nothing: with --exchange alltoall all sums travel exactly", wire)
-    elif wire != "exact":
+    if wire != "exact":
         logger.warning("--wire %s: sums between hosts are rounded, so the result depends on the number of hosts", wire)
     costs, hosts = exchange.link_costs, exchange.hosts
     sum_s = costs.seconds(2, 8 * model_dim) if hosts is None else hosts.expected_s(model_dim)

@@ -221,16 +221,10 @@ def test_the_cache_directory_follows_the_environment(monkeypatch: pytest.MonkeyP
 
 
 def test_log_lines_carry_their_rank(tmp_path: Path) -> None:
-    logger = logging.getLogger("dist_moe")
-    state = logger.handlers[:], logger.level, logger.propagate
-    try:
-        start_logging(0, str(tmp_path / "run.%r.log"), 3, "node7")
-        logging.getLogger("dist_moe.some.part").info("mapped")
-        logging.getLogger("dist_moe.some.part").debug("hidden")
-        logger.handlers[0].close()
-    finally:
-        logger.handlers[:], logger.propagate = state[0], state[2]
-        logger.setLevel(state[1])
+    start_logging(0, str(tmp_path / "run.%r.log"), 3, "node7")
+    logging.getLogger("dist_moe.some.part").info("mapped")
+    logging.getLogger("dist_moe.some.part").debug("hidden")
+    logging.getLogger("dist_moe").handlers[0].close()
     (line,) = (tmp_path / "run.3.log").read_text().splitlines()
     assert line.endswith("[rank 3 on node7] INFO mapped")
 
@@ -242,15 +236,10 @@ def test_a_log_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_a_log_on_a_full_disk_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     logger = logging.getLogger("dist_moe")
-    state = logger.handlers[:], logger.level, logger.propagate
-    try:
-        start_logging(0, "/dev/full", 0, "here")
-        for _ in range(3):
-            logger.info("lost")
-        logger.handlers[0].close()
-    finally:
-        logger.handlers[:], logger.propagate = state[0], state[2]
-        logger.setLevel(state[1])
+    start_logging(0, "/dev/full", 0, "here")
+    for _ in range(3):
+        logger.info("lost")
+    logger.handlers[0].close()
     assert capsys.readouterr().err == (
         "dist-moe: /dev/full cannot be written (No space left on device): the log ends here\n"
     )

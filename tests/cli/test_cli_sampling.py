@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -59,19 +57,6 @@ BAD_USE = [
 ]
 
 
-@pytest.fixture
-def _own_process() -> Iterator[None]:
-    """A job that begins in this process takes over SIGINT and the log for good: give them back."""
-    handler, logger = signal.getsignal(signal.SIGINT), logging.getLogger("dist_moe")
-    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
-    yield
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGINT, handler)
-    logger.handlers[:], logger.propagate = handlers, propagate
-    logger.setLevel(level)
-
-
-@pytest.mark.usefixtures("_own_process")
 @pytest.mark.parametrize(("line", "message"), BAD_USE)
 def test_bad_use_is_one_line(line: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dist_moe.engine.loading.Transformer", None)  # before any weight is loaded

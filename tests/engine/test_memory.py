@@ -199,11 +199,8 @@ def test_every_host_without_room_is_named_at_once(store: Store) -> None:
     assert [line.split()[0] for line in caught.value.lines] == ["a", "b"]
 
 
-def test_weights_that_do_not_fit_are_a_warning(
-    store: Store, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_do_not_fit_are_a_warning(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     need = host_need(store.manifest, plans_of(store, 4)[2:], [RECORD.threads] * 2, DEMAND)
-    monkeypatch.setattr(logging.getLogger("dist_moe"), "propagate", True)
     with caplog.at_level(logging.WARNING, "dist_moe"):
         check(store, 1 << 40, 1 << 40, need.full_bytes, need.full_bytes)
         assert caplog.messages == []

@@ -143,12 +143,14 @@ def test_other_budgets_are_refused(text: str) -> None:
 
 def test_a_budget_that_cannot_hold_the_model_is_refused_with_one_that_can(big: Manifest) -> None:
     profile = assumed_profile(routed_layers(big.config), 128, 8, 0.0)
-    for amount in ("3.00 GB", "0.0123 GB"):
+    for amount in ("3.00 GB", "0.523 GB"):
         with pytest.raises(UsageError, match=rf"{amount} on each of 4 nodes hold \d+ of 128 experts .*") as caught:
             place_model(big, profile, (1, 1, 1, 1), parse_budget(amount))
         advised = re.search(r"give (4\.\d\d GB),", str(caught.value))
         assert advised is not None
         place_model(big, profile, (1, 1, 1, 1), parse_budget(advised[1]))
+    with pytest.raises(UsageError, match=r"0\.0123 GB are too few for node \d, .* take 0\.17\d GB: give more"):
+        place_model(big, profile, (1, 1, 1, 1), parse_budget("0.0123 GB"))
     with pytest.raises(UsageError, match=r"0\.5x: less than one copy"):
         place_model(big, profile, (1, 1, 1, 1), parse_budget("0.5x"))
     with pytest.raises(UsageError, match="33 nodes: this model has 32 query heads"):
