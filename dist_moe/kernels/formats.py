@@ -5,6 +5,7 @@ D model dim, P head dim. The layouts themselves are written down in reference.py
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
 
 from dist_moe.errors import UsageError
@@ -51,6 +52,14 @@ class WeightFormat(IntEnum):
     def parse(cls, label: str) -> WeightFormat:
         """The format called `label`; raises UsageError that names the known ones."""
         return cls[_known(label, [format.label for format in cls], "weight format")]
+
+
+@dataclass(frozen=True)
+class MatrixFormat:
+    """How one matrix is packed: its format, and the weights per scale (0: a whole row; f32 and bf16 have no scales)."""
+
+    format: WeightFormat
+    group: int
 
 
 class ScaleChoice(IntEnum):

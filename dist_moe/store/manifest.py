@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from dist_moe.errors import StoreError, UsageError
-from dist_moe.kernels.formats import ScaleChoice, WeightFormat
+from dist_moe.kernels.formats import MatrixFormat, ScaleChoice, WeightFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.store.checksum import checksum_text
 from dist_moe.store.fields import Fields
 from dist_moe.store.model_json import model_from_json, model_to_json
 from dist_moe.store.placement import EXPERT_LAYOUTS, PLACED, Placement, ShardUnits, unit_counts
 from dist_moe.store.placement_json import LARGEST_WEIGHT, shard_from_json, shard_to_json
-from dist_moe.store.units import GROUP_SIZES, check_format, chunks_per_expert, layer_chunk_width
+from dist_moe.store.units import GROUP_SIZES, check_format, chunks_per_expert, layer_chunk_width, output_group
 
 FORMAT_VERSION = 1
 PLACED_FORMAT_VERSION = 2  # of stores that were cut as a placement says; the others stay readable for old programs
@@ -78,6 +78,17 @@ class Manifest:
         """Which units stand in which shard, for another store."""
         counts = unit_counts(self.config, self.group_size)
         return Placement(self.source_name, self.node_weights or (1,) * self.nodes, counts, self.shards)
+
+    def matrix_format(self, key: str, layer: int, expert: int = 0) -> MatrixFormat:
+        """How a matrix is packed.
+
+        Args:
+            key: "q", "k", "v", "o", "gate", "up", "down" or "lm_head"; gate and up of an expert are packed alike.
+            layer: Its layer; of lm_head anything.
+            expert: Of gate, up and down; a dense MLP is expert 0.
+        """
+        group = output_group(self.config, self.group_size) if key == "o" else self.group_size
+        return MatrixFormat(self.format, group)
 
     def layer_chunk_width(self, layer: int) -> int:
         """Hidden units of each of a layer's chunks."""
