@@ -67,6 +67,7 @@ class Manifest:
     files: tuple[StoreFile, ...]
     node_weights: tuple[int, ...] = ()  # of a placement: work of each shard's node in the same time
     scales: ScaleChoice = ScaleChoice.ABSMAX  # how those of q8 and q4 were chosen
+    importance: str = ""  # fingerprint of what weighted the error of each column in the search for scales
 
     @property
     def format_version(self) -> int:
@@ -205,6 +206,7 @@ def _body(manifest: Manifest) -> dict[str, Any]:
     mixed = manifest.formats.uniform_format is None
     scales = {} if manifest.scales == ScaleChoice.ABSMAX and not mixed else {"scales": manifest.scales.label}
     formats = {"formats": manifest.formats.to_json()} if mixed else {}
+    importance = {"importance": manifest.importance} if manifest.importance else {}
     return {
         "format_version": manifest.format_version,
         "numerics_version": NUMERICS_VERSION,
@@ -214,6 +216,7 @@ def _body(manifest: Manifest) -> dict[str, Any]:
         "group_size": manifest.group_size,
         **formats,
         **scales,
+        **importance,
         "router": manifest.router_format.label,
         "embedding": manifest.embedding_format.label,
         "experts": manifest.experts,
@@ -235,6 +238,8 @@ def _from_json(entry: Fields, format_version: int) -> Manifest:
     formats = _formats(entry, format_version, config, group_size)
     nodes = entry.integer("nodes", 1, 8191)
     counts = unit_counts(config, group_size)
+    scales = _scales(entry, format_version)
+    searched = scales == ScaleChoice.MSE
     manifest = Manifest(
         config=config,
         source_name=source.text("name"),
@@ -249,7 +254,8 @@ def _from_json(entry: Fields, format_version: int) -> Manifest:
         package_version=entry.text("package_version"),
         files=tuple(_file(file) for file in entry.objects("files")),
         node_weights=tuple(entry.integers("node_weights", 1, LARGEST_WEIGHT)) if placed else (),
-        scales=_scales(entry, format_version),
+        scales=scales,
+        importance=entry.text("importance") if searched and "importance" in entry else "",
     )
     source.done()
     entry.done()

@@ -14,13 +14,14 @@ from dist_moe.errors import UsageError
 from dist_moe.kernels.formats import ScaleChoice, WeightFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.store.formats import ModelFormats, check_formats
+from dist_moe.store.importance import Importance
 from dist_moe.store.manifest import Manifest
 from dist_moe.store.placement import EXPERT_LAYOUTS, PLACED, Placement, ShardUnits, check_placement, place
 
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """How to make a store. The first seven decide its bytes."""
+    """How to make a store. The first eight decide its bytes."""
 
     nodes: int = 1
     format: WeightFormat = WeightFormat.Q4
@@ -28,6 +29,7 @@ class StoreOptions:
     formats: ModelFormats | None = None  # of each matrix, in place of format; of group_size, too, if one is quantized
     experts: str = "whole"  # or "sliced"
     scales: ScaleChoice = ScaleChoice.ABSMAX  # of q8 and q4; f32 and bf16 have none
+    importance: Importance | None = None  # of the columns of matrices whose scales are searched for (mse)
     placement: Placement | None = None  # takes the place of nodes and experts
     force: bool = False  # replace a store that stands there
     allow_nonfinite: bool = False  # pack NaN and infinite weights, too
@@ -76,6 +78,11 @@ def plan_store(source: WeightSource, options: StoreOptions) -> Manifest:
     formats = options.model_formats(config)
     group_size = options.group_size if formats.group_size is None else formats.group_size
     check_formats(config, formats, group_size)
+    searched = formats.quantized and options.scales == ScaleChoice.MSE
+    if options.importance is not None and not searched:
+        raise UsageError(
+            "--importance weights the search for scales: give --quant q4 or q8 with --scales mse, or leave it out"
+        )
     routers = {source.source_dtype(name) for name in source.names() if name.endswith(".router")}
     uncut = Manifest(
         config=config,
@@ -90,7 +97,8 @@ def plan_store(source: WeightSource, options: StoreOptions) -> Manifest:
         shards=(),
         package_version=dist_moe.__version__,
         files=(),
-        scales=options.scales if formats.quantized else ScaleChoice.ABSMAX,
+        scales=ScaleChoice.MSE if searched else ScaleChoice.ABSMAX,
+        importance="" if options.importance is None else options.importance.fingerprint,
     )
     return cut(uncut, options)
 
