@@ -147,6 +147,32 @@ def format_words(found: MatrixFormat) -> str:
     return f"{found.format.label}, {f'groups of {found.group}' if found.group else 'whole rows'}"
 
 
+def read_formats(entry: Fields, config: ModelConfig, group_size: int, *, mixed: bool) -> ModelFormats:
+    """What a manifest says of its matrices.
+
+    Args:
+        entry: The manifest.
+        config: Its model.
+        group_size: Of the store.
+        mixed: Whether it says each matrix's format, not one for all.
+
+    Raises:
+        StoreError: These are no formats, or none that go together.
+    """
+    if mixed:
+        formats = formats_from_json(entry.object("formats"), config)
+        entry.require(entry.text("weights") == formats.label, f"'weights' must be {formats.label!r}")
+        entry.require(formats.group_size in (None, group_size), "'group_size' must be the largest of its formats")
+    else:
+        label = entry.choice("weights", [fmt.label for fmt in WeightFormat])
+        formats = ModelFormats.uniform(config, WeightFormat.parse(label), group_size)
+    try:
+        check_formats(config, formats, group_size)
+    except UsageError as error:
+        entry.require(False, str(error))
+    return formats
+
+
 def formats_from_json(entry: Fields, config: ModelConfig) -> ModelFormats:
     """Read what `to_json` wrote; raises StoreError if it is something else."""
     lm_head = _format(entry, "lm_head")

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dist_moe.errors import StoreError, UsageError
+from dist_moe.errors import StoreError
 from dist_moe.kernels.formats import MatrixFormat, ScaleChoice, WeightFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.store.checksum import checksum_text
 from dist_moe.store.fields import Fields
-from dist_moe.store.formats import ModelFormats, check_formats, formats_from_json
+from dist_moe.store.formats import ModelFormats, read_formats
 from dist_moe.store.model_json import model_from_json, model_to_json
 from dist_moe.store.placement import EXPERT_LAYOUTS, PLACED, Placement, ShardUnits, unit_counts
 from dist_moe.store.placement_json import LARGEST_WEIGHT, shard_from_json, shard_to_json
@@ -235,7 +235,7 @@ def _from_json(entry: Fields, format_version: int) -> Manifest:
     source = entry.object("source")
     config = model_from_json(entry.object("model"))
     group_size = entry.integer("group_size", 0, max(GROUP_SIZES))
-    formats = _formats(entry, format_version, config, group_size)
+    formats = read_formats(entry, config, group_size, mixed=format_version == MIXED_FORMAT_VERSION)
     nodes = entry.integer("nodes", 1, 8191)
     counts = unit_counts(config, group_size)
     scales = _scales(entry, format_version)
@@ -266,21 +266,6 @@ def _from_json(entry: Fields, format_version: int) -> Manifest:
     names = [file.name for file in manifest.files]
     entry.require(len(names) == len(set(names)), "names a file twice")
     return manifest
-
-
-def _formats(entry: Fields, format_version: int, config: ModelConfig, group_size: int) -> ModelFormats:
-    if format_version == MIXED_FORMAT_VERSION:
-        formats = formats_from_json(entry.object("formats"), config)
-        entry.require(entry.text("weights") == formats.label, f"'weights' must be {formats.label!r}")
-        entry.require(formats.group_size in (None, group_size), "'group_size' must be the largest of its formats")
-    else:
-        label = entry.choice("weights", [fmt.label for fmt in WeightFormat])
-        formats = ModelFormats.uniform(config, WeightFormat.parse(label), group_size)
-    try:
-        check_formats(config, formats, group_size)
-    except UsageError as error:
-        entry.require(False, str(error))
-    return formats
 
 
 def _scales(entry: Fields, format_version: int) -> ScaleChoice:
