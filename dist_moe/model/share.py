@@ -48,4 +48,4 @@ def make_share(store: Store, job: JobPlan, rank: int) -> Share:
 
 def reads_int8(manifest: Manifest) -> bool:
     """Whether any matrix of a store reads int8 activations."""
-    return manifest.format.quantized
+    return manifest.formats.quantized
