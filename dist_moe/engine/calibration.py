@@ -8,6 +8,7 @@ of one expert, W ranks.
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,11 +48,11 @@ class Calibrator:
         for moments in counter.layers:
             gathered = [self._sum_of_ranks(array) for array in moments.values()]
             if self._model.share.plan.rank == 0:
-                layers.append(LayerMoments(*gathered))  # type: ignore[arg-type]
+                layers.append(LayerMoments(*gathered))
         final_D = self._sum_of_ranks(counter.final_D)
         return None if final_D is None else (tuple(layers), final_D)
 
-    def _sum_of_ranks(self, own: npt.NDArray[np.generic]) -> npt.NDArray[np.generic] | None:
+    def _sum_of_ranks(self, own: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
         """What one rank has and the others have zeros for; on rank 0."""
         all_W = self._exchange.gather_equal(own)
         return None if all_W is None else all_W.sum(axis=0)
@@ -129,7 +130,7 @@ class MomentCounter:
 
 
 def add_squares(total_C: Doubles, rows_NC: npt.NDArray[np.floating]) -> None:
-    """total += the rows' squares, one row after the other: the same bits however a text is cut into steps.
+    """Add the rows' squares, one row after the other: the same bits however a text is cut into steps.
 
     A float32's square is exact in float64. NumPy adds along the first axis row by row.
     """
@@ -140,6 +141,8 @@ def add_squares(total_C: Doubles, rows_NC: npt.NDArray[np.floating]) -> None:
 
 
 def _zeros(shapes: dict[str, tuple[int, ...]]) -> LayerMoments:
-    arrays = {name: np.zeros(shape, np.int64 if name == "tokens_E" else np.float64) for name, shape in shapes.items()}
+    arrays: dict[str, Any] = {
+        name: np.zeros(shape, np.int64 if name == "tokens_E" else np.float64) for name, shape in shapes.items()
+    }
     assert list(arrays) == [field.name for field in fields(LayerMoments)]
     return LayerMoments(**arrays)

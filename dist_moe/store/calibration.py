@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +42,7 @@ class LayerMoments:
     tokens_E: Counts
     mass_E: Doubles
 
-    def values(self) -> list[npt.NDArray[np.generic]]:
+    def values(self) -> list[npt.NDArray[Any]]:
         """All arrays, in the order of the fields."""
         return [getattr(self, field.name) for field in fields(self)]
 
@@ -111,7 +112,7 @@ def _merge_layers(layers: list[LayerMoments]) -> LayerMoments:
     )
 
 
-def _sum(arrays: list[npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:
+def _sum(arrays: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     total = arrays[0].copy()
     for array in arrays[1:]:
         total += array

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -137,15 +138,15 @@ def fingerprint_of(calibration: Calibration) -> str:
     return _checksum(_arrays(calibration))
 
 
-def _arrays(calibration: Calibration) -> dict[str, npt.NDArray[np.generic]]:
+def _arrays(calibration: Calibration) -> dict[str, npt.NDArray[Any]]:
     """All arrays by the name of their tensor, in file order."""
-    arrays: dict[str, npt.NDArray[np.generic]] = {}
+    arrays: dict[str, npt.NDArray[Any]] = {}
     for layer, moments in enumerate(calibration.layers):
         arrays |= {_tensor(layer, kind): array for kind, array in zip(_KINDS, moments.values(), strict=True)}
     return {**arrays, "final": calibration.final_D}
 
 
-def _from_arrays(metadata: dict[str, str], arrays: dict[str, npt.NDArray[np.generic]]) -> Calibration:
+def _from_arrays(metadata: dict[str, str], arrays: dict[str, npt.NDArray[Any]]) -> Calibration:
     count = (len(arrays) - 1) // len(_KINDS)
     if len(arrays) != count * len(_KINDS) + 1:
         raise ValueError(f"it has {len(arrays)} tensors")
@@ -153,7 +154,7 @@ def _from_arrays(metadata: dict[str, str], arrays: dict[str, npt.NDArray[np.gene
         _require_sums(name, array)
     layers = []
     for layer in range(count):
-        moments = LayerMoments(**{kind: arrays[_tensor(layer, kind)] for kind in _KINDS})  # type: ignore[arg-type]
+        moments = LayerMoments(**{kind: arrays[_tensor(layer, kind)] for kind in _KINDS})
         if moments.tokens_E.dtype != np.int64:
             raise ValueError(f"{_tensor(layer, 'tokens_E')} has type {moments.tokens_E.dtype}, expected int64")
         layers.append(moments)
@@ -163,10 +164,10 @@ def _from_arrays(metadata: dict[str, str], arrays: dict[str, npt.NDArray[np.gene
     return Calibration(metadata["model"], metadata["fingerprint"], texts, tokens, tuple(layers), final_D)
 
 
-def _require_sums(name: str, array: npt.NDArray[np.generic]) -> None:
+def _require_sums(name: str, array: npt.NDArray[Any]) -> None:
     if array.dtype not in (np.float64, np.int64) or not array.ndim:
         raise ValueError(f"{name} has type {array.dtype}")
-    if not bool((np.isfinite(array) & (array >= 0)).all()):  # type: ignore[operator]
+    if not bool((np.isfinite(array) & (array >= 0)).all()):
         raise ValueError(f"{name} has sums that are negative or not finite")
 
 
@@ -174,14 +175,14 @@ def _tensor(layer: int, kind: str) -> str:
     return f"layers.{layer}.{kind.split('_')[0]}"
 
 
-def _dtype(array: npt.NDArray[np.generic]) -> str:
+def _dtype(array: npt.NDArray[Any]) -> str:
     return "I64" if array.dtype == np.int64 else "F64"
 
 
-def _bytes(array: npt.NDArray[np.generic]) -> bytes:
+def _bytes(array: npt.NDArray[Any]) -> bytes:
     return array.astype(array.dtype.newbyteorder("<")).tobytes()
 
 
-def _checksum(arrays: dict[str, npt.NDArray[np.generic]]) -> str:
+def _checksum(arrays: dict[str, npt.NDArray[Any]]) -> str:
     parts = [f"{name} {list(array.shape)} {checksum_text(_bytes(array))}" for name, array in arrays.items()]
     return checksum_text("\n".join(parts).encode())
