@@ -65,6 +65,7 @@ class Manifest:
     files: tuple[StoreFile, ...]
     node_weights: tuple[int, ...] = ()  # of a placement: work of each shard's node in the same time
     scales: ScaleChoice = ScaleChoice.ABSMAX  # how those of q8 and q4 were chosen
+    importance: str = ""  # fingerprint of what weighted the error of each column in the search for scales
 
     @property
     def format_version(self) -> int:
@@ -184,6 +185,7 @@ def _dump(value: dict[str, Any]) -> str:
 def _body(manifest: Manifest) -> dict[str, Any]:
     weights = {"node_weights": list(manifest.node_weights)} if manifest.node_weights else {}
     scales = {} if manifest.scales == ScaleChoice.ABSMAX else {"scales": manifest.scales.label}
+    importance = {"importance": manifest.importance} if manifest.importance else {}
     return {
         "format_version": manifest.format_version,
         "numerics_version": NUMERICS_VERSION,
@@ -192,6 +194,7 @@ def _body(manifest: Manifest) -> dict[str, Any]:
         "weights": manifest.format.label,
         "group_size": manifest.group_size,
         **scales,
+        **importance,
         "router": manifest.router_format.label,
         "embedding": manifest.embedding_format.label,
         "experts": manifest.experts,
@@ -233,6 +236,7 @@ def _from_json(entry: Fields, format_version: int) -> Manifest:
         files=tuple(_file(file) for file in entry.objects("files")),
         node_weights=tuple(entry.integers("node_weights", 1, LARGEST_WEIGHT)) if placed else (),
         scales=ScaleChoice.parse(entry.choice("scales", (ScaleChoice.MSE.label,))) if searched else ScaleChoice.ABSMAX,
+        importance=entry.text("importance") if searched and "importance" in entry else "",
     )
     source.done()
     entry.done()

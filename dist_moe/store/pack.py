@@ -17,6 +17,7 @@ from dist_moe.checkpoint.source import MappedSource, Source
 from dist_moe.kernels import Kernels, PackMatrix, aligned_empty
 from dist_moe.kernels.formats import VOCABULARY_BLOCK, packed_bytes
 from dist_moe.store.carry import is_carried, pack_blocks
+from dist_moe.store.importance import Importance, column_importance
 from dist_moe.store.layout import TensorSpec
 from dist_moe.store.manifest import Manifest
 from dist_moe.store.units import UnitKind, head_row_bytes, output_group, unit_bytes
@@ -48,9 +49,12 @@ class UnitPacker(Protocol):
 class Packer:
     """Packs the units of one store. `nonfinite` counts the weights that cannot be packed, per source tensor."""
 
-    def __init__(self, source: Source, manifest: Manifest, kernels: Kernels) -> None:
-        """Take the checkpoint, the plan of the store and the kernels that pack."""
+    def __init__(
+        self, source: Source, manifest: Manifest, kernels: Kernels, importance: Importance | None = None
+    ) -> None:
+        """Take the checkpoint, the plan of the store, the kernels that pack, and what weights the scales' error."""
         self._source = source
+        self._importance = importance
         self._manifest = manifest
         self._config = manifest.config
         self._kernels = kernels
@@ -140,7 +144,8 @@ class Packer:
             down_Dw = self._down_DF[:, hidden]
         if down_Dw is None:
             down_Dw = self._source.read(name + "down", columns=hidden)
-        self._add(name + "down", unit[2 * cut :], down_Dw, (model_dim, width), manifest.group_size, self._scale_D)
+        shape = (model_dim, width)
+        self._add(name + "down", unit[2 * cut :], down_Dw, shape, manifest.group_size, hidden, self._scale_D)
 
     def _open_down(self, name: str) -> None:
         """Decode a down matrix once for all of its chunks, if it is small, and find the scales of its whole rows."""
@@ -154,11 +159,12 @@ class Packer:
             self._down_DF = self._source.read(name)
         if fmt.quantized and self._manifest.group_size == 0:
             self._scale_D = np.empty(rows, np.float32)
+            importance_F = column_importance(self._importance, name, columns)
             step = max(1, _BLOCK_BYTES // (4 * columns))
             for first in range(0, rows, step):
                 block = slice(first, min(first + step, rows))
                 values = self._source.read(name, block) if self._down_DF is None else self._down_DF[block]
-                self._kernels.row_scales(self._scale_D[block], values, fmt, self._manifest.scales)
+                self._kernels.row_scales(self._scale_D[block], values, fmt, self._manifest.scales, importance_F)
 
     def _pack_slice(
         self, name: str, packed: Packed, group: int, rows: slice = _ALL, columns: slice = _ALL, height: int = 0
@@ -170,7 +176,7 @@ class Packer:
         if values_RC is None:
             values_RC = self._source.read(name, rows, None if columns == _ALL else columns)
         given, wide = values_RC.shape
-        self._add(name, packed, values_RC, (max(height, given), wide), group)
+        self._add(name, packed, values_RC, (max(height, given), wide), group, columns)
 
     def _carry(self, name: str, packed: Packed, group: int, rows: slice, columns: slice, height: int = 0) -> bool:
         """Pack a slice bit for bit if the source has it in this format."""
@@ -192,10 +198,12 @@ class Packer:
         weights_RC: npt.NDArray[Any],
         shape: tuple[int, int],
         group: int,
+        columns: slice,
         scale_R: Floats | None = None,
     ) -> None:
-        """Enter a matrix into the list, to be filled up with zeros to a shape."""
-        self._matrices.append(PackMatrix(packed, weights_RC, *shape, group, scale_R))
+        """Enter some columns of a matrix into the list, to be filled up with zeros to a shape."""
+        importance_C = column_importance(self._importance, name, self._source.shape(name)[1], columns, shape[1])
+        self._matrices.append(PackMatrix(packed, weights_RC, *shape, group, scale_R, importance_C))
         self._names.append(name if self._counted else "")
 
     def _pack_list(self) -> None:

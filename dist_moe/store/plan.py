@@ -13,6 +13,7 @@ from dist_moe.checkpoint.gguf_names import model_name
 from dist_moe.errors import UsageError
 from dist_moe.kernels.formats import ScaleChoice, WeightFormat
 from dist_moe.model_config import ModelConfig
+from dist_moe.store.importance import Importance
 from dist_moe.store.manifest import Manifest
 from dist_moe.store.placement import EXPERT_LAYOUTS, PLACED, Placement, ShardUnits, check_placement, place
 from dist_moe.store.units import check_format
@@ -20,13 +21,14 @@ from dist_moe.store.units import check_format
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """How to make a store. The first six decide its bytes."""
+    """How to make a store. The first seven decide its bytes."""
 
     nodes: int = 1
     format: WeightFormat = WeightFormat.Q4
     group_size: int = 32  # weights per scale, 0 for whole rows
     experts: str = "whole"  # or "sliced"
     scales: ScaleChoice = ScaleChoice.ABSMAX  # of q8 and q4; f32 and bf16 have none
+    importance: Importance | None = None  # of the columns of matrices whose scales are searched for (mse)
     placement: Placement | None = None  # takes the place of nodes and experts
     force: bool = False  # replace a store that stands there
     allow_nonfinite: bool = False  # pack NaN and infinite weights, too
@@ -69,6 +71,11 @@ def plan_store(source: WeightSource, options: StoreOptions) -> Manifest:
     config = source.config
     _check_nodes(config, options)
     check_format(config, options.format, options.group_size)
+    searched = options.format.quantized and options.scales == ScaleChoice.MSE
+    if options.importance is not None and not searched:
+        raise UsageError(
+            "--importance weights the search for scales: give --quant q4 or q8 with --scales mse, or leave it out"
+        )
     routers = {source.source_dtype(name) for name in source.names() if name.endswith(".router")}
     uncut = Manifest(
         config=config,
@@ -83,6 +90,8 @@ def plan_store(source: WeightSource, options: StoreOptions) -> Manifest:
         shards=(),
         package_version=dist_moe.__version__,
         files=(),
+        scales=ScaleChoice.MSE if searched else ScaleChoice.ABSMAX,
+        importance="" if options.importance is None else options.importance.fingerprint,
     )
     return cut(uncut, options)
 
@@ -105,7 +114,6 @@ def cut(manifest: Manifest, options: StoreOptions) -> Manifest:
         package_version=dist_moe.__version__,
         files=(),
         node_weights=() if placement is None else placement.node_weights,
-        scales=options.scales if options.format.quantized else ScaleChoice.ABSMAX,
     )
 
 
