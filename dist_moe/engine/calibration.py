@@ -1,5 +1,7 @@
 """Sums of squares of what the matrices of a running model read, for calibration: the same bits on any ranks.
 
+What an expert reads counts with its routing weight squared, as the error does that it makes of it.
+
 Each sum is one rank's alone, taken in float64 over the tokens of the text in their order, whatever the steps.
 Shape suffixes: T tokens of a step, D model dim, K experts per token, E experts, F hidden units of an expert, N tokens
 of one expert, W ranks.
@@ -44,18 +46,14 @@ class Calibrator:
         """
         counter, self._model.observer, self._counter = self._counter, None, None
         assert counter is not None
-        layers = []
-        for moments in counter.layers:
-            gathered = [self._sum_of_ranks(array) for array in moments.values()]
-            if self._model.share.plan.rank == 0:
-                layers.append(LayerMoments(*gathered))
-        final_D = self._sum_of_ranks(counter.final_D)
-        return None if final_D is None else (tuple(layers), final_D)
+        layers = tuple(LayerMoments(*map(self._sum_of_ranks, moments.values())) for moments in counter.layers)
+        sums = layers, self._sum_of_ranks(counter.final_D)
+        return sums if self._model.share.plan.rank == 0 else None
 
-    def _sum_of_ranks(self, own: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
-        """What one rank has and the others have zeros for; on rank 0."""
+    def _sum_of_ranks(self, own: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """What one rank has and the others have zeros for, on rank 0; elsewhere this rank's own."""
         all_W = self._exchange.gather_equal(own)
-        return None if all_W is None else all_W.sum(axis=0)
+        return own if all_W is None else np.asarray(all_W.sum(axis=0))
 
 
 class MomentCounter:
@@ -110,17 +108,19 @@ class MomentCounter:
             integers_TK = np.rint(weights_TK.astype(np.float64) * _MASS_SCALE)
             mass_E = np.bincount(ids_TK.ravel(), integers_TK.ravel(), minlength=experts)
             moments.mass_E[:] += mass_E / _MASS_SCALE
-        tokens_of = np.split(choices // ids_TK.shape[1], np.cumsum(counts_E)[:-1])
-        for expert in np.flatnonzero(counts_E).tolist():
-            rows_ND = None
-            if self._is_own(expert):
-                rows_ND = normed_TD[tokens_of[expert]]
-                add_squares(moments.experts_ED[expert], rows_ND)
-            if (columns := self._hidden.columns(layer, expert)) is not None:
-                rows_ND = normed_TD[tokens_of[expert]] if rows_ND is None else rows_ND
-                own_F = moments.hidden_EF[expert, columns]
-                add_squares(own_F, self._hidden.of(layer, expert, rows_ND))
-                moments.hidden_EF[expert, columns] = own_F
+        for expert, chosen_N in enumerate(np.split(choices, np.cumsum(counts_E)[:-1])):
+            if len(chosen_N):
+                rows_ND = normed_TD[chosen_N // ids_TK.shape[1]]
+                self._take_expert(layer, expert, rows_ND, weights_TK.ravel()[chosen_N])
+
+    def _take_expert(self, layer: int, expert: int, rows_ND: Floats, weight_N: Floats) -> None:
+        moments = self.layers[layer]
+        if self._is_own(expert):
+            add_squares(moments.experts_ED[expert], rows_ND, weight_N)
+        if (columns := self._hidden.columns(layer, expert)) is not None:
+            own_F = moments.hidden_EF[expert, columns]
+            add_squares(own_F, self._hidden.of(layer, expert, rows_ND), weight_N)
+            moments.hidden_EF[expert, columns] = own_F
 
     def _take_final(self, x_TD: Floats) -> None:
         model = self._model
@@ -129,14 +129,15 @@ class MomentCounter:
         add_squares(self.final_D, normed_TD)
 
 
-def add_squares(total_C: Doubles, rows_NC: npt.NDArray[np.floating]) -> None:
-    """Add the rows' squares, one row after the other: the same bits however a text is cut into steps.
+def add_squares(total_C: Doubles, rows_NC: npt.NDArray[np.floating], weight_N: Floats | None = None) -> None:
+    """Add the squares of rows times their weights, one row after the other: the same bits however a text is cut.
 
-    A float32's square is exact in float64. NumPy adds along the first axis row by row.
+    NumPy adds along the first axis row by row.
     """
     squares_NC = np.empty((len(rows_NC) + 1, rows_NC.shape[1]))
     squares_NC[0] = total_C
-    np.multiply(rows_NC, rows_NC, out=squares_NC[1:], dtype=np.float64)
+    scaled_NC = rows_NC if weight_N is None else rows_NC * weight_N.astype(np.float64)[:, np.newaxis]
+    np.multiply(scaled_NC, scaled_NC, out=squares_NC[1:], dtype=np.float64)
     np.add.reduce(squares_NC, axis=0, out=total_C)
 
 

@@ -29,8 +29,8 @@ class LayerMoments:
     Attributes:
         input_D: Of q, k and v.
         output_C: Of o_proj.
-        experts_ED: Of gate and up, over the tokens routed to each expert.
-        hidden_EF: Of down, over the same tokens.
+        experts_ED: Of gate and up, over the tokens routed to each expert, times their routing weights squared.
+        hidden_EF: Of down, likewise.
         tokens_E: int64, how many those are.
         mass_E: The sum of their routing weights.
     """
