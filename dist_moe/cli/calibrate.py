@@ -17,7 +17,7 @@ from dist_moe.cli.config_file import flag, option
 from dist_moe.cli.coverage import coverage_lines
 from dist_moe.cli.documents import documents_of, split_option
 from dist_moe.cli.job import Setting, run_job
-from dist_moe.cli.options import CalibrateOptions, model_options
+from dist_moe.cli.options import ModelOptions, model_options
 from dist_moe.cli.values import PathName, Whole
 from dist_moe.engine.calibrating import calibrate as sum_over_texts
 from dist_moe.engine.runtime import Runtime
@@ -27,6 +27,18 @@ from dist_moe.store.calibration import Calibration
 from dist_moe.store.calibration_file import merge_files, write_calibration
 
 DEFAULT_WINDOW = 2048
+
+
+@dataclass(frozen=True)
+class CalibrateOptions(ModelOptions):
+    """`dist-moe calibrate`."""
+
+    texts: tuple[str, ...]
+    output: str
+    window: int | None
+    split: str | None
+    merge: bool
+    force: bool
 
 
 @dataclass(frozen=True)

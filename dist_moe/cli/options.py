@@ -82,18 +82,6 @@ class PerplexityOptions(ModelOptions):
 
 
 @dataclass(frozen=True)
-class CalibrateOptions(ModelOptions):
-    """`dist-moe calibrate`."""
-
-    texts: tuple[str, ...]
-    output: str
-    window: int | None
-    split: str | None
-    merge: bool
-    force: bool
-
-
-@dataclass(frozen=True)
 class ProfileOptions(ModelOptions):
     """`dist-moe profile`."""
 

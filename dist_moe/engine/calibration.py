@@ -73,6 +73,9 @@ class MomentCounter:
     def observe(self, layer: int, half: str, x_TD: Floats) -> None:
         """Take what a layer's matrices have read (the transformer's observer)."""
         assert not self._model.last_step.partitioned, "a rank sees its own tokens alone"
+        place = ("attention", "experts").index(half)
+        if self._is_own(2 * layer + place):
+            add_squares(self.layers[layer].residual_2D[place], x_TD)
         if half == "attention":
             self._take_attention(layer)
             return

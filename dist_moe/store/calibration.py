@@ -33,6 +33,7 @@ class LayerMoments:
         hidden_EF: Of down, likewise.
         tokens_E: int64, how many those are.
         mass_E: The sum of their routing weights.
+        residual_2D: Of the residual after attention, and after the experts.
     """
 
     input_D: Doubles
@@ -41,6 +42,7 @@ class LayerMoments:
     hidden_EF: Doubles
     tokens_E: Counts
     mass_E: Doubles
+    residual_2D: Doubles
 
     def values(self) -> list[npt.NDArray[Any]]:
         """All arrays, in the order of the fields."""
@@ -87,6 +89,7 @@ def moment_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]
         "hidden_EF": (experts, config.layer_hidden(layer)),
         "tokens_E": (experts,),
         "mass_E": (experts,),
+        "residual_2D": (2, model_dim),
     }
 
 

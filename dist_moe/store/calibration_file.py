@@ -1,6 +1,7 @@
 """The file of `dist-moe calibrate`: a safetensors file of float64 sums and int64 counts; its metadata say of what.
 
-Tensors `layers.<n>.input`, `.output`, `.experts`, `.hidden`, `.tokens`, `.mass`, then `final`; see `LayerMoments`.
+Tensors `layers.<n>.input`, `.output`, `.experts`, `.hidden`, `.tokens`, `.mass`, `.residual`,
+then `final`; see `LayerMoments`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from dist_moe.checkpoint.safetensors_file import SafetensorsFile
 from dist_moe.cli.main import execute
-from dist_moe.errors import UsageError
+from dist_moe.errors import DistMoeError, UsageError
 from dist_moe.store.calibration_file import read_calibration, write_calibration
 from helpers.launching import Finished
 
@@ -84,7 +84,7 @@ def test_one_calibration_is_merged_once(calibrate, tmp_path: Path) -> None:
 
 def test_outputs_are_replaced_only_by_force(calibrate) -> None:
     output = calibrate("out", "--quant", "q8", "--window", "5")
-    with pytest.raises(UsageError, match="is there already: name another file, or replace it with --force"):
+    with pytest.raises(DistMoeError, match="is there already: name another file, or replace it with --force"):
         calibrate("out", "--quant", "q8")
     before = output.read_bytes()
     assert calibrate("out", "--quant", "q8", "--force").read_bytes() != before
@@ -100,20 +100,20 @@ def test_outputs_are_replaced_only_by_force(calibrate) -> None:
     ],
 )
 def test_refusals(text: Path, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(DistMoeError, match=said):
         execute(["calibrate", str(text), "-o", str(tmp_path / "out"), *arguments])
     assert not (tmp_path / "out").exists()
 
 
 def test_the_text_is_not_overwritten(text: Path) -> None:
-    with pytest.raises(UsageError, match="would be lost"):
+    with pytest.raises(DistMoeError, match="would be lost"):
         execute(["calibrate", str(text), "-o", str(text), "--force"])
     assert text.read_text() == STORIES
 
 
 def test_an_empty_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("")
-    with pytest.raises(UsageError, match="holds no text"):
+    with pytest.raises(DistMoeError, match="holds no text"):
         execute(["calibrate", str(tmp_path / "empty"), "-o", str(tmp_path / "out")])
 
 
@@ -139,7 +139,7 @@ class TestFiles:
 
     def test_a_truncated_file_is_refused(self, whole: Path) -> None:
         whole.write_bytes(whole.read_bytes()[:-100])
-        with pytest.raises(UsageError, match="damaged .*truncated"):
+        with pytest.raises(UsageError, match=r"damaged .*truncated"):
             read_calibration(whole)
 
     def test_other_safetensors_files_are_refused(self, tmp_path: Path) -> None:

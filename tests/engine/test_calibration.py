@@ -69,7 +69,9 @@ class Definition:
             heads_TC = attended(normed_TD, self.tensors, name + "self_attn.")
             self.add(layer, "output_C", (heads_TC**2).sum(axis=0))
             x_TD = x_TD + heads_TC @ self.tensors[name + "self_attn.o_proj.weight"].astype(np.float64).T
+            after = (x_TD**2).sum(axis=0)
             x_TD = x_TD + self.experts(layer, self.norm(x_TD, name + "post_attention_layernorm.weight"))
+            self.add(layer, "residual_2D", np.stack([after, (x_TD**2).sum(axis=0)]))
         self.add(TINY.layers, "final_D", (self.norm(x_TD, "model.norm.weight") ** 2).sum(axis=0))
 
     def experts(self, layer: int, normed_TD: np.ndarray) -> np.ndarray:
