@@ -72,11 +72,15 @@ class AutoRecipe:
         formats: Of all matrices.
         bits_per_weight: On average, scales included; at most what was asked for.
         cost: The divergence (nats per token) that is expected of them, as if groups added up.
+        uniform: The largest single format that needs no more bits, or the smallest there is.
+        uniform_cost: What is expected of that.
     """
 
     formats: ModelFormats
     bits_per_weight: float
     cost: float
+    uniform: MatrixFormat
+    uniform_cost: float
 
 
 def auto_recipe(
@@ -109,7 +113,20 @@ def auto_recipe(
     weights = sum(math.prod(source.shape(name)) for item in items for name in item.names())
     chosen = choose(points, int(target_bits * weights), target_bits)
     formats = _model_formats(config, items, [point.format for point in chosen])
-    return AutoRecipe(formats, sum(point.bits for point in chosen) / weights, sum(point.cost for point in chosen))
+    bits, cost = _sums(chosen)
+    sums = [(*_sums(alike), alike[0].format) for alike in zip(*points, strict=True)]
+    _, uniform_cost, uniform = max(
+        (one for one in sums if one[0] <= target_bits * weights), default=min(sums, key=_bits), key=_bits
+    )
+    return AutoRecipe(formats, bits / weights, cost, uniform, uniform_cost)
+
+
+def _bits(sums: tuple[int, float, MatrixFormat]) -> int:
+    return sums[0]
+
+
+def _sums(points: Sequence[Point]) -> tuple[int, float]:
+    return sum(point.bits for point in points), sum(point.cost for point in points)
 
 
 def usable_candidates(config: ModelConfig) -> list[MatrixFormat]:
