@@ -162,10 +162,11 @@ def expert_weights(store: Store, source: UnitSource, share: Share, layer: int) -
 
 
 def _chunk_formats(manifest: Manifest, layer: int) -> list[ChunkFormat]:
-    """Of each expert's chunks."""
-    experts = range(manifest.config.layer_experts(layer))
-    pairs = [(manifest.matrix_format("gate", layer, e), manifest.matrix_format("down", layer, e)) for e in experts]
-    return [ChunkFormat(gate_up, down) for gate_up, down in pairs]
+    """Of each expert's chunks, or one for all."""
+    formats = manifest.formats.layers[layer]
+    pairs = list(zip(formats.gate_up, formats.down, strict=True))
+    kinds = {pair: ChunkFormat(*pair) for pair in set(pairs)}
+    return list(kinds.values()) if len(kinds) == 1 else [kinds[pair] for pair in pairs]
 
 
 def vocabulary_weights(store: Store, source: UnitSource, plan: Plan) -> MatrixList:
