@@ -1,0 +1,150 @@
+"""Kernels on packed weights, with their float64 definitions: packing, products, sums over heads, expert chunks.
+
+Legend: T tokens, C columns, R rows, D model dim, P head dim, F hidden units of a chunk, u units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from dist_moe.kernels import Kernels, Operand, WeightFormat, reference
+from dist_moe.kernels.arrays import F32Array, F64Array
+from dist_moe.verify.calls import (
+    Chunk,
+    Packed,
+    chunk_sums,
+    multiply,
+    operand_of,
+    pack,
+    pack_chunk,
+    unit_sums,
+)
+from dist_moe.verify.check import Arrays
+from dist_moe.verify.family import ROUNDING, Family, Random
+
+FORMATS = (
+    (WeightFormat.F32, 0),
+    (WeightFormat.BF16, 0),
+    *((fmt, group) for fmt in (WeightFormat.Q8, WeightFormat.Q4) for group in (32, 64, 128, 0)),
+)
+_T, _R, _C, _D, _P, _F, _UNITS = 7, 49, 160, 80, 128, 128, 3
+
+
+def matrix_families(portable: Kernels) -> Iterator[Family]:
+    """Every family for every format, packed by the portable level."""
+    for fmt, group in FORMATS:
+        label = f"{fmt.label}{f' groups of {group}' if group else ' whole rows' if fmt.quantized else ''}"
+        yield _packing(label, fmt, group)
+        yield _matmul(label, portable, fmt, group)
+        yield _unit_sums(label, portable, fmt, group)
+        yield _experts(label, portable, fmt, group)
+
+
+def values_of(matrix: Packed) -> F64Array:
+    """A packed matrix as numbers, by the definition of its bytes."""
+    return reference.unpack_matrix(matrix.data, matrix.rows, matrix.columns, matrix.format, matrix.group)
+
+
+def operand_values(operand: Operand) -> F64Array:
+    """The numbers that weights are multiplied with."""
+    if operand.quantized:
+        return reference.dequantize(operand.q_TC, operand.scale_TG, operand.columns)
+    return operand.x_TC.astype(np.float64)
+
+
+def _packing(label: str, fmt: WeightFormat, group: int) -> Family:
+    weights_RC = Random(label).floats(_R, _C)
+
+    def run(kernels: Kernels) -> Arrays:
+        packed = pack(kernels, weights_RC, fmt, group)
+        values_RC = np.full(weights_RC.shape, np.nan, np.float32)
+        kernels.unpack(values_RC, packed.data, fmt, group)
+        return (values_RC, packed.data)
+
+    def define(found: Arrays) -> Arrays:
+        rounded = weights_RC
+        if fmt == WeightFormat.BF16:
+            rounded = reference.bf16_to_f32(reference.f32_to_bf16(weights_RC))
+        elif fmt.quantized:
+            scale_RG = reference.weight_scales(weights_RC, fmt, group)
+            rounded = reference.quantize_weights(weights_RC, scale_RG, fmt, group)[1].astype(np.float32)
+        decoded = reference.unpack_matrix(found[1], _R, _C, fmt, group).astype(np.float32)
+        return rounded, decoded
+
+    return Family("pack and unpack", label, run, define, None, lambda found: (found[0], found[0]))
+
+
+def _matmul(label: str, portable: Kernels, fmt: WeightFormat, group: int) -> Family:
+    random = Random(label)
+    x_TC, matrix = random.floats(_T, _C), pack(portable, random.floats(_R, _C), fmt, group)
+
+    def define(_: Arrays) -> Arrays:
+        return (operand_values(operand_of(portable, x_TC, fmt.quantized)) @ values_of(matrix).T,)
+
+    return Family(
+        "matmul",
+        label,
+        lambda kernels: (multiply(kernels, matrix, operand_of(kernels, x_TC, fmt.quantized)),),
+        define,
+        ROUNDING,
+    )
+
+
+def _unit_sums(label: str, portable: Kernels, fmt: WeightFormat, group: int) -> Family:
+    random = Random(label)
+    x_TC = random.floats(_T, _UNITS * _P)
+    units = [pack(portable, random.floats(_D, _P, scale=0.1), fmt, group or _P) for _ in range(_UNITS)]
+
+    def define(_: Arrays) -> Arrays:
+        x_TuP = operand_values(operand_of(portable, x_TC, fmt.quantized)).reshape(_T, _UNITS, _P)
+        return (sum(x_TuP[:, u] @ values_of(unit).T for u, unit in enumerate(units)),)
+
+    return Family(
+        "exact sums over heads",
+        label,
+        lambda kernels: (unit_sums(kernels, units, operand_of(kernels, x_TC, fmt.quantized)),),
+        define,
+        ROUNDING,
+        lambda found: (found[0] * 2.0**-32,),
+    )
+
+
+def _experts(label: str, portable: Kernels, fmt: WeightFormat, group: int) -> Family:
+    random = Random(label)
+    x_TD = random.floats(_T, _D)
+    shapes = ((_F, _D), (_F, _D), (_D, _F))
+    matrices = [[random.floats(*shape, scale=shape[1] ** -0.5) for shape in shapes] for _ in range(2)]
+    chunks = [pack_chunk(portable, parts, fmt, group) for parts in matrices]
+    tokens = [np.arange(_T, dtype=np.int32), np.array([1, 4], np.int32)]
+    weights = [random.uniform(_T), random.uniform(2)]
+
+    def run(kernels: Kernels) -> Arrays:
+        return (chunk_sums(kernels, chunks, operand_of(kernels, x_TD, fmt.quantized), tokens, weights),)
+
+    def define(_: Arrays) -> Arrays:
+        x64_TD = operand_values(operand_of(portable, x_TD, fmt.quantized))
+        sums_TD = np.zeros((_T, _D))
+        for chunk, rows, weight in zip(chunks, tokens, weights, strict=True):
+            gate_FD, up_FD, down_DF = chunk_values(chunk)
+            sums_TD[rows] += reference.expert_chunk(x64_TD[rows], gate_FD, up_FD, down_DF, weight, fmt.quantized)
+        return (sums_TD,)
+
+    return Family("expert chunks", label, run, define, ROUNDING, lambda found: (found[0] * 2.0**-32,))
+
+
+def chunk_values(chunk: Chunk) -> tuple[F64Array, F64Array, F64Array]:
+    """Gate, up and down of a chunk of model dim D as numbers, by the definition of its bytes."""
+    from dist_moe.kernels import packed_bytes
+
+    parts, at = [], 0
+    for rows, columns in ((chunk.width, _D), (chunk.width, _D), (_D, chunk.width)):
+        size = packed_bytes(chunk.format, rows, columns, chunk.group)
+        parts.append(
+            reference.unpack_matrix(chunk.data[at : at + size], rows, columns, chunk.format, chunk.group)
+        )
+        at += size
+    return parts[0], parts[1], parts[2]
+
+
