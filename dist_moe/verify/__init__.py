@@ -1,1 +1,1 @@
-"""The goldens as a user's tool: kernels, parts of a layer and whole models against definitions, bit for bit or close."""
+"""The goldens as a user's tool: kernels, parts of layers and whole models against definitions, bit for bit or close."""

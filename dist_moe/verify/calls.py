@@ -89,9 +89,7 @@ def unit_sums(kernels: Kernels, units: Sequence[Packed], operand: Operand) -> I6
     sums_TD = np.full((tokens, first.rows), -1, np.int64)
     matrices = MatrixList([(unit.data, unit.rows, 0) for unit in units])
     fault_T = no_faults(tokens)
-    kernels.unit_sums(
-        sums_TD, fault_T, matrices, operand, tokens, first.columns, first.format, first.group, 0
-    )
+    kernels.unit_sums(sums_TD, fault_T, matrices, operand, tokens, first.columns, first.format, first.group, 0)
     return sums_TD
 
 

@@ -22,7 +22,8 @@ class Check:
         level: kernel, expert, moe, attn, layer, model or trace.
         what: What was computed.
         expected: What it was compared with.
-        deviation: The largest difference over the largest expected value; of bits how many values differ.
+        deviation: The largest difference over the largest expected value; against a source, root mean squares of both; of
+            bits, how many values differ.
         tolerance: The largest deviation that passes; None: the bits must be equal.
     """
 
@@ -73,6 +74,14 @@ def relative_deviation(found: Array, wanted: Array) -> float:
     return difference / largest if largest else (math.inf if difference else 0.0)
 
 
+def rms_deviation(found: Array, wanted: Array) -> float:
+    """The root mean square of the difference over that of what is wanted; infinite as `relative_deviation`."""
+    if found.shape != wanted.shape or not (np.isfinite(found).all() and np.isfinite(wanted).all()):
+        return math.inf
+    difference, size = float(np.linalg.norm(found - wanted)), float(np.linalg.norm(wanted))
+    return difference / size if size else (math.inf if difference else 0.0)
+
+
 def differing(found: Sequence[Array], wanted: Sequence[Array]) -> int:
     """How many values differ in some bit; all of an array whose shape or type differs."""
     if len(found) != len(wanted):
@@ -86,3 +95,16 @@ def _differing(found: Array, wanted: Array) -> int:
     bits = np.dtype(f"u{wanted.dtype.itemsize}")
     one, other = (np.ascontiguousarray(array).view(bits) for array in (found, wanted))
     return int(np.count_nonzero(one != other))
+
+
+def folded(what: str, checks: Sequence[Check]) -> list[Check]:
+    """One line for comparisons of bits that all passed; else those that did not."""
+    wrong = [check for check in checks if not check.passed]
+    return wrong or [Check(checks[0].level, what, checks[0].expected, 0.0, None)]
+
+
+def describe_settings(settings: Sequence[tuple[str, int]]) -> str:
+    """ISA levels with their threads, in a few words."""
+    levels = len({isa for isa, threads in settings if threads == 1})
+    others = sorted({f"{threads} threads" for _, threads in settings if threads > 1})
+    return ", ".join([f"{levels} other ISA level{'' if levels == 1 else 's'}", *others])

@@ -121,10 +121,7 @@ def attention(weights: Weights, layer: int, x_TD: Array) -> F64Array:
     kv_of_h = np.arange(heads, dtype=np.int32) // config.heads_per_kv_head
     scale = float(config.score_scale)
     attended_TC = np.stack(
-        [
-            reference.attention(q_THP[t], k_TGP[: t + 1], v_TGP[: t + 1], kv_of_h, scale).ravel()
-            for t in range(tokens)
-        ]
+        [reference.attention(q_THP[t], k_TGP[: t + 1], v_TGP[: t + 1], kv_of_h, scale).ravel() for t in range(tokens)]
     )
     out_TD = read_by(attended_TC, weights.quantized("o", layer)) @ weights.tensor(prefix + "o").T
     return np.asarray(out_TD + weights.tensor(prefix + "o_bias") if config.attention_bias else out_TD)

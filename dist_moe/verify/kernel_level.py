@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from dist_moe.kernels import Kernels, isa_levels
-from dist_moe.verify.check import Check, differing, relative_deviation, same
-from dist_moe.verify.check import Arrays
+from dist_moe.verify.check import Arrays, Check, differing, relative_deviation, same
 from dist_moe.verify.family import Family
 from dist_moe.verify.matrix_families import matrix_families
 from dist_moe.verify.vector_families import vector_families

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dist_moe.kernels import Kernels, Operand, WeightFormat, reference
-from dist_moe.kernels.arrays import F32Array, F64Array
+from dist_moe.kernels import Kernels, Operand, WeightFormat, packed_bytes, reference
+from dist_moe.kernels.arrays import F64Array
 from dist_moe.verify.calls import (
     Chunk,
     Packed,
@@ -99,7 +99,7 @@ def _unit_sums(label: str, portable: Kernels, fmt: WeightFormat, group: int) -> 
 
     def define(_: Arrays) -> Arrays:
         x_TuP = operand_values(operand_of(portable, x_TC, fmt.quantized)).reshape(_T, _UNITS, _P)
-        return (sum(x_TuP[:, u] @ values_of(unit).T for u, unit in enumerate(units)),)
+        return (np.sum([x_TuP[:, u] @ values_of(unit).T for u, unit in enumerate(units)], axis=0),)
 
     return Family(
         "exact sums over heads",
@@ -136,15 +136,9 @@ def _experts(label: str, portable: Kernels, fmt: WeightFormat, group: int) -> Fa
 
 def chunk_values(chunk: Chunk) -> tuple[F64Array, F64Array, F64Array]:
     """Gate, up and down of a chunk of model dim D as numbers, by the definition of its bytes."""
-    from dist_moe.kernels import packed_bytes
-
     parts, at = [], 0
     for rows, columns in ((chunk.width, _D), (chunk.width, _D), (_D, chunk.width)):
         size = packed_bytes(chunk.format, rows, columns, chunk.group)
-        parts.append(
-            reference.unpack_matrix(chunk.data[at : at + size], rows, columns, chunk.format, chunk.group)
-        )
+        parts.append(reference.unpack_matrix(chunk.data[at : at + size], rows, columns, chunk.format, chunk.group))
         at += size
     return parts[0], parts[1], parts[2]
-
-

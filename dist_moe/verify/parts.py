@@ -132,4 +132,4 @@ class Parts:
 
 def sums_as_values(sums_TD: I64Array) -> F64Array:
     """What exact sums stand for."""
-    return sums_TD * 2.0**-32
+    return np.asarray(sums_TD * 2.0**-32, np.float64)
