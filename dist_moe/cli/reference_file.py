@@ -47,10 +47,8 @@ def read_reference(name: str, steps: int | None, config: ModelConfig) -> Trace:
         UsageError: It cannot be read, is of another model, or has fewer steps.
     """
     path = _in_directory(Path(name)) if files.is_directory(Path(name)) else Path(name)
-    if path.suffix == ".npz":
-        trace = _read_npz(path, config)
-    else:
-        trace = read_trace(str(path), None, 1, config.vocabulary)
+    is_npz = path.suffix == ".npz"
+    trace = _read_npz(path, config) if is_npz else read_trace(str(path), None, 1, config.vocabulary)
     found = len(trace.expected_ids)
     if steps is not None and steps > found:
         raise UsageError(f"--steps {steps}: {name} has {found} steps: give {found} at most")
@@ -73,8 +71,8 @@ def check_sizes(path: Path, sizes: dict[str, Any], config: ModelConfig) -> None:
     theirs = sizes.get("inv_freq")
     if theirs is not None and not np.allclose(theirs, config.inv_freq, rtol=1e-5):
         raise UsageError(
-            f"{path}: is of another model: its rotary frequencies are others (rope_theta, YaRN or --rope-scaling): give "
-            "the reference of this model, or with -m the model of this reference"
+            f"{path}: is of another model: its rotary frequencies are others (rope_theta, YaRN or --rope-scaling): "
+            "give the reference of this model, or with -m the model of this reference"
         )
 
 

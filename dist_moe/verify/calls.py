@@ -12,11 +12,13 @@ import numpy as np
 
 from dist_moe.kernels import (
     NO_FAULT,
+    ChunkFormat,
+    ChunkFormats,
     ChunkList,
     Kernels,
+    MatrixFormat,
     MatrixList,
     Operand,
-    WeightFormat,
     address_of,
     aligned_empty,
     packed_bytes,
@@ -31,8 +33,7 @@ class Packed:
     data: U8Array
     rows: int
     columns: int
-    format: WeightFormat
-    group: int
+    format: MatrixFormat
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,7 @@ class Chunk:
 
     data: U8Array
     width: int
-    format: WeightFormat
-    group: int
+    format: ChunkFormat
 
 
 def no_faults(tokens: int) -> I32Array:
@@ -50,21 +50,22 @@ def no_faults(tokens: int) -> I32Array:
     return np.full(tokens, NO_FAULT, np.int32)
 
 
-def pack(kernels: Kernels, weights_RC: F32Array, fmt: WeightFormat, group: int) -> Packed:
+def pack(kernels: Kernels, weights_RC: F32Array, fmt: MatrixFormat) -> Packed:
     """Quantize, if the format says so, and pack; every weight must be finite."""
     rows, columns = weights_RC.shape
-    data = aligned_empty(packed_bytes(fmt, rows, columns, group), np.uint8)
-    refused = kernels.pack(data, weights_RC, None, fmt, group)
+    data = aligned_empty(packed_bytes(fmt.format, rows, columns, fmt.group), np.uint8)
+    refused = kernels.pack(data, weights_RC, None, fmt.format, fmt.group)
     assert refused == 0
-    return Packed(data, rows, columns, fmt, group)
+    return Packed(data, rows, columns, fmt)
 
 
-def pack_chunk(kernels: Kernels, matrices: Sequence[F32Array], fmt: WeightFormat, group: int) -> Chunk:
+def pack_chunk(kernels: Kernels, matrices: Sequence[F32Array], fmt: ChunkFormat) -> Chunk:
     """The chunk of gate, up and down."""
-    parts = [pack(kernels, matrix, fmt, group).data for matrix in matrices]
+    formats = (fmt.gate_up, fmt.gate_up, fmt.down)
+    parts = [pack(kernels, matrix, each).data for matrix, each in zip(matrices, formats, strict=True)]
     data = aligned_empty(sum(map(len, parts)), np.uint8)
     data[...] = np.concatenate(parts)
-    return Chunk(data, matrices[0].shape[0], fmt, group)
+    return Chunk(data, matrices[0].shape[0], fmt)
 
 
 def operand_of(kernels: Kernels, x_TC: F32Array, quantized: bool) -> Operand:
@@ -78,8 +79,8 @@ def operand_of(kernels: Kernels, x_TC: F32Array, quantized: bool) -> Operand:
 def multiply(kernels: Kernels, matrix: Packed, operand: Operand) -> F32Array:
     """The products [T, R] of a matrix with an operand's vectors."""
     out_TR = np.full((operand.max_tokens, matrix.rows), np.nan, np.float32)
-    matrices = MatrixList([(matrix.data, matrix.rows, 0)])
-    kernels.matmul(out_TR, matrices, operand, operand.max_tokens, matrix.format, matrix.group)
+    matrices = MatrixList([(matrix.data, matrix.rows, 0, matrix.format)])
+    kernels.matmul(out_TR, matrices, operand, operand.max_tokens)
     return out_TR
 
 
@@ -87,9 +88,9 @@ def unit_sums(kernels: Kernels, units: Sequence[Packed], operand: Operand) -> I6
     """The exact sums [T, D] over units, each [D, P] times its own P columns of the operand."""
     first, tokens = units[0], operand.max_tokens
     sums_TD = np.full((tokens, first.rows), -1, np.int64)
-    matrices = MatrixList([(unit.data, unit.rows, 0) for unit in units])
+    matrices = MatrixList([(unit.data, unit.rows, 0, unit.format) for unit in units])
     fault_T = no_faults(tokens)
-    kernels.unit_sums(sums_TD, fault_T, matrices, operand, tokens, first.columns, first.format, first.group, 0)
+    kernels.unit_sums(sums_TD, fault_T, matrices, operand, tokens, first.columns, 0)
     return sums_TD
 
 
@@ -100,9 +101,10 @@ def chunk_sums(
     counts = np.array([len(rows) for rows in tokens], np.int64)
     listed = ChunkList(len(chunks))
     addresses = np.array([address_of(chunk.data) for chunk in chunks], np.uint64)
-    listed.set(addresses, np.cumsum(counts) - counts, counts)
+    formats = ChunkFormats([chunk.format for chunk in chunks])
+    listed.set(addresses, formats, np.cumsum(counts) - counts, counts)
     sums_TD = np.full((operand.max_tokens, operand.columns), -1, np.int64)
-    fault_T, first = no_faults(operand.max_tokens), chunks[0]
+    fault_T = no_faults(operand.max_tokens)
     kernels.experts(
         sums_TD,
         fault_T,
@@ -112,9 +114,7 @@ def chunk_sums(
         np.concatenate(weights),
         operand,
         operand.max_tokens,
-        first.width,
-        first.format,
-        first.group,
+        chunks[0].width,
         0,
     )
     return sums_TD
