@@ -35,9 +35,8 @@ def main() -> None:
     expected, logits_SV = greedy(model, prompt, args.steps)
     write(Path(args.out), prompt, expected, logits_SV, facts(args, model))
     top = np.sort(logits_SV, axis=1)[:, -2:]
-    print(
-        f"{args.out}: {len(prompt)} tokens of prompt, {len(expected)} steps, least margin {np.ptp(top, axis=1).min():.3g}"
-    )
+    margin = np.ptp(top, axis=1).min()
+    print(f"{args.out}: {len(prompt)} tokens of prompt, {len(expected)} steps, least margin {margin:.3g}")
 
 
 def arguments() -> argparse.Namespace:

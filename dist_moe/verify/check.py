@@ -22,8 +22,8 @@ class Check:
         level: kernel, expert, moe, attn, layer, model or trace.
         what: What was computed.
         expected: What it was compared with.
-        deviation: The largest difference over the largest expected value; against a source, of root mean squares; of bits,
-            how many values differ.
+        deviation: The largest difference over the largest expected value; against a source, of root mean squares; of
+            bits, how many values differ.
         tolerance: The largest deviation that passes; None: the bits must be equal.
     """
 
