@@ -68,8 +68,8 @@ def check_sizes(path: Path, sizes: dict[str, Any], config: ModelConfig) -> None:
                 f"{path}: is of another model: it has {words} {sizes[key]}, and this one {ours}: give the reference "
                 "of this model, or with -m the model of this reference"
             )
-    theirs = sizes.get("inv_freq")
-    if theirs is not None and not np.allclose(theirs, config.inv_freq, rtol=1e-5):
+    theirs_P = np.asarray(sizes.get("inv_freq", config.inv_freq), np.float64)
+    if theirs_P.shape != config.inv_freq.shape or not np.allclose(theirs_P, config.inv_freq, rtol=1e-5):
         raise UsageError(
             f"{path}: is of another model: its rotary frequencies are others (rope_theta, YaRN or --rope-scaling): "
             "give the reference of this model, or with -m the model of this reference"
@@ -79,11 +79,11 @@ def check_sizes(path: Path, sizes: dict[str, Any], config: ModelConfig) -> None:
 def _read_npz(path: Path, config: ModelConfig) -> Trace:
     with open_npz(path, _WHAT, _ADVICE) as archive:
         facts = json.loads(str(read_array(archive, "facts")[()]))
-        if facts.get("kind") != KIND:
-            raise ValueError(f"its kind is {facts.get('kind')!r}, not {KIND!r}")
+        if not isinstance(facts, dict) or facts.get("kind") != KIND:
+            raise ValueError(f"its facts do not say {KIND!r}")
         sizes = dict(facts["sizes"])
         prompt, expected, logits_SV = (read_array(archive, key) for key in ("prompt_ids", "expected_ids", "logits"))
-    check_sizes(path, sizes, config)
+        check_sizes(path, sizes, config)
     for key, ids in (("prompt_ids", prompt), ("expected_ids", expected)):
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ids.size:
             raise UsageError(f"{path}: {key}: expected token ids, found {ids.dtype} {list(ids.shape)}: {_ADVICE}")

@@ -16,7 +16,7 @@ from dist_moe.verify import definition
 from dist_moe.verify.check import Arrays, Check, close, describe_settings, differing, folded, rms_deviation
 from dist_moe.verify.definition import Weights
 from dist_moe.verify.parts import Parts, Routed, sums_as_values
-from dist_moe.verify.subject import ATTENTION_KEYS, EXPERT_KEYS, Subject
+from dist_moe.verify.subject import ATTENTION_KEYS, EXPERT_KEYS, LAYER_TOLERANCE, Subject
 
 LAYER_LEVELS = ("expert", "moe", "attn", "layer")
 FLOAT64, SOURCE = "float64", "source"
@@ -161,7 +161,8 @@ def _layer(subject: Subject, layer: int, run: LayerRun) -> Iterator[Check]:
     """The whole layer from its input, in float64 throughout, with the experts that the kernels chose."""
     expected_TD = whole_layer(subject.weights, layer, run.before_TD.astype(np.float64), run.routed)
     formats = subject.formats(layer, ATTENTION_KEYS) + subject.formats(layer, EXPERT_KEYS)
-    yield close("layer", f"layer {layer}", FLOAT64, run.after_TD, expected_TD, subject.part_tolerance(formats))
+    tolerance = LAYER_TOLERANCE[any(fmt.quantized for fmt in formats)]
+    yield close("layer", f"layer {layer}", FLOAT64, run.after_TD, expected_TD, tolerance)
 
 
 def whole_layer(weights: Weights, layer: int, x_TD: F64Array, routed: Routed) -> F64Array:
