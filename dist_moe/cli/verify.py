@@ -110,7 +110,7 @@ def verify(context: click.Context, /, **values: Any) -> None:
 
 
 def _run(values: dict[str, Any]) -> None:
-    from dist_moe.cli.shard import ShardProgress
+    from dist_moe.cli.shard_progress import ShardProgress
     from dist_moe.engine.job import Job, local_store
     from dist_moe.engine.startup import agreed, open_exchange
     from dist_moe.store.models import find_model
