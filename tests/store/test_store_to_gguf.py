@@ -32,7 +32,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.parametrize("model", [MOE, DENSE])
-@pytest.mark.parametrize("fmt", [WeightFormat.Q4, WeightFormat.Q8])
+@pytest.mark.parametrize("fmt", WeightFormat)
 def test_there_and_back_again(tmp_path: Path, script: ModuleType, model: TinyModel, fmt: WeightFormat) -> None:
     source = Checkpoint.open(model.write(tmp_path / "hf"))
     run_convert(source, tmp_path / "store", format=fmt)
