@@ -64,21 +64,11 @@ class StoreTensors:
     """The tensors of a store, put together from its units."""
 
     def __init__(self, store: Store) -> None:
-        """Take an open store, of q4 or q8 weights in groups of 32 or of bf16 or f32 weights.
-
-        Raises:
-            UsageError: GGUF cannot hold its weights.
-        """
-        manifest = store.manifest
-        if manifest.format.quantized and manifest.group_size != GROUP:
-            raise UsageError(
-                f"{store.directory}: has {manifest.format.label} weights in groups of {manifest.group_size}; expected "
-                f"q4 or q8 in groups of {GROUP}, which GGUF has too: pack it with --quant q4 --group-size {GROUP}"
-            )
+        """Take an open store."""
         self.store, self.config = store, store.config
 
     def all(self) -> Iterator[Tensor]:
-        """Every tensor, in the order of the file."""
+        """Every tensor, in the order of the file; UsageError if GGUF cannot hold its weights."""
         config = self.config
         yield self._embedding()
         yield self._vector("output_norm.weight", "final_norm")
@@ -170,10 +160,15 @@ class StoreTensors:
     def _format(self, key: str, layer: int) -> WeightFormat:
         """How a matrix is packed; all experts of a layer are alike, because they are one tensor."""
         experts = range(self.config.layer_experts(layer) if key in ("gate", "up", "down") else 1)
-        first, *others = {self.store.manifest.matrix_format(key, layer, expert).format for expert in experts}
+        first, *others = {self.store.manifest.matrix_format(key, layer, expert) for expert in experts}
         if others:
             raise UsageError(f"{self.store.directory}: the experts of layer {layer} have several formats; GGUF has one")
-        return first
+        if first.format.quantized and first.group != GROUP:
+            raise UsageError(
+                f"{self.store.directory}: has {first.format.label} weights in groups of {first.group}; expected "
+                f"groups of {GROUP}, which GGUF has too: pack it with --group-size {GROUP}"
+            )
+        return first.format
 
     def _vocabulary(self) -> Bytes:
         units, fmt = range(len(self.store.unit_addresses("vocabulary", 0))), self._format("lm_head", 0)
