@@ -176,7 +176,6 @@ class Worker:
         np.save(request["output"], rows)
         return {}
 
-
     def _digests(self) -> Iterator[tuple[str, str]]:
         """Each Q4_0 tensor's name, and the digest of its values as llama.cpp's own function decodes them."""
         decode = ggml_library().dequantize_row_q4_0

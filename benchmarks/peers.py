@@ -213,7 +213,11 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--settings", type=Path, help="keeps what was chosen for llama.cpp; another run trusts it")
     parser.add_argument("--peer-python", action="append", help="one that has llama-cpp-python  [default: this]")
     parser.add_argument(
-        "--check", nargs="?", const="small", metavar="SHAPE", help="compare logits of a random model of this shape instead"
+        "--check",
+        nargs="?",
+        const="small",
+        metavar="SHAPE",
+        help="compare logits of a random model of this shape instead",
     )
     parser.add_argument("-o", "--format", choices=("md", "json"), default="md")
     arguments = parser.parse_args(words)

@@ -221,7 +221,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stride", type=int, default=1024)
     parser.add_argument("--ours", nargs="+", metavar="'NAME=OPTIONS'", help="rows and options of dist-moe shard")
     parser.add_argument("--peers", default=",".join(PEERS), metavar="TYPE,TYPE", help="llama.cpp's; empty for none")
-    parser.add_argument("--calibrate", type=Path, metavar="TEXT", help="a third text: adds q4 with importance, and auto")
+    parser.add_argument(
+        "--calibrate", type=Path, metavar="TEXT", help="a third text: adds q4 with importance, and auto"
+    )
     parser.add_argument("--target-bits", type=float, nargs="+", default=[], help="of auto, with --calibrate")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peer-python", default=sys.executable, help="one that has llama-cpp-python  [default: this]")
