@@ -2,14 +2,14 @@
 
     pip install '.[mpich,peers]'
     python benchmarks/quality.py CHECKPOINT TEXT --split '<|endoftext|>'
-    python benchmarks/quality.py CHECKPOINT TEXT --calibrate OTHER_TEXT --target-bits 4.75     # adds importance and auto
+    python benchmarks/quality.py CHECKPOINT TEXT --calibrate THIRD_TEXT --target-bits 4.75   # adds importance and auto
 
 Every row reads the same windows of the same tokens with f16 K and V. Perplexity, mean Kullback-Leibler divergence in
 nats and agreement of the most probable token are computed by the functions of `dist-moe perplexity`, for both engines
 against one base: our f32 store with f32 K and V. "bits" counts the packed matrices only (q, k, v, o, experts, lm_head:
-scales and padding included), "bytes" the whole store or GGUF file. llama.cpp's files are made by its own quantizer from
-a GGUF file with the values of the checkpoint. It keeps the embedding's values, as we do; which type lm_head gets is its
-choice, except where a row says "pure". `--peer-python` names the Python that has llama-cpp-python, if it is another one.
+scales and padding included), "bytes" all weight files. llama.cpp's files are made by its own quantizer from a GGUF file
+with the values of the checkpoint. It keeps the embedding's values, as we do; which type lm_head gets is its choice,
+except where a row says "pure". `--peer-python` names the Python that has llama-cpp-python, if it is another one.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def our_rows(task: Task, recipes: dict[str, str]) -> Iterator[Row]:
         comparison = found["comparison"]
         assert isinstance(comparison, dict)
         means = {key: Mean(**comparison[key]) for key in ("ratio", "kl", "same_top")}
-        size = sum(file.stat().st_size for file in path.iterdir())
+        size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         yield Row("dist-moe", name, store_bits(Store.open(path)), size, float(str(found["perplexity"])), **means)
 
 

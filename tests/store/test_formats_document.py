@@ -1,4 +1,4 @@
-"""A reader of stores made from docs/formats.md alone, with NumPy and nothing of dist-moe, finds the source's weights."""
+"""A reader made from docs/formats.md alone, with NumPy and nothing of dist-moe, finds the source's weights."""
 
 from __future__ import annotations
 
