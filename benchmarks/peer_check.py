@@ -17,12 +17,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFWriter
-from gguf.quants import quantize
 from llama_process import Llama, Setup
 
 from dist_moe.checkpoint.gguf_names import gguf_locations
 from dist_moe.kernels import Kernels
-from dist_moe.kernels.formats import WeightFormat
+from dist_moe.kernels.formats import GROUP, WeightFormat
 from dist_moe.store.decoded import DecodedStore
 from dist_moe.store.reader import Store
 
@@ -51,6 +50,7 @@ SHAPES = {
     "qwen3-30b-a3b": Shape(2, 2048, 32, 4, 128, 128, 8, 768, 151936),
 }
 POSITIONS = 300
+CODE_RMS = 4.64  # of codes drawn evenly from -8 ... 7
 PEAK = 6.0  # standard deviation of the logits: sharp enough for a top-1 that means something
 # Of another model the divergence is several nats; of this one, a flipped expert here and there decides.
 LARGEST_KL, LEAST_TOP1 = 0.05, 0.85
@@ -76,14 +76,14 @@ def write_model(path: Path, shape: Shape, seed: int) -> None:
     writer.add_expert_used_count(shape.picked)
     writer.add_expert_feed_forward_length(shape.hidden)
 
-    def rows(*lengths: int, scale: float) -> npt.NDArray[np.uint8]:
-        if len(lengths) > 2:  # an expert at a time, for the memory's sake
-            return np.stack([rows(*lengths[1:], scale=scale) for _ in range(lengths[0])])
-        values = random.standard_normal(lengths, np.float32) * np.float32(scale / lengths[-1] ** 0.5)
-        return quantize(values, GGMLQuantizationType.Q4_0)
-
     def matrix(name: str, *lengths: int, scale: float = 1.0) -> None:
-        writer.add_tensor(name, rows(*lengths, scale=scale), raw_dtype=GGMLQuantizationType.Q4_0)
+        """Random codes, and scales of either sign, so that their mean of -1/2 does not add up."""
+        blocks = (*lengths[:-1], lengths[-1] // GROUP)
+        data = np.empty((*blocks, 18), np.uint8)
+        data[..., 2:] = np.frombuffer(random.bytes(data[..., 2:].size), np.uint8).reshape(*blocks, 16)
+        size = random.uniform(0.75, 1.25, blocks) * random.choice((-1, 1), blocks)
+        data[..., :2] = (size * scale / (CODE_RMS * lengths[-1] ** 0.5)).astype(np.float16)[..., None].view(np.uint8)
+        writer.add_tensor(name, data.reshape(*lengths[:-1], -1), raw_dtype=GGMLQuantizationType.Q4_0)
 
     def gains(name: str, length: int) -> None:
         writer.add_tensor(name, 1 + 0.1 * random.standard_normal(length, np.float32))
