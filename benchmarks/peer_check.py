@@ -119,7 +119,7 @@ def our_store(model: Path, quant: str) -> Path:
     """The GGUF file as a store beside it."""
     store = model.with_name(quant)
     words = ["shard", str(model), "--quant", quant, "-o", str(store), "--quiet"]
-    subprocess.run([sys.executable, "-m", "dist_moe", *words], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "dist_moe", *words], check=True, stdout=subprocess.DEVNULL)
     return store
 
 

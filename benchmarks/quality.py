@@ -30,8 +30,9 @@ from llama_process import Llama, Setup
 from store_to_gguf import write_gguf
 
 from dist_moe.checkpoint.safetensors_file import SafetensorsFile
+from dist_moe.cli.documents import documents_of
 from dist_moe.cli.kl_base import KlBase
-from dist_moe.cli.perplexity import Piece, Scores, documents_of, pieces_of
+from dist_moe.cli.perplexity import Piece, Scores, pieces_of
 from dist_moe.engine.perplexity import Mean
 from dist_moe.model_config import ModelConfig
 from dist_moe.store.layout import CHECKSUM_SUFFIX, weight_files
@@ -149,7 +150,7 @@ def their_rows(task: Task, reference: Path, peers: list[str]) -> Iterator[Row]:
     """A row for each of llama.cpp's types."""
     store = Store.open(reference)
     tokenizer = Tokenizer(reference)
-    documents = documents_of(task.text.read_text(encoding="utf-8"), task.split, tokenizer)
+    documents = documents_of(task.text, task.split, tokenizer)
     pieces = pieces_of(documents, task.window, task.stride)
     original = task.work / "original.gguf"
     write_gguf(store, original)

@@ -20,12 +20,12 @@ import numpy.typing as npt
 from dist_moe import files
 from dist_moe.cli import config_file
 from dist_moe.cli.config_file import flag, option
+from dist_moe.cli.documents import documents_of, split_option
 from dist_moe.cli.job import Setting, run_job
 from dist_moe.cli.kl_base import KlBase, new_base
 from dist_moe.cli.models import find_model
 from dist_moe.cli.npz_arrays import NpzArrays
 from dist_moe.cli.options import PerplexityOptions, model_options
-from dist_moe.cli.text_files import read_text
 from dist_moe.cli.values import PathName, Whole
 from dist_moe.engine.engine import Engine
 from dist_moe.engine.perplexity import (
@@ -38,7 +38,6 @@ from dist_moe.engine.perplexity import (
     windows_of,
 )
 from dist_moe.errors import UsageError
-from dist_moe.text.tokenizer import Tokenizer
 
 DEFAULT_WINDOW = 2048
 Floats = npt.NDArray[np.float32]
@@ -172,8 +171,7 @@ def make_task(options: PerplexityOptions, setting: Setting) -> PerplexityTask:
     stride = options.stride or window // 2
     if stride >= window:
         raise UsageError(f"--stride {stride}: expected less than --window {window}, so that windows overlap")
-    text = read_text(Path(options.text), "TEXTFILE")
-    documents = documents_of(text, options.split, setting.text.require_tokenizer())
+    documents = documents_of(Path(options.text), options.split, setting.text.require_tokenizer())
     pieces = pieces_of(documents, window, stride)
     if not pieces:
         raise UsageError(f"{options.text}: a single token predicts nothing: give a longer text")
@@ -196,22 +194,12 @@ def make_task(options: PerplexityOptions, setting: Setting) -> PerplexityTask:
     return PerplexityTask(pieces, len(documents), context, write_base, base, options.json, words, setting.interrupted)
 
 
-def documents_of(text: str, separator_text: str | None, tokenizer: Tokenizer) -> list[list[int]]:
-    """The tokens of each document that has one to predict; a separator ends its document and is predicted, too."""
-    if separator_text is None:
-        return [ids for ids in [tokenizer.encode(text)] if len(ids) > 1]
-    separator = tokenizer.encode_trusted(separator_text)
-    parts = text.split(separator_text)
-    last = [] if not parts[-1].strip() else [tokenizer.encode(parts[-1])]
-    found = [*(tokenizer.encode(part) + separator for part in parts[:-1]), *last]
-    return [ids for ids in found if len(ids) > 1]
-
-
 def pieces_of(documents: Sequence[list[int]], window: int, stride: int) -> list[Piece]:
-    """The windows of all documents."""
+    """The windows of all documents that have a token to predict."""
     return [
         Piece(ids[part.first : part.stop], part.scored - 1 - part.first)
         for ids in documents
+        if len(ids) > 1
         for part in windows_of(len(ids), window, stride)
     ]
 
@@ -231,13 +219,7 @@ def pieces_of(documents: Sequence[list[int]], window: int, stride: int) -> list[
     show_default="half a window",
     help="Each window begins so much later than the one before it; every token is predicted once.",
 )
-@option(
-    "--split",
-    metavar="TEXT",
-    show_default=False,
-    help="Documents end with this text (a special token of the model counts as one, as in <|endoftext|>), and each "
-    "is read by itself.",
-)
+@split_option
 @option(
     "--kl-base",
     type=PathName(),

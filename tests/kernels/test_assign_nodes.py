@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from dist_moe.kernels import (
     LARGEST_SPEED,
+    ChunkFormat,
     ChunkHolders,
     ExpertsLayer,
     Kernels,
     LayerSizes,
+    MatrixFormat,
     Picks,
     WeightFormat,
     Workers,
@@ -26,6 +28,7 @@ from helpers.node_assignment import FEW_TOKENS, assign
 
 Bools = npt.NDArray[np.bool_]
 Int64s = npt.NDArray[np.int64]
+Q4 = ChunkFormat(MatrixFormat(WeightFormat.Q4, 32), MatrixFormat(WeightFormat.Q4, 32))
 
 
 def layer_of(held_NC: Bools, experts: int, owned: Int64s | None = None) -> tuple[ExpertsLayer, Picks]:
@@ -38,10 +41,6 @@ def layer_of(held_NC: Bools, experts: int, owned: Int64s | None = None) -> tuple
         head_dim=32,
         experts_per_token=1,
         workers=Workers(0, 0, 1, READ_COST),
-        format=WeightFormat.Q4,
-        group=32,
-        output_group=32,
-        router_format=WeightFormat.BF16,
         norm_topk_prob=True,
         eps=np.float32(1e-6),
         score_scale=np.float32(1),
@@ -55,6 +54,7 @@ def layer_of(held_NC: Bools, experts: int, owned: Int64s | None = None) -> tuple
         norm_D=np.ones(32, np.float32),
         router=None,
         addresses=np.arange(chunks, dtype=np.uint64) * 64,
+        formats=[Q4],
         owned=owned,
         experts=experts,
         width=32,
