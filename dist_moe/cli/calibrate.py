@@ -20,6 +20,7 @@ from dist_moe.cli.job import Setting, run_job
 from dist_moe.cli.options import ModelOptions, model_options
 from dist_moe.cli.values import PathName, Whole
 from dist_moe.engine.calibrating import calibrate as sum_over_texts
+from dist_moe.engine.calibrating import measure_sensitivity
 from dist_moe.engine.runtime import Runtime
 from dist_moe.errors import UsageError
 from dist_moe.parallel.launcher import detect_launcher
@@ -37,6 +38,7 @@ class CalibrateOptions(ModelOptions):
     output: str
     window: int | None
     split: str | None
+    sensitivity: int | None
     merge: bool
     force: bool
 
@@ -48,6 +50,7 @@ class CalibrateTask:
     pieces: list[list[int]]
     texts: list[str]
     context: int
+    sensitivity: int | None
     output: Path
     interrupted: Callable[[], bool]
 
@@ -55,6 +58,9 @@ class CalibrateTask:
         """Read all pieces, and write what their tokens drove through the matrices."""
         sums = sum_over_texts(engine, self.pieces, self.interrupted)
         calibration = dataclasses.replace(sums, texts=tuple(sorted(set(self.texts))))
+        if self.sensitivity is not None:
+            pieces = first_tokens(self.pieces, self.sensitivity)
+            calibration = measure_sensitivity(engine, calibration, pieces, self.interrupted, _show)
         write_calibration(self.output, calibration)
         report(self.output, calibration)
 
@@ -81,7 +87,22 @@ def make_task(options: CalibrateOptions, setting: Setting) -> CalibrateTask:
             raise UsageError(f"{name}: holds no text: give a file of what the model will read")
         pieces += [ids[first : first + window] for ids in documents for first in range(0, len(ids), window)]
     texts = [Path(name).name for name in options.texts]
-    return CalibrateTask(pieces, texts, max(map(len, pieces)), output, setting.interrupted)
+    return CalibrateTask(pieces, texts, max(map(len, pieces)), options.sensitivity, output, setting.interrupted)
+
+
+def first_tokens(pieces: Sequence[list[int]], tokens: int) -> list[list[int]]:
+    """The first pieces with so many tokens together, the last one cut; fewer if there are fewer."""
+    found: list[list[int]] = []
+    for piece in pieces:
+        if tokens > 0:
+            found.append(piece[:tokens])
+            tokens -= len(found[-1])
+    return found
+
+
+def _show(done: int, total: int) -> None:
+    if done % (-(-total // 20)) == 0 or done == total:
+        click.echo(f"sensitivity: {done} of {total} groups of matrices", err=True)
 
 
 def require_new(output: Path, inputs: Sequence[str], force: bool) -> None:
@@ -124,6 +145,15 @@ def report(output: Path, calibration: Calibration) -> None:
     help="Positions: longer documents are read in such pieces.",
 )
 @split_option
+@option(
+    "--sensitivity",
+    metavar="TOKENS",
+    type=Whole(min=1),
+    show_default="not measured",
+    help="Also measure with the texts' first TOKENS tokens (1024, say) what rounding each layer's q, k, v, o, gate and "
+    "up, down, and lm_head alone to q4 does to the predictions, for shard --recipe auto. Reads them 6 times per layer; "
+    "keeps 4 bytes x vocabulary per token.",
+)
 @flag("--merge", "The files are calibrations of one model, not texts: add them up.")
 @flag("--force", "Replace FILE if it is there.")
 @click.pass_context

@@ -42,6 +42,7 @@ class Order(IntEnum):
     RESTORE = 9  # take K and V of a new sequence from rank 0; arguments likewise
     MARK = 11  # mark the parts of steps from now on, or no longer; argument: which
     CALIBRATE = 12  # add up what matrices read from now on, or bring it to rank 0; argument: which
+    ROUND = 13  # round a group of matrices, and no other any more; argument: which, or -1
     SAY = 10  # return the text that follows from follow(); argument: its bytes in UTF-8
 
 
@@ -146,6 +147,12 @@ class Crew:
         assert sums is not None
         return sums
 
+    def round_weights(self, group: int) -> None:
+        """Let all ranks round a group of matrices, and no other any more; see Rounder."""
+        with self._working(Order.ROUND):
+            self._post(Order.ROUND, group)
+            self._worker.rounder.round(group)
+
     def save(self, sequence: int, positions: int, sink: RowsSink) -> None:
         """Fetch K and V of a sequence from all ranks; see KvTransfer.gather."""
         with self._working(Order.SAVE):
@@ -216,6 +223,8 @@ class Crew:
             self._worker.health.finish_scrub()
         elif order is Order.MEASURE:
             self._measure(argument)
+        elif order is Order.ROUND:
+            self._worker.rounder.round(argument)
         elif order is Order.CALIBRATE and argument:
             self._worker.calibrator.begin()
         elif order is Order.CALIBRATE:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from dist_moe.kernels import MatrixList, Operand, aligned_empty, packed_bytes
+from dist_moe.kernels import MatrixList, Operand, aligned_empty
 from dist_moe.model.transformer import Transformer
 from dist_moe.parallel.plan import JobPlan
+from dist_moe.store.unit_parts import unit_parts
 
 Floats = npt.NDArray[np.float32]
 
@@ -54,7 +55,7 @@ class HiddenUnits:
         matrices = self._gate_and_up(layer, expert, chunks)
         out_NR: Floats = aligned_empty((len(rows_ND), 2 * width * len(chunks)), np.float32)
         self._multiply(out_NR, matrices, rows_ND, layer)
-        gate_NF, up_NF = np.split(out_NR[:, :].astype(np.float64), 2, axis=1)
+        gate_NF, up_NF = np.split(out_NR.astype(np.float64), 2, axis=1)
         with np.errstate(over="ignore"):  # silu of very negative gates is 0
             hidden_NF = gate_NF / (1 + np.exp(-gate_NF)) * up_NF
         return np.ascontiguousarray(hidden_NF[:, : len(columns)])
@@ -69,26 +70,25 @@ class HiddenUnits:
 
     def _gate_and_up(self, layer: int, expert: int, chunks: list[int]) -> MatrixList:
         """All gates side by side, then all ups."""
-        store = self._model.weights.store
-        manifest, width = store.manifest, self._widths[layer]
-        per_expert = manifest.layer_chunks_per_expert(layer)
-        size = packed_bytes(manifest.format, width, self._model.config.model_dim, manifest.group_size)
+        store, width = self._model.weights.store, self._widths[layer]
+        first = expert * store.manifest.layer_chunks_per_expert(layer)
+        gate, up, _ = unit_parts(store.manifest, "chunk", layer, first)
         entries = []
-        for half in range(2):
+        for half, part in enumerate((gate, up)):
             for place, chunk in enumerate(chunks):
-                unit = store.unit("chunk", layer, expert * per_expert + chunk)
+                unit = store.unit("chunk", layer, first + chunk)
                 column = (half * len(chunks) + place) * width
-                entries.append((unit[half * size : (half + 1) * size], width, column))
+                entries.append((unit[part.bytes], width, column, part.format))
         return MatrixList(entries)
 
     def _multiply(self, out_NR: Floats, matrices: MatrixList, rows_ND: Floats, layer: int) -> None:
-        share, kernels, N = self._model.share, self._model.kernels, len(rows_ND)
+        kernels, N = self._model.kernels, len(rows_ND)
         if self._operand.max_tokens < N:
             self._operand = Operand(2 * N, self._operand.columns, self._operand.quantized)
             self._fault_N = np.zeros(2 * N, np.int32)
         self._operand.x_TC[:N] = rows_ND
         kernels.quantize(self._operand, self._fault_N, N, layer)
-        kernels.matmul(out_NR, matrices, self._operand, N, share.format, share.group_size)
+        kernels.matmul(out_NR, matrices, self._operand, N)
 
 
 def chunk_readers(job: JobPlan, layer: int, chunks_per_expert: int) -> npt.NDArray[np.int64]:

@@ -43,6 +43,20 @@ class CalibratedImportance:
             return None  # nothing is known, or all columns read zeros: all count alike
         return (mean_C / average).astype(np.float32)
 
+    def mean_energy(self, name: str) -> Doubles:
+        """What a token of the text puts through each column on average, float64 [columns]; of all packed matrices.
+
+        An expert counts by its tokens and their routing weights squared.
+        """
+        found_C = self.mean_squares(name)
+        assert found_C is not None, name
+        parts = name.split(".")
+        if parts[-1] not in ("gate", "up", "down"):
+            return found_C
+        tokens = max(1, int(self._calibration.layers[int(parts[1])].tokens_E[int(parts[3])]))
+        shared_C: Doubles = found_C * (tokens / max(self._calibration.tokens, 1))
+        return shared_C
+
     def mean_squares(self, name: str) -> Doubles | None:
         """Mean squares, float64 [columns]; None for a matrix that calibration does not know."""
         calibration = self._calibration

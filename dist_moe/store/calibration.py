@@ -13,10 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dist_moe.kernels.formats import MatrixFormat, WeightFormat
 from dist_moe.model_config import ModelConfig
 
 Doubles = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
+
+# Matrices whose sensitivity is measured together, in each layer; after those of all layers comes lm_head.
+GROUPS_OF_LAYER = (("q",), ("k",), ("v",), ("o",), ("gate", "up"), ("down",))
+# What they are rounded to for that, with scales of least squared error.
+REFERENCE = MatrixFormat(WeightFormat.Q4, 32)
 
 # With fewer tokens than so, an expert's own sums are noise: its layer's mean over experts stands in.
 LEAST_TOKENS = 32
@@ -69,6 +75,9 @@ class Calibration:
         tokens: How many tokens were read.
         layers: By layer.
         final_D: Of lm_head.
+        sensitive_G: Of each group of matrices (see GROUPS_OF_LAYER), the divergences (nats) that rounding it alone to
+            REFERENCE makes of the model's predictions, added up; zeros where it was not measured.
+        sensitive_tokens: Over how many tokens those are.
     """
 
     model: str
@@ -77,6 +86,8 @@ class Calibration:
     tokens: int
     layers: tuple[LayerMoments, ...]
     final_D: Doubles
+    sensitive_G: Doubles
+    sensitive_tokens: int = 0
 
 
 def moment_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
@@ -106,6 +117,8 @@ def merge(calibrations: list[Calibration]) -> Calibration:
             for layer in range(len(first.layers))
         ),
         final_D=_sum([calibration.final_D for calibration in calibrations]),
+        sensitive_G=_sum([calibration.sensitive_G for calibration in calibrations]),
+        sensitive_tokens=sum(calibration.sensitive_tokens for calibration in calibrations),
     )
 
 
@@ -120,3 +133,8 @@ def _sum(arrays: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     for array in arrays[1:]:
         total += array
     return total
+
+
+def group_count(layers: int) -> int:
+    """Groups of matrices of a model whose sensitivity is measured."""
+    return len(GROUPS_OF_LAYER) * layers + 1

@@ -1,7 +1,7 @@
 """The file of `dist-moe calibrate`: a safetensors file of float64 sums and int64 counts; its metadata say of what.
 
 Tensors `layers.<n>.input`, `.output`, `.experts`, `.hidden`, `.tokens`, `.mass`, `.residual`,
-then `final`; see `LayerMoments`.
+then `final` and `sensitive`; see `LayerMoments`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dist_moe.checkpoint.safetensors_file import SafetensorsFile, file_layout
 from dist_moe.errors import CheckpointError, UsageError
 from dist_moe.files import NewFile
 from dist_moe.model_config import ModelConfig
-from dist_moe.store.calibration import Calibration, LayerMoments, merge, moment_shapes
+from dist_moe.store.calibration import Calibration, LayerMoments, group_count, merge, moment_shapes
 from dist_moe.store.checksum import checksum_text
 
 FORMAT = "dist-moe calibration"
@@ -43,6 +43,7 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
         "fingerprint": calibration.fingerprint,
         "texts": json.dumps(calibration.texts, ensure_ascii=False),
         "tokens": str(calibration.tokens),
+        "sensitive_tokens": str(calibration.sensitive_tokens),
         "checksum": _checksum(arrays),
     }
     tensors = {name: (_dtype(array), array.shape) for name, array in arrays.items()}
@@ -144,12 +145,12 @@ def _arrays(calibration: Calibration) -> dict[str, npt.NDArray[Any]]:
     arrays: dict[str, npt.NDArray[Any]] = {}
     for layer, moments in enumerate(calibration.layers):
         arrays |= {_tensor(layer, kind): array for kind, array in zip(_KINDS, moments.values(), strict=True)}
-    return {**arrays, "final": calibration.final_D}
+    return {**arrays, "final": calibration.final_D, "sensitive": calibration.sensitive_G}
 
 
 def _from_arrays(metadata: dict[str, str], arrays: dict[str, npt.NDArray[Any]]) -> Calibration:
-    count = (len(arrays) - 1) // len(_KINDS)
-    if len(arrays) != count * len(_KINDS) + 1:
+    count = (len(arrays) - 2) // len(_KINDS)
+    if len(arrays) != count * len(_KINDS) + 2 or arrays["sensitive"].shape != (group_count(count),):
         raise ValueError(f"it has {len(arrays)} tensors")
     for name, array in arrays.items():
         _require_sums(name, array)
@@ -160,9 +161,16 @@ def _from_arrays(metadata: dict[str, str], arrays: dict[str, npt.NDArray[Any]]) 
             raise ValueError(f"{_tensor(layer, 'tokens_E')} has type {moments.tokens_E.dtype}, expected int64")
         layers.append(moments)
     texts = tuple(str(text) for text in json.loads(metadata["texts"]))
-    final_D = arrays["final"].astype(np.float64)
-    tokens = int(metadata["tokens"])
-    return Calibration(metadata["model"], metadata["fingerprint"], texts, tokens, tuple(layers), final_D)
+    return Calibration(
+        model=metadata["model"],
+        fingerprint=metadata["fingerprint"],
+        texts=texts,
+        tokens=int(metadata["tokens"]),
+        layers=tuple(layers),
+        final_D=arrays["final"].astype(np.float64),
+        sensitive_G=arrays["sensitive"].astype(np.float64),
+        sensitive_tokens=int(metadata["sensitive_tokens"]),
+    )
 
 
 def _require_sums(name: str, array: npt.NDArray[Any]) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 from dist_moe.errors import UsageError
 from dist_moe.kernels.formats import MatrixFormat, WeightFormat
 from dist_moe.model_config import ModelConfig
-from dist_moe.store.fields import Fields
 from dist_moe.store.units import check_format, chunks_per_expert, output_group
 
 ATTENTION_KEYS = ("q", "k", "v", "o")
+PARTS = ("attention", "experts", "lm_head")  # a dense MLP counts as experts
 _LABEL = re.compile(r"(f32|bf16)|(q8|q4)g(0|32|64|128)")
-_RUNS = r"[1-9]\d{0,6}\*[a-z0-9]{1,8}(?:,[1-9]\d{0,6}\*[a-z0-9]{1,8}){0,8191}"
+_NAME = re.compile(r"layers\.(\d+)\.(?:experts\.(\d+)\.)?(\w+)")
 _BITS = {WeightFormat.F32: 32, WeightFormat.BF16: 16, WeightFormat.Q8: 8, WeightFormat.Q4: 4}
 _SCALE_BITS = 16
 
@@ -77,6 +77,11 @@ class ModelFormats:
         """
         return self.lm_head if key == "lm_head" else self.layers[layer].matrix(key, expert)
 
+    def of_name(self, name: str) -> MatrixFormat:
+        """As `matrix`, of a logical name such as "layers.0.experts.3.down" or "lm_head"."""
+        found = _NAME.fullmatch(name)
+        return self.matrix(found[3], int(found[1]), int(found[2] or 0)) if found else self.lm_head
+
     @cached_property
     def uniform_format(self) -> MatrixFormat | None:
         """The format of all matrices; None if they have several."""
@@ -110,8 +115,24 @@ class ModelFormats:
 
     def bits_per_weight(self, config: ModelConfig) -> float:
         """Of the packed matrices: bits of weights and scales, without what packing fills up with zeros."""
-        sums = [_matrix_bits(config, self, key, layer, expert) for key, layer, expert in _places(self)]
-        return sum(bits for bits, _ in sums) / sum(weights for _, weights in sums)
+        parts = self.bits_by_part(config).values()
+        return sum(bits for bits, _ in parts) / sum(weights for _, weights in parts)
+
+    def bits_by_part(self, config: ModelConfig) -> dict[str, tuple[int, int]]:
+        """Bits (as in `bits_per_weight`) and weights of "attention", "experts" and "lm_head"."""
+        parts = dict.fromkeys(PARTS, (0, 0))
+        for key, layer, expert in _places(self):
+            part = _part(key)
+            bits, weights = _matrix_bits(config, self, key, layer, expert)
+            parts[part] = (parts[part][0] + bits, parts[part][1] + weights)
+        return parts
+
+    def counts_by_part(self) -> dict[str, Counter[MatrixFormat]]:
+        """How many matrices of each part have which format."""
+        parts = {part: Counter[MatrixFormat]() for part in PARTS}
+        for key, layer, expert in _places(self):
+            parts[_part(key)][self.matrix(key, layer, expert)] += 1
+        return parts
 
     def to_json(self) -> dict[str, Any]:
         """A short form: runs of equal layers, in them runs of equal experts."""
@@ -147,48 +168,10 @@ def format_words(found: MatrixFormat) -> str:
     return f"{found.format.label}, {f'groups of {found.group}' if found.group else 'whole rows'}"
 
 
-def read_formats(entry: Fields, config: ModelConfig, group_size: int, *, mixed: bool) -> ModelFormats:
-    """What a manifest says of its matrices.
-
-    Args:
-        entry: The manifest.
-        config: Its model.
-        group_size: Of the store.
-        mixed: Whether it says each matrix's format, not one for all.
-
-    Raises:
-        StoreError: These are no formats, or none that go together.
-    """
-    if mixed:
-        formats = formats_from_json(entry.object("formats"), config)
-        entry.require(entry.text("weights") == formats.label, f"'weights' must be {formats.label!r}")
-        entry.require(formats.group_size in (None, group_size), "'group_size' must be the largest of its formats")
-    else:
-        label = entry.choice("weights", [fmt.label for fmt in WeightFormat])
-        formats = ModelFormats.uniform(config, WeightFormat.parse(label), group_size)
-    try:
-        check_formats(config, formats, group_size)
-    except UsageError as error:
-        entry.require(False, str(error))
-    return formats
-
-
-def formats_from_json(entry: Fields, config: ModelConfig) -> ModelFormats:
-    """Read what `to_json` wrote; raises StoreError if it is something else."""
-    lm_head = _format(entry, "lm_head")
-    layers: list[LayerFormats] = []
-    for part in entry.objects("layers"):
-        first, stop = (part.integer(key, 0, config.layers) for key in ("first_layer", "stop_layer"))
-        part.require(first == len(layers) < stop, f"its layers {first} to {stop} do not follow {len(layers)}")
-        q, k, v, o = (_format(part, key) for key in ATTENTION_KEYS)
-        experts = config.layer_experts(first)
-        part.require(all(config.layer_experts(layer) == experts for layer in range(first, stop)), "joins unlike layers")
-        gate_up, down = (_experts(part, key, experts) for key in ("gate_up", "down"))
-        part.done()
-        layers += [LayerFormats(q, k, v, o, gate_up, down)] * (stop - first)
-    entry.done()
-    entry.require(len(layers) == config.layers, f"has {len(layers)} layers of {config.layers}")
-    return ModelFormats(tuple(layers), lm_head)
+def label_words(label: str) -> str:
+    """`format_words` of what `format_label` wrote; anything else as it is."""
+    found = parse_label(label)
+    return label if found is None else format_words(found)
 
 
 def check_formats(config: ModelConfig, formats: ModelFormats, group_size: int) -> None:
@@ -218,35 +201,20 @@ def check_formats(config: ModelConfig, formats: ModelFormats, group_size: int) -
     check_format(config, largest, group_size)
 
 
-def _format(entry: Fields, key: str) -> MatrixFormat:
-    text = entry.text(key, r"[a-z0-9]{1,8}")
-    found = _parse(text)
-    entry.require(found is not None, f"{key!r} is the unknown format {text!r}")
-    assert found is not None
-    return found
-
-
-def _parse(label: str) -> MatrixFormat | None:
+def parse_label(label: str) -> MatrixFormat | None:
+    """What `format_label` wrote; None if it is something else."""
     found = _LABEL.fullmatch(label)
     if found is None:
         return None
     return MatrixFormat(WeightFormat.parse(found[1] or found[2]), int(found[3] or 0))
 
 
-def _experts(entry: Fields, key: str, experts: int) -> tuple[MatrixFormat, ...]:
-    found: list[MatrixFormat] = []
-    for run in entry.text(key, _RUNS).split(","):
-        count, label = run.split("*")
-        fmt = _parse(label)
-        if fmt is None or int(count) > experts - len(found):
-            break
-        found += [fmt] * int(count)
-    entry.require(len(found) == experts, f"{key!r} must hold runs of known formats, together {experts} experts")
-    return tuple(found)
-
-
 def _runs_text(formats: Sequence[MatrixFormat]) -> str:
     return ",".join(f"{len(list(same))}*{format_label(found)}" for found, same in groupby(formats))
+
+
+def _part(key: str) -> str:
+    return "lm_head" if key == "lm_head" else "attention" if key in ATTENTION_KEYS else "experts"
 
 
 def _places(formats: ModelFormats) -> Iterator[tuple[str, int, int]]:

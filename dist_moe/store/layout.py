@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from dist_moe.checkpoint.safetensors_file import FileLayout, file_layout
-from dist_moe.kernels.formats import packed_bytes
+from dist_moe.kernels.formats import ScaleChoice, packed_bytes
 from dist_moe.store.manifest import COMMON_NAME, NUMERICS_VERSION, Manifest
-from dist_moe.store.placement import PLACED, Indices, indices_of, shard_name
+from dist_moe.store.placement import PLACED, Indices, indices_of, runs_of, shard_name
 from dist_moe.store.placement_json import shard_to_json
 from dist_moe.store.unit_parts import unit_bytes, unit_tensor_name
 from dist_moe.store.units import UnitKind
@@ -124,12 +124,16 @@ def file_metadata(manifest: Manifest, name: str) -> dict[str, str]:
         "router": manifest.router_format.label,
         "embedding": manifest.embedding_format.label,
     }
-    if manifest.formats.uniform_format is None:
-        tags["formats"] = json.dumps(manifest.formats.to_json(), separators=(",", ":"))
     if name != COMMON_NAME:
         shard = shard_number(manifest, name)
         units = json.dumps(shard_to_json(manifest.shards[shard]), separators=(",", ":"))
         tags |= {"experts": manifest.experts, "node": str(shard + 1), "nodes": str(manifest.nodes), "units": units}
+        if manifest.formats.uniform_format is None:
+            chunks = {
+                tensor.spec.name: tensor.indices for tensor in unit_tensors(manifest, shard) if tensor.kind == "chunk"
+            }
+            runs = {tensor: runs_of(indices.tolist()) for tensor, indices in chunks.items()}
+            tags["chunks"] = json.dumps(runs, separators=(",", ":"))
     return tags
 
 
@@ -138,7 +142,11 @@ def shard_command(manifest: Manifest, directory: Path) -> str:
     words = ["dist-moe", "shard", manifest.source_name]
     placed = manifest.experts == PLACED
     words += ["--placement", str(directory)] if placed else ["--nodes", str(manifest.nodes)]
-    words += ["--quant", manifest.format.label, "--group-size", str(manifest.group_size)]
+    if manifest.formats.uniform_format is None:
+        words += ["--recipe", str(directory)]
+    else:
+        words += ["--quant", manifest.format.label, "--group-size", str(manifest.group_size)]
+    words += [] if manifest.scales == ScaleChoice.ABSMAX else ["--scales", manifest.scales.label]
     words += [*([] if placed else ["--experts", manifest.experts]), "-o", str(directory)]
     return shlex.join(words)
 

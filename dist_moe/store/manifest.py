@@ -17,7 +17,8 @@ from dist_moe.kernels.formats import MatrixFormat, ScaleChoice, WeightFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.store.checksum import checksum_text
 from dist_moe.store.fields import Fields
-from dist_moe.store.formats import ModelFormats, read_formats
+from dist_moe.store.formats import ModelFormats
+from dist_moe.store.formats_json import read_formats
 from dist_moe.store.model_json import model_from_json, model_to_json
 from dist_moe.store.placement import EXPERT_LAYOUTS, PLACED, Placement, ShardUnits, unit_counts
 from dist_moe.store.placement_json import LARGEST_WEIGHT, shard_from_json, shard_to_json

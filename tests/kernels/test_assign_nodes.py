@@ -130,7 +130,7 @@ def test_the_ranks_of_all_nodes_share_the_work(ranks: int, keep: bool) -> None:
             if keep:
                 Kernels.assign_nodes(picks, layer, offsets(tokens_E), workers, True)
             words = Kernels.pick_chunks(picks, layer, offsets(tokens_E), workers).astype(np.int64)
-            found += [(number // 64, entry) for number, first, n in words for entry in range(first, first + n)]
+            found += [(number // 64, entry) for number, _format, first, n in words for entry in range(first, first + n)]
     expert_N = np.repeat(np.arange(16), tokens_E)
     assert sorted(found) == sorted((int(e) * 4 + c, n) for n, e in enumerate(expert_N) for c in range(4))
 
