@@ -139,7 +139,7 @@ def our_digests(directory: Path) -> dict[str, str]:
     with Kernels(1) as kernels:
         decoded = DecodedStore(store, kernels)
         for name, place in gguf_locations(store.config, {"output.weight"}).items():
-            if len(place.tensor_shape) > 1 and decoded.format(name) == WeightFormat.Q4:
+            if len(place.tensor_shape) > 1 and decoded.format(name).format == WeightFormat.Q4:
                 found.setdefault(place.tensor, hashlib.blake2b()).update(decoded.whole(name).data)
     return {name: digest.hexdigest() for name, digest in found.items()}
 
