@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 @click.option(
     "--scales",
     type=OneOf(["absmax", "mse"]),
-    help="Scales of q8 and q4: from the largest weight, or of least squared error (slower to pack).  [default: as the "
-    "recipe says, else absmax]",
+    help="Scales of q8 and q4: from the largest weight, or of least squared error.  [default: as the recipe says, else "
+    "mse if any matrix is q4, absmax if not]",
 )
 @click.option(
     "--experts",
