@@ -157,7 +157,7 @@ def shard(
     formats = options.model_formats(model.config)
     destination = Path(output or f"{source_name(path)}-{formats.label}-{shards}{'-placed' if placed else ''}")
     if write_recipe is not None:
-        write_formats(Path(write_recipe), formats, options.scales, f"of {source_name(path)}", force)
+        write_formats(Path(write_recipe), formats, options.scale_choice(formats), f"of {source_name(path)}", force)
     if dry_run:
         show_sizes(plan_store(model, options), destination, as_json)
         return

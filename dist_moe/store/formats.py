@@ -104,7 +104,8 @@ class ModelFormats:
     @cached_property
     def default_scales(self) -> ScaleChoice:
         """How scales are chosen when nobody says it: q4 gains much from a search, q8 next to nothing."""
-        return ScaleChoice.MSE if any(found.format == WeightFormat.Q4 for found in self.distinct) else ScaleChoice.ABSMAX
+        has_q4 = any(found.format == WeightFormat.Q4 for found in self.distinct)
+        return ScaleChoice.MSE if has_q4 else ScaleChoice.ABSMAX
 
     @cached_property
     def main(self) -> WeightFormat:
