@@ -323,7 +323,7 @@ def test_a_store_of_several_formats(tmp_path: Path) -> None:
     gate_up = tuple(q8_64 if expert % 3 == 0 else q4 for expert in range(experts))
     layer = LayerFormats(q8, bf16, q8_64, q4_64, gate_up, (q4_64,) * experts)
     formats = ModelFormats((layer,) * source.config.layers, q8)
-    run_convert(source, tmp_path, formats=formats, group_size=64, nodes=2)
+    run_convert(source, tmp_path, formats=formats, group_size=64, nodes=2, scales=ScaleChoice.ABSMAX)
     store = DocumentedStore(tmp_path)
     assert (store.manifest["weights"], store.group, store.manifest["format_version"]) == ("q4-mixed", 64, 4)
     check(store, [0, 1, experts - 1])
