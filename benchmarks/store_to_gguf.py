@@ -64,26 +64,8 @@ class StoreTensors:
     """The tensors of a store, put together from its units."""
 
     def __init__(self, store: Store) -> None:
-<<<<<<< HEAD
-        """Take an open store of q4 or q8 weights in groups of 32.
-
-        Raises:
-            UsageError: It has other weights.
-        """
-        manifest = store.manifest
-        own = manifest.formats.uniform_format
-        if own is None or own.format not in TYPES or own.group != GROUP:
-            raise UsageError(
-                f"{store.directory}: has {manifest.label} weights in groups of {manifest.group_size}; expected "
-                f"q4 or q8 in groups of {GROUP}, which GGUF has too: pack it with --quant q4 --group-size {GROUP}"
-            )
-        self.store, self.config = store, store.config
-        self._format, self._type = own.format, TYPES[own.format]
-        self._block_bytes = 18 if own.format == WeightFormat.Q4 else 34
-=======
         """Take an open store."""
         self.store, self.config = store, store.config
->>>>>>> main
 
     def all(self) -> Iterator[Tensor]:
         """Every tensor, in the order of the file; UsageError if GGUF cannot hold its weights."""
