@@ -66,8 +66,8 @@ AUTO = "auto"
 @click.option(
     "--scales",
     type=OneOf(["absmax", "mse"]),
-    help="Scales of q8 and q4: from the largest weight, or of least squared error (slower to pack).  [default: as the "
-    "recipe says, else absmax]",
+    help="Scales of q8 and q4: from the largest weight, or of least squared error.  [default: as the recipe says, else "
+    "mse if any matrix is q4, absmax if not]",
 )
 @click.option(
     "--experts",
@@ -157,7 +157,7 @@ def shard(
     formats = options.model_formats(model.config)
     destination = Path(output or f"{source_name(path)}-{formats.label}-{shards}{'-placed' if placed else ''}")
     if write_recipe is not None:
-        write_formats(Path(write_recipe), formats, options.scales, f"of {source_name(path)}", force)
+        write_formats(Path(write_recipe), formats, options.scale_choice(formats), f"of {source_name(path)}", force)
     if dry_run:
         show_sizes(plan_store(model, options), destination, as_json)
         return

@@ -193,8 +193,9 @@ def packed_directory(model: Source, options: StoreOptions) -> Path:
     key = f"{model.path.resolve()}\n{_versions(model.fingerprint())}"
     if formats.uniform_format is None:
         key += f"\n{json.dumps(formats.to_json())}"
-    if formats.quantized and options.scales != ScaleChoice.ABSMAX:
-        key += f"\n{options.scales.label} {options.importance.fingerprint if options.importance else ''}"
+    scales = options.scale_choice(formats)
+    if scales != ScaleChoice.ABSMAX:
+        key += f"\n{scales.label} {options.importance.fingerprint if options.importance else ''}"
     return _cached(source_name(model.path), formats.label, key)
 
 

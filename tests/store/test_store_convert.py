@@ -13,6 +13,7 @@ from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.errors import StoreError, UsageError
 from dist_moe.kernels import WeightFormat, packed_bytes, reference
 from dist_moe.kernels._native import lib
+from dist_moe.kernels.reference_scales import least_error_scales
 from dist_moe.store.manifest import NUMERICS_VERSION
 from dist_moe.store.plan import source_name
 from dist_moe.store.reader import Store
@@ -31,7 +32,8 @@ def values_of(weights_RC: npt.NDArray[np.float32], fmt: WeightFormat, group: int
         return weights_RC.astype(np.float64)
     if fmt == WeightFormat.BF16:
         return reference.bf16_to_f32(reference.f32_to_bf16(weights_RC)).astype(np.float64)
-    return reference.quantize_weights(weights_RC, reference.weight_scales(weights_RC, fmt, group), fmt, group)[1]
+    choose = least_error_scales if fmt == WeightFormat.Q4 else reference.weight_scales
+    return reference.quantize_weights(weights_RC, choose(weights_RC, fmt, group), fmt, group)[1]
 
 
 class Unpacker:
