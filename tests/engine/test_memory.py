@@ -20,10 +20,10 @@ from dist_moe.engine.request import Request
 from dist_moe.kernels import KvFormat, Operand, SumsCodec, WireFormat
 from dist_moe.model.workspace import workspace_bytes
 from dist_moe.parallel import token_exchange
+from dist_moe.parallel.cost import LinkCosts
 from dist_moe.parallel.holdings import everything_held
 from dist_moe.parallel.host_sums import HostSums
 from dist_moe.parallel.plan import EXPERT_LAYOUTS, Plan, plan_job
-from dist_moe.parallel.probe import LinkCosts
 from dist_moe.parallel.world import AgreedError, World
 from dist_moe.store.placement import indices_of
 from dist_moe.store.reader import Store

@@ -12,9 +12,10 @@ from dist_moe.engine.startup import open_exchange
 from dist_moe.errors import EnvironmentMismatch
 from dist_moe.kernels import SumsCodec, WireFormat
 from dist_moe.kernels.reference_sums import bf16_sums, finished_sums, q8_sums
+from dist_moe.parallel.cost import LinkCosts
 from dist_moe.parallel.host_exchange import HostExchange
 from dist_moe.parallel.host_sums import MOST_SUMS, HostSums
-from dist_moe.parallel.probe import LinkCosts, probe_links
+from dist_moe.parallel.probe import probe_links
 from dist_moe.parallel.world import World
 from helpers.nodes import on_nodes
 
