@@ -14,8 +14,8 @@ from click.testing import CliRunner, Result
 
 import dist_moe
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.cli import shard as shard_module
-from dist_moe.cli.shard import ShardProgress, shard
+from dist_moe.cli.making_store import ShardProgress
+from dist_moe.cli.shard import shard
 from dist_moe.errors import CheckpointError, Interrupted, StoreError, UsageError
 from dist_moe.store.reader import Store
 from helpers.tiny_model import TinyModel
@@ -116,7 +116,7 @@ def test_ctrl_c_ends_with_130_and_a_store_that_can_be_continued(here: Path, monk
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_module.ShardProgress, "__call__", interrupt)
+        patch.setattr(ShardProgress, "__call__", interrupt)
         result = run_shard("odd")
     assert isinstance(result.exception, Interrupted)
     assert result.exception.exit_code == 130

@@ -15,8 +15,8 @@ from click.testing import CliRunner, Result
 
 import dist_moe
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.cli import shard as shard_module
 from dist_moe.cli.main import execute
+from dist_moe.cli.making_store import ShardProgress
 from dist_moe.cli.reshard import reshard
 from dist_moe.errors import Interrupted, PlaceError, StoreError, UsageError
 from dist_moe.kernels import WeightFormat
@@ -217,7 +217,7 @@ def test_ctrl_c_ends_with_130(make_store: MakeStore, tmp_path: Path, monkeypatch
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shard_module.ShardProgress, "__call__", interrupt)
+    monkeypatch.setattr(ShardProgress, "__call__", interrupt)
     result = run_reshard(make_store(), "--nodes", 2, "-o", tmp_path / "new")
     assert isinstance(result.exception, Interrupted)
 
