@@ -64,18 +64,18 @@ def test_nodes_with_some_of_the_shards_give_the_committed_bits(ranks: int, store
         assert hashes == {key: expected[key] for key in hashes}, name
 
 
-PROGRAM = (sys.executable, "-m", "dist_moe", "run", "--prompt-ids", "1,2,3", "-n", "4", "--threads", "1")
+PROGRAM = (sys.executable, str(ROOT / "helpers" / "split_host.py"))
+RUN = ("run", "--prompt-ids", "1,2,3", "-n", "4", "--threads", "1")
 
 
 def start(mpirun, stores: Path, nodes: str, *shards: str, options: tuple[str, ...] = ()) -> Finished:
     """One rank with each of these sets of shards, on nodes as `nodes` says; rank 0's has the texts."""
-    parts = [(":", "-n", "1", *PROGRAM, *options, "-m", str(stores / own)) for own in shards]
+    parts = [(":", "-n", "1", *PROGRAM, nodes, *RUN, *options, "-m", str(stores / own)) for own in shards]
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         source, there = stores / "0-1-2-3" / name, stores / shards[0] / name
         if source.exists() and not there.exists():
             os.link(source, there)
-    env = {"DIST_MOE_TEST_NODES": nodes, "DIST_MOE_YIELD": "1"}
-    return mpirun(1, *list(itertools.chain(*parts))[3:], env=env)
+    return mpirun(1, *list(itertools.chain(*parts))[3:], env={"DIST_MOE_YIELD": "1"})
 
 
 def errors(done: Finished) -> list[str]:
