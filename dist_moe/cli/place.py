@@ -156,11 +156,12 @@ def _place(wish: _Wish, node_weights: tuple[int, ...]) -> None:
 
 def _packing(model: str | None) -> list[str]:
     """The command that obeys a placement; what has no weights to pack stands as a word for them."""
+    from dist_moe.checkpoint.qw3w_directory import is_qw3w_directory
     from dist_moe.store.manifest import MANIFEST_NAME
 
     if model is None:
         return ["dist-moe", "shard"]
-    if is_file(Path(model) / MANIFEST_NAME):
+    if is_file(Path(model) / MANIFEST_NAME) and not is_qw3w_directory(Path(model)):
         return ["dist-moe", "reshard", model]
     return ["dist-moe", "shard", "MODEL" if model.endswith(".toml") else model]
 

@@ -110,11 +110,16 @@ def source_path(source: str | None, quiet: bool) -> Path:
 
 def _refuse_store(directory: Path) -> None:
     """A store has a config.json, too, so that it would be taken for a checkpoint without weights."""
+    from dist_moe.checkpoint.qw3w_directory import is_qw3w_directory
     from dist_moe.checkpoint.tensor_files import INDEX, SINGLE
     from dist_moe.store.manifest import MANIFEST_NAME, PROGRESS_NAME
 
     is_store = any(files.exists(directory / name) for name in (MANIFEST_NAME, PROGRESS_NAME))
-    if is_store and not any(files.exists(directory / name) for name in (SINGLE, INDEX)):
+    if (
+        is_store
+        and not is_qw3w_directory(directory)
+        and not any(files.exists(directory / name) for name in (SINGLE, INDEX))
+    ):
         raise UsageError(
             f"{directory} is a store already: run it with dist-moe run -m {directory}, cut it into other shards with "
             f"dist-moe reshard {directory} --nodes N, or give the Hugging Face directory that it was made from"
