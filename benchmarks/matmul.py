@@ -20,6 +20,7 @@ import numpy as np
 from dist_moe.kernels import (
     NO_FAULT,
     Kernels,
+    MatrixFormat,
     MatrixList,
     Operand,
     WeightFormat,
@@ -68,11 +69,14 @@ def measure(
     operand = Operand(tokens, COLUMNS, quantized=True)
     operand.x_TC[:] = np.random.default_rng(1).standard_normal((tokens, COLUMNS), dtype=np.float32)
     kernels.quantize(operand, np.full(tokens, NO_FAULT, np.int32), tokens, 0)
-    out_TR, matrices = aligned_empty((tokens, rows), np.float32), MatrixList([(weights, rows, 0)])
+    out_TR, matrices = (
+        aligned_empty((tokens, rows), np.float32),
+        MatrixList([(weights, rows, 0, MatrixFormat(fmt, args.group))]),
+    )
     seconds, shares = [], []
     for repetition in range(args.repetitions + 1):
         started_s = time.perf_counter()
-        kernels.matmul(out_TR, matrices, operand, tokens, fmt, args.group)
+        kernels.matmul(out_TR, matrices, operand, tokens)
         elapsed_s = time.perf_counter() - started_s
         if repetition > 0:  # the first one also brings in pages
             seconds.append(elapsed_s)

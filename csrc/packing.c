@@ -31,8 +31,9 @@ size_t dm_packed_bytes(int format, size_t rows, size_t columns, size_t group) {
     return dm_divide_up(rows, 16) * dm_tile_bytes(format, columns, group);
 }
 
-size_t dm_chunk_bytes(int format, size_t D, size_t width, size_t group) {
-    return 2 * dm_packed_bytes(format, width, D, group) + dm_packed_bytes(format, D, width, group);
+size_t dm_chunk_bytes(const dm_chunk_format *format, size_t D, size_t width) {
+    return 2 * dm_packed_bytes(format->format, width, D, format->group) +
+           dm_packed_bytes(format->down_format, D, width, format->down_group);
 }
 
 /* The given rows of a tile as f32 with all columns: in place, or in scratch. */

@@ -287,7 +287,8 @@ static size_t add_chunk(dm_chunk *chunks, size_t count, const dm_experts_layer *
                         size_t chunk) {
     size_t number = (size_t)part->expert * weights->chunks_per_expert + (size_t)part->first_chunk + chunk;
     if (weights->own_C != NULL && !weights->own_C[number]) return count;
-    chunks[count] = (dm_chunk){weights->chunks[number], (size_t)part->first, (size_t)part->count};
+    const dm_chunk_format *format = &weights->formats[(size_t)part->expert * weights->format_step];
+    chunks[count] = (dm_chunk){weights->chunks[number], format, (size_t)part->first, (size_t)part->count};
     return count + 1;
 }
 

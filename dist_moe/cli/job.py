@@ -10,10 +10,10 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 from dist_moe.cli.interrupts import Interrupts
 from dist_moe.cli.logs import start_logging
-from dist_moe.cli.making_store import ShardProgress
 from dist_moe.cli.models import find_model
 from dist_moe.cli.options import ModelOptions
 from dist_moe.cli.reading import ReadingProgress
+from dist_moe.cli.shard_progress import ShardProgress
 from dist_moe.cli.threads_file import read_threads_file
 from dist_moe.engine.engine import Engine
 from dist_moe.engine.job import Job, fields_of_leader

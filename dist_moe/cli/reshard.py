@@ -45,9 +45,7 @@ def reshard(
     opened = Store.open(store)
     manifest = opened.manifest
     shards = len(placed.shards) if placed else nodes or 1
-    destination = Path(
-        output or default_directory(manifest.source_name, manifest.format.label, shards, placed is not None)
-    )
+    destination = Path(output or default_directory(manifest.source_name, manifest.label, shards, placed is not None))
     own = manifest.experts if manifest.experts in EXPERT_LAYOUTS else "whole"
     options = StoreOptions(nodes=shards, experts=experts or own, placement=placed, force=force, allow_nonfinite=True)
     make_store(lambda progress: recut(opened, destination, options, progress), destination, shards, quiet)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,6 +15,10 @@ from dist_moe.cli.values import OneOf, PathName, Whole
 from dist_moe.errors import UsageError
 from dist_moe.parallel.launcher import detect_launcher
 
+if TYPE_CHECKING:
+    from dist_moe.checkpoint.source import Source
+    from dist_moe.store.plan import StoreOptions
+
 
 @click.command("shard")
 @click.argument("source", required=False, metavar="[SRC]", type=PathName())
@@ -20,22 +26,26 @@ from dist_moe.parallel.launcher import detect_launcher
 @click.option(
     "--quant",
     type=OneOf(["f32", "bf16", "q8", "q4"]),
-    help="Format of the matrices; routers, norms and the embedding keep theirs.  [default: what a GGUF file has, else "
+    help="Format of all matrices; routers, norms and the embedding keep theirs.  [default: what a GGUF file has, else "
     "q4]",
+)
+@click.option(
+    "--recipe",
+    metavar="NAME|FILE|STORE",
+    type=PathName(),
+    help="Formats by matrix: q4, q4-mixed (attention and lm_head in q8), q8, bf16, f32, a TOML file (docs/stores.md), "
+    "or as another store has them; in place of --quant.",
 )
 @click.option(
     "--group-size",
     type=OneOf(["32", "64", "128", "0"]),
-    default="32",
-    show_default=True,
-    help="Weights per scale of q8 and q4; 0 is a whole row.",
+    help="Weights per scale of q8 and q4; 0 is a whole row.  [default: as the recipe says, else 32]",
 )
 @click.option(
     "--scales",
     type=OneOf(["absmax", "mse"]),
-    default="absmax",
-    show_default=True,
-    help="Scales of q8 and q4: from the largest weight, or of least squared error (slower to pack).",
+    help="Scales of q8 and q4: from the largest weight, or of least squared error (slower to pack).  [default: as the "
+    "recipe says, else absmax]",
 )
 @cut_options(experts_default="whole", directory_of="store")
 @click.option(
@@ -46,19 +56,24 @@ from dist_moe.parallel.launcher import detect_launcher
 @click.option(
     "--threads", type=Whole(min=1), help="Threads that pack; the bytes do not depend on it.  [default: all CPUs]"
 )
+@click.option("--dry-run", is_flag=True, help="Print what the store would take, by part and by node; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print one JSON object.")
 @quiet_option
 def shard(
     source: str | None,
     nodes: int | None,
     quant: str | None,
-    group_size: str,
-    scales: str,
+    recipe: str | None,
+    group_size: str | None,
+    scales: str | None,
     experts: str | None,
     placement: str | None,
     output: str | None,
     force: bool,
     allow_nonfinite: bool,
     threads: int | None,
+    dry_run: bool,
+    as_json: bool,
     quiet: bool,
 ) -> None:
     """Pack SRC (default: the bundled demo) into a store, a shard per node.
@@ -70,32 +85,79 @@ def shard(
     if not detect_launcher(os.environ).is_first:
         return
     from dist_moe.checkpoint.source import open_source
-    from dist_moe.kernels.formats import ScaleChoice, WeightFormat
-    from dist_moe.store.carry import conversion_notes, default_format
+    from dist_moe.cli.dry_run import show_sizes
+    from dist_moe.store.carry import conversion_notes
     from dist_moe.store.convert import convert
-    from dist_moe.store.plan import StoreOptions, source_name
+    from dist_moe.store.plan import plan_store, source_name
 
+    if as_json and not dry_run:
+        raise UsageError("--json: belongs to --dry-run; add it, or leave out --json")
     placed = None if placement is None else read_cut(Path(placement), nodes, experts)
     path = source_path(source, quiet)
     _refuse_store(path)
     model = open_source(path)
-    fmt = WeightFormat.parse(quant) if quant else default_format(model)
     shards = len(placed.shards) if placed else nodes or 1
-    destination = Path(output or default_directory(source_name(path), fmt.label, shards, placed is not None))
-    options = StoreOptions(
+    options = replace(
+        packing_options(model, Packing(quant, recipe, group_size, scales)),
         nodes=shards,
-        format=fmt,
-        group_size=int(group_size),
-        scales=ScaleChoice.parse(scales),
         experts=experts or "whole",
         placement=placed,
         force=force,
         allow_nonfinite=allow_nonfinite,
         threads=threads or 0,
     )
-    for line in conversion_notes(model, fmt, options.group_size):
+    formats = options.model_formats(model.config)
+    destination = Path(output or default_directory(source_name(path), formats.label, shards, placed is not None))
+    if dry_run:
+        show_sizes(plan_store(model, options), destination, as_json)
+        return
+    for line in conversion_notes(model, formats):
         click.echo(line, err=True)
     make_store(lambda progress: convert(model, destination, options, progress), destination, shards, quiet)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The options that decide formats and scales, as given."""
+
+    quant: str | None
+    recipe: str | None
+    group_size: str | None
+    scales: str | None
+
+
+def packing_options(model: Source, packing: Packing) -> StoreOptions:
+    """Formats and scales of a store of a model, nothing else.
+
+    Raises:
+        UsageError: --quant and --recipe are both given, or the recipe cannot be read or does not fit the model.
+    """
+    from dist_moe.kernels.formats import ScaleChoice, WeightFormat
+    from dist_moe.store.carry import default_format
+    from dist_moe.store.plan import StoreOptions
+    from dist_moe.store.reader import read_store_manifest
+    from dist_moe.store.recipe_file import find_recipe
+
+    scales = ScaleChoice.parse(packing.scales) if packing.scales else None
+    group = None if packing.group_size is None else int(packing.group_size)
+    told: ScaleChoice | None = None
+    options = StoreOptions(group_size=StoreOptions.group_size if group is None else group)
+    if packing.recipe is None:
+        options = replace(options, format=WeightFormat.parse(packing.quant) if packing.quant else default_format(model))
+    elif packing.quant is not None:
+        raise UsageError(f"--quant {packing.quant}: the recipe says the formats; leave out --quant or --recipe")
+    elif files.is_directory(Path(packing.recipe)):
+        if group is not None:
+            raise UsageError(f"--group-size {group}: the store says the groups; leave out --group-size or --recipe")
+        like = read_store_manifest(Path(packing.recipe))
+        told, options = like.scales, replace(options, formats=like.formats, group_size=like.group_size)
+    else:
+        recipe = find_recipe(packing.recipe)
+        told = recipe.scales
+        default = next(size for size in (group, recipe.group, StoreOptions.group_size) if size is not None)
+        options = replace(options, formats=recipe.formats(model.config, default), group_size=default)
+    wanted = told if scales is None else scales
+    return options if wanted is None else replace(options, scales=wanted)
 
 
 def source_path(source: str | None, quiet: bool) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dist_moe.engine.memory import Demand, MemoryNeed, host_need
@@ -11,7 +11,7 @@ from dist_moe.engine.record import show_bytes
 from dist_moe.errors import UsageError
 from dist_moe.model.step import MAX_LOGIT_ROWS
 from dist_moe.parallel.cost import EXCHANGES, ExchangeKind
-from dist_moe.parallel.plan import plan_job
+from dist_moe.parallel.plan import JobPlan, Plan, plan_job
 from dist_moe.store.manifest import Manifest
 
 ANSWER_TOKENS = 256  # of the request whose time decides which way is best
@@ -181,8 +181,25 @@ def node_need(manifest: Manifest, ranks: Ranks, layout: str, workload: Workload)
     node_of_rank = [node for node in range(ranks.nodes) for _ in range(ranks.per_node)]
     job = plan_job(manifest.config, manifest.group_size, layout, node_of_rank=node_of_rank)
     threads = [ranks.threads] * ranks.per_node
-    needs = (host_need(manifest, job.of_node(node), threads, demand) for node in range(ranks.nodes))
+    needs = (host_need(manifest, plans, threads, demand) for plans in _unlike_nodes(manifest, job))
     return max(needs, key=lambda need: need.full_bytes)
+
+
+def _unlike_nodes(manifest: Manifest, job: JobPlan) -> Iterable[Sequence[Plan]]:
+    """The plans of each node, but of nodes with equally many units of every kind only the first one's."""
+    plans_of = [list[Plan]() for _ in range(job.nodes)]
+    for plan in job.plans:
+        plans_of[plan.node].append(plan)
+    if manifest.formats.uniform_format is None:  # units of one kind are unequal
+        return plans_of
+    layers = range(manifest.config.layers)
+    found: dict[tuple[object, ...], Sequence[Plan]] = {}
+    for plans in plans_of:
+        ranks = tuple((plan.rank == 0, len(plan.heads), len(plan.kv_heads), plan.vocabulary_rows) for plan in plans)
+        kv_heads = {head for plan in plans for head in plan.kv_heads}
+        chunks = tuple(sum(len(plan.readable_chunks(layer)) for plan in plans) for layer in layers)
+        found.setdefault((ranks, len(kv_heads), chunks), plans)
+    return found.values()
 
 
 def _layouts(nodes: int) -> tuple[str, ...]:
@@ -215,7 +232,7 @@ def _too_large(
     enough = _enough_nodes(manifest, ranks, workload, memory_bytes)
     advice = f"take --nodes {enough}" if enough else "no number of nodes is enough: take larger ones"
     return (
-        f"{manifest.source_name} in {manifest.format.label} does not fit on {count} node{'s' if count > 1 else ''} of "
+        f"{manifest.source_name} in {manifest.label} does not fit on {count} node{'s' if count > 1 else ''} of "
         f"{show_bytes(memory_bytes)}: each needs {show_bytes(need.full_bytes)} (weights "
         f"{show_bytes(need.weights_bytes)}, KV cache {show_bytes(need.kv_bytes)}, buffers "
         f"{show_bytes(need.buffer_bytes)}); {advice}, fewer bits (--quant), a shorter --ctx or --kv q8"

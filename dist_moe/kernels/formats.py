@@ -5,8 +5,9 @@ D model dim, P head dim. The layouts themselves are written down in reference.py
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 
 from dist_moe.errors import UsageError
 from dist_moe.model_config import round_up
@@ -28,6 +29,13 @@ class FaultKind(IntEnum):
     SUM = 4
     ROUTER = 5
     LOGIT = 6
+
+
+class OperandParts(IntFlag):
+    """The parts of an operand that weights read (`dm_operand_part`)."""
+
+    FLOATS = 1
+    INT8 = 2
 
 
 class WeightFormat(IntEnum):
@@ -60,6 +68,27 @@ class MatrixFormat:
 
     format: WeightFormat
     group: int
+
+    @property
+    def part(self) -> OperandParts:
+        """What the matrix is multiplied with."""
+        return OperandParts.INT8 if self.format.quantized else OperandParts.FLOATS
+
+
+@dataclass(frozen=True)
+class ChunkFormat:
+    """How the matrices of an expert's chunks are packed (`dm_chunk_format`): gate and up alike, down in its own way."""
+
+    gate_up: MatrixFormat
+    down: MatrixFormat
+
+
+def parts_read(formats: Iterable[MatrixFormat]) -> OperandParts:
+    """What matrices of these formats read of the operand that they share."""
+    parts = OperandParts(0)
+    for matrix in set(formats):
+        parts |= matrix.part
+    return parts
 
 
 class ScaleChoice(IntEnum):

@@ -179,7 +179,7 @@ def pack(source: ModelSource, options: StoreOptions, progress: Progress) -> Path
             return source.path
         model = open_source(source.path)
         directory = packed_directory(model, options.format)
-        for line in conversion_notes(model, options.format, options.group_size):
+        for line in conversion_notes(model, options.model_formats(model.config)):
             logger.info("%s: %s", source.path, line)
         convert(model, directory, options, progress)
         note_use(directory)

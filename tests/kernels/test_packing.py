@@ -8,7 +8,7 @@ import pytest
 
 from dist_moe.errors import UsageError
 from dist_moe.kernels import KvFormat, WeightFormat, chunk_bytes, kv_block_bytes, packed_bytes, reference
-from dist_moe.kernels._native import lib
+from dist_moe.kernels._native import ffi, lib
 
 QUANTIZED = [WeightFormat.Q8, WeightFormat.Q4]
 SIZES = [(1, 1), (1, 33), (16, 32), (17, 31), (33, 64), (48, 128), (31, 130), (130, 48)]
@@ -28,7 +28,8 @@ def test_sizes_are_those_of_the_header(fmt):
             for columns in (1, 2, 31, 32, 33, 128, 2048, 2049):
                 assert packed_bytes(fmt, rows, columns, group) == lib.dm_packed_bytes(fmt, rows, columns, group)
                 assert packed_bytes(fmt, rows, columns, group) % 64 == 0
-        assert chunk_bytes(fmt, 2048, 96, group) == lib.dm_chunk_bytes(fmt, 2048, 96, group)
+        alike = ffi.new("dm_chunk_format *", (fmt, fmt, group, group))
+        assert chunk_bytes(fmt, 2048, 96, group) == lib.dm_chunk_bytes(alike, 2048, 96)
     # DESIGN section 4: 4 bits per weight and one f16 per 32 of them.
     assert packed_bytes(WeightFormat.Q4, 768, 2048, 32) == 768 * 2048 // 2 + 768 * 64 * 2
 

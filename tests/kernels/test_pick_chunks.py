@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from dist_moe.kernels import ExpertsLayer, Kernels, LayerSizes, Picks, WeightFormat, Workers
+from dist_moe.kernels import ChunkFormat, ExpertsLayer, Kernels, LayerSizes, MatrixFormat, Picks, WeightFormat, Workers
 from dist_moe.parallel.plan import CHUNK_READ_COST_TOKENS as READ_COST
 
 Int64s = npt.NDArray[np.int64]
+Q4 = ChunkFormat(MatrixFormat(WeightFormat.Q4, 32), MatrixFormat(WeightFormat.Q4, 32))
 SIZES = LayerSizes(
     model_dim=32,
     heads=1,
@@ -19,10 +20,6 @@ SIZES = LayerSizes(
     head_dim=32,
     experts_per_token=1,
     workers=Workers(node=0, rank=0, ranks=1, read_cost=READ_COST),
-    format=WeightFormat.Q4,
-    group=32,
-    output_group=32,
-    router_format=WeightFormat.BF16,
     norm_topk_prob=True,
     eps=np.float32(1e-6),
     score_scale=np.float32(1),
@@ -39,6 +36,7 @@ def picked(tokens_E: Int64s, chunks_per_expert: int, rank: int, ranks: int, owne
         norm_D=np.ones(32, np.float32),
         router=None,
         addresses=np.arange(experts * chunks_per_expert, dtype=np.uint64) * 64,
+        formats=[Q4],
         owned=owned,
         experts=experts,
         width=32,
@@ -48,8 +46,8 @@ def picked(tokens_E: Int64s, chunks_per_expert: int, rank: int, ranks: int, owne
     words = Kernels.pick_chunks(Picks(1, experts), layer, offset_E1, workers).astype(np.int64)
     numbers = words[:, 0] // 64
     expert = numbers // chunks_per_expert
-    assert (words[:, 1] == offset_E1[expert]).all()
-    assert (words[:, 2] == tokens_E[expert]).all()
+    assert (words[:, 2] == offset_E1[expert]).all()
+    assert (words[:, 3] == tokens_E[expert]).all()
     return numbers.tolist()
 
 

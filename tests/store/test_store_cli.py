@@ -14,8 +14,8 @@ from click.testing import CliRunner, Result
 
 import dist_moe
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.cli.making_store import ShardProgress
 from dist_moe.cli.shard import shard
+from dist_moe.cli.shard_progress import ShardProgress
 from dist_moe.errors import CheckpointError, Interrupted, StoreError, UsageError
 from dist_moe.store.reader import Store
 from helpers.tiny_model import TinyModel

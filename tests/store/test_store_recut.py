@@ -16,8 +16,8 @@ from click.testing import CliRunner, Result
 import dist_moe
 from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.cli.main import execute
-from dist_moe.cli.making_store import ShardProgress
 from dist_moe.cli.reshard import reshard
+from dist_moe.cli.shard_progress import ShardProgress
 from dist_moe.errors import Interrupted, PlaceError, StoreError, UsageError
 from dist_moe.kernels import WeightFormat
 from dist_moe.store import convert as conversion
