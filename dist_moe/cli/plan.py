@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dist_moe.cli.config_file import option
+from dist_moe.cli.counting import CountProgress
 from dist_moe.cli.values import Number, OneOf, PathName, Whole, WholeRange, ends
 from dist_moe.parallel.cpu_limits import own_cores
 from dist_moe.parallel.launcher import detect_launcher
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from dist_moe.store.manifest import Manifest
 
 MOST_NODES = 1024
+MOST_RANKS = 1024  # of a node: more than it has cores
 DEFAULT_NODES = 8
 DEFAULT_CONTEXT = 4096
 START_TIMEOUT_S = 60.0
@@ -66,7 +68,7 @@ class PlanOptions:
 )
 @option(
     "--ranks-per-node",
-    type=Whole(min=1, max=4096),
+    type=Whole(min=1, max=MOST_RANKS),
     default=1,
     help="MPI ranks on each node; with --net measured the job's.",
 )
@@ -203,5 +205,5 @@ def _report(
     from dist_moe.cli.plan_output import Facts, render
     from dist_moe.engine.planning import make_report
 
-    report = make_report(manifest, nodes, counts, workload, memory_bytes)
+    report = make_report(manifest, nodes, counts, workload, memory_bytes, CountProgress("predicting number of nodes"))
     return render(options.format, report, Facts(manifest, nodes, memory_bytes, options.net))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dist_moe.engine.memory import Demand, MemoryNeed, host_need
@@ -140,13 +140,20 @@ def check_request(
         raise UsageError(f"--ctx {context}: the model has {most} positions; give at most that")
     if workload.prompt >= context:
         raise UsageError(f"--prompt {workload.prompt}: leaves no room to answer in {context} positions: raise --ctx")
-    needs = [least_need(manifest, replace(ranks, nodes=count), workload) for count in counts]
+    # The most nodes first: if the model fits on them, the others need not be looked at.
+    needs = (least_need(manifest, replace(ranks, nodes=count), workload) for count in reversed(counts))
     if not any(_fits(need, memory_bytes) for need in needs):
-        raise UsageError(_too_large(manifest, ranks, counts[-1], workload, memory_bytes, needs[-1]))
+        most_nodes = least_need(manifest, replace(ranks, nodes=counts[-1]), workload)
+        raise UsageError(_too_large(manifest, ranks, counts[-1], workload, memory_bytes, most_nodes))
 
 
 def make_report(
-    manifest: Manifest, machine: Nodes, counts: Sequence[int], workload: Workload, memory_bytes: int
+    manifest: Manifest,
+    machine: Nodes,
+    counts: Sequence[int],
+    workload: Workload,
+    memory_bytes: int,
+    progress: Callable[[int, int], None] = lambda _, __: None,
 ) -> PlanReport:
     """Predict every way on each number of nodes.
 
@@ -156,9 +163,10 @@ def make_report(
         counts: Numbers of nodes, ascending; `check_request` found that the model fits on some of them.
         workload: What to run.
         memory_bytes: What a node can hold; 0 is not known.
+        progress: Told (numbers of nodes that are done, all of them).
     """
     ways, best, too_small = [], [], []
-    for count in counts:
+    for done, count in enumerate(counts, 1):
         nodes = replace(machine, nodes=count)
         fits = [way for way in _ways(manifest, nodes, workload) if _fits(way.need, memory_bytes)]
         if fits:
@@ -166,6 +174,7 @@ def make_report(
             best.append(min(fits, key=lambda way: way.request_seconds))
         else:
             too_small.append((count, least_need(manifest, Ranks.of(nodes), workload).full_bytes))
+        progress(done, len(counts))
     return PlanReport(tuple(ways), tuple(best), tuple(too_small))
 
 
