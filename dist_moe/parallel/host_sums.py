@@ -53,6 +53,7 @@ class HostSums:
         exchange: Their messages.
         costs: What the choice between one phase and two goes by; equal on all hosts.
         message_sums: Sums in a message, where many travel.
+        one_phase: Whether sums take one phase, where that is to be compared; None: as `is_one_phase` finds.
     """
 
     def __init__(self, exchange: HostExchange, partial: Codec, finished: Codec, costs: LinkCosts) -> None:
@@ -74,10 +75,13 @@ class HostSums:
         self._in = [list(np.empty(shape, np.uint8)) for _ in range(SLOTS)]
         wanted = int(costs.message_bytes / partial.value_bytes) // _BLOCK * _BLOCK
         self.message_sums = min(MOST_SUMS, max(FEWEST_SUMS, wanted))
+        self.one_phase: bool | None = None
         self._one_phase_for: dict[int, bool] = {}
 
     def is_one_phase(self, count: int) -> bool:
         """Whether `count` sums are added up on every host, which takes one phase of messages instead of two."""
+        if self.one_phase is not None:
+            return self.one_phase
         if not self._partial.rounds:
             # Two hosts: the bytes are about the same, and no sum is packed twice.
             return self.exchange.hosts == 2 or self._expected_s(count, 1) <= self._expected_s(count, 2)

@@ -44,7 +44,7 @@ def host_sums(links: HostExchange, wire: WireFormat, phases: int, costs: LinkCos
     """Sums in so many phases."""
     partial = SumsCodec(wire)
     sums = HostSums(links, partial, partial if partial.rounds else SumsCodec(WireFormat.F32), costs)
-    sums.is_one_phase = lambda count: phases == 1  # type: ignore[method-assign]
+    sums.one_phase = phases == 1
     return sums
 
 
