@@ -61,14 +61,15 @@ class StoreTensors:
             UsageError: It has other weights.
         """
         manifest = store.manifest
-        if manifest.format not in TYPES or manifest.group_size != GROUP:
+        own = manifest.formats.uniform_format
+        if own is None or own.format not in TYPES or own.group != GROUP:
             raise UsageError(
-                f"{store.directory}: has {manifest.format.label} weights in groups of {manifest.group_size}; expected "
+                f"{store.directory}: has {manifest.label} weights in groups of {manifest.group_size}; expected "
                 f"q4 or q8 in groups of {GROUP}, which GGUF has too: pack it with --quant q4 --group-size {GROUP}"
             )
         self.store, self.config = store, store.config
-        self._format, self._type = manifest.format, TYPES[manifest.format]
-        self._block_bytes = 18 if manifest.format == WeightFormat.Q4 else 34
+        self._format, self._type = own.format, TYPES[own.format]
+        self._block_bytes = 18 if own.format == WeightFormat.Q4 else 34
 
     def all(self) -> Iterator[Tensor]:
         """Every tensor, in the order of the file."""

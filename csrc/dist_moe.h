@@ -63,10 +63,11 @@ typedef struct dm_operand {
     size_t columns;
 } dm_operand;
 
-/* How the matrices of an expert's chunks are packed: gate and up alike, down in its own way. */
+/* How the matrices of an expert's chunks are packed: gate and up alike, down in its own way. Where experts differ,
+ * read_cost takes the place of that in dm_workers. */
 typedef struct dm_chunk_format {
     int format, down_format;
-    size_t group, down_group;
+    size_t group, down_group, read_cost;
 } dm_chunk_format;
 
 /* One expert chunk (gate rows, up rows, down columns in one run of bytes) and the tokens routed to its expert:

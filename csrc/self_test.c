@@ -73,7 +73,7 @@ static void test_experts(test_state *state, int format) {
     dm_pack(context, state->packed, state->values, NULL, WIDTH, D, D, format, 32);
     dm_pack(context, state->packed + rows_bytes, state->values + WIDTH * D, NULL, WIDTH, D, D, format, 32);
     dm_pack(context, state->packed + 2 * rows_bytes, state->values + 2 * WIDTH * D, NULL, D, WIDTH, WIDTH, format, 32);
-    const dm_chunk_format alike = {format, format, 32, 32};
+    const dm_chunk_format alike = {format, format, 32, 32, 1};
     dm_chunk chunk = {state->packed, &alike, 0, T};
     const int32_t token_N[T] = {0, 1, 2};
     const float weight_N[T] = {0.25f, 0.5f, 0.75f};

@@ -95,7 +95,7 @@ void run_experts(test_run *run) {
     const test_case *one = run->one;
     size_t T = one->T, D = one->columns;
     size_t rows_bytes = dm_packed_bytes(one->format, WIDTH, D, one->group);
-    const dm_chunk_format alike = {one->format, one->format, one->group, one->group};
+    const dm_chunk_format alike = {one->format, one->format, one->group, one->group, 1};
     size_t chunk_bytes = dm_chunk_bytes(&alike, D, WIDTH);
     dm_operand x = operand(run, T, D);
     float *logits = numbers(run, T, E, one->numbers), *weights_TK = buffer(run, T * K * sizeof(float));

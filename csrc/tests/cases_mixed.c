@@ -65,7 +65,7 @@ static void add_chunks(test_run *run, const dm_operand *x) {
     dm_chunk chunks[CHUNKS];
     for (size_t c = 0; c < CHUNKS; c++) {
         formats[c] = (dm_chunk_format){format_of(run, c), format_of(run, c / 4 + 3 * c + 1), group_of(run, c),
-                                       group_of(run, c + 2)};
+                                       group_of(run, c + 2), 1};
         chunks[c] = (dm_chunk){chunk_of(run, &formats[c], D), &formats[c], c % 2 ? T : 0, c % 2 ? half : T};
     }
     int64_t *sums = buffer(run, T * D * sizeof(int64_t));

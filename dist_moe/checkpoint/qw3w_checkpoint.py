@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import numpy as np
 
 from dist_moe import files
 from dist_moe.checkpoint.hf_config import read_hf_config
-from dist_moe.checkpoint.names import GATE_UP, Location, locations, require_counts
+from dist_moe.checkpoint.names import GATE_UP, Location, kind_of_most, locations, require_counts
 from dist_moe.checkpoint.qw3w_directory import Qw3wDirectory
 from dist_moe.checkpoint.qw3w_file import RECOPY, DamagedError, Qw3wFile
 from dist_moe.checkpoint.qw3w_matrix import ALL, Matrix, matrices
@@ -82,13 +80,7 @@ class Qw3wCheckpoint:
 
     def preferred_dtype(self) -> str | None:
         """The kind of most of the matrices' weights; None if they are not quantized."""
-        apart = ("embedding", "router")  # of these a store keeps every value anyway
-        places = {place.tensor: place for name, place in self._locations.items() if not name.endswith(apart)}
-        weights = Counter[str]()
-        for tensor, place in places.items():
-            if len(place.tensor_shape) > 1:
-                weights[self._tensors[tensor].kind] += math.prod(place.tensor_shape)
-        kind = weights.most_common(1)[0][0]
+        kind = kind_of_most(self._locations, lambda tensor: self._tensors[tensor].kind)
         return kind if kind.startswith("qw3w_") else None
 
     def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> F32:

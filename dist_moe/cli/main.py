@@ -24,6 +24,7 @@ COMMANDS = {
     "chat": "Talk with a model, alone or on ranks that it starts itself.",
     "logits": "Write the logits at every position of a list of tokens.",
     "perplexity": "Measure how well a model predicts a text, and how far it is from a reference.",
+    "calibrate": "Sum up over a text what each matrix reads, for shard --importance.",
     "shard": "Make a store, in shards for one or more nodes, from a Hugging Face directory.",
     "reshard": "Cut a store into another number of shards, without its source.",
     "plan": "Predict memory, bytes on the wire and speed of a model on a number of nodes.",

@@ -20,12 +20,12 @@ import numpy.typing as npt
 from dist_moe import files
 from dist_moe.cli import config_file
 from dist_moe.cli.config_file import flag, option
+from dist_moe.cli.documents import documents_of, split_option
 from dist_moe.cli.job import Setting, run_job
 from dist_moe.cli.kl_base import KlBase, new_base
 from dist_moe.cli.models import find_model
 from dist_moe.cli.npz_arrays import NpzArrays
 from dist_moe.cli.options import PerplexityOptions, model_options
-from dist_moe.cli.text_files import read_text
 from dist_moe.cli.values import PathName, Whole
 from dist_moe.engine.engine import Engine
 from dist_moe.engine.perplexity import (
@@ -38,7 +38,6 @@ from dist_moe.engine.perplexity import (
 )
 from dist_moe.engine.text_windows import windows_of
 from dist_moe.errors import UsageError
-from dist_moe.text.tokenizer import Tokenizer
 
 DEFAULT_WINDOW = 2048
 Floats = npt.NDArray[np.float32]
@@ -168,7 +167,8 @@ def make_task(options: PerplexityOptions, setting: Setting) -> PerplexityTask:
     stride = options.stride or window // 2
     if stride >= window:
         raise UsageError(f"--stride {stride}: expected less than --window {window}, so that windows overlap")
-    documents = _documents(options, setting.text.require_tokenizer())
+    documents = documents_of(Path(options.text), options.split, setting.text.require_tokenizer())
+    documents = [ids for ids in documents if len(ids) > 1]
     pieces = [
         Piece(ids[part.first : part.stop], part.scored - 1 - part.first)
         for ids in documents
@@ -195,18 +195,6 @@ def make_task(options: PerplexityOptions, setting: Setting) -> PerplexityTask:
     return PerplexityTask(pieces, len(documents), context, write_base, base, options.json, words, setting.interrupted)
 
 
-def _documents(options: PerplexityOptions, tokenizer: Tokenizer) -> list[list[int]]:
-    """The tokens of each document that has one to predict; a separator ends its document and is predicted, too."""
-    text = read_text(Path(options.text), "TEXTFILE")
-    if options.split is None:
-        return [ids for ids in [tokenizer.encode(text)] if len(ids) > 1]
-    separator = tokenizer.encode_trusted(options.split)
-    parts = text.split(options.split)
-    last = [] if not parts[-1].strip() else [tokenizer.encode(parts[-1])]
-    found = [*(tokenizer.encode(part) + separator for part in parts[:-1]), *last]
-    return [ids for ids in found if len(ids) > 1]
-
-
 @click.command()
 @model_options
 @click.argument("text", metavar="TEXTFILE", type=PathName("the name of a text file"))
@@ -222,13 +210,7 @@ def _documents(options: PerplexityOptions, tokenizer: Tokenizer) -> list[list[in
     show_default="half a window",
     help="Each window begins so much later than the one before it; every token is predicted once.",
 )
-@option(
-    "--split",
-    metavar="TEXT",
-    show_default=False,
-    help="Documents end with this text (a special token of the model counts as one, as in <|endoftext|>), and each "
-    "is read by itself.",
-)
+@split_option
 @option(
     "--kl-base",
     type=PathName(),

@@ -11,13 +11,16 @@ import click
 
 from dist_moe import files
 from dist_moe.cli.making_store import cut_options, default_directory, make_store, quiet_option, read_cut
-from dist_moe.cli.values import OneOf, PathName, Whole
+from dist_moe.cli.values import Number, OneOf, PathName, Whole
 from dist_moe.errors import UsageError
 from dist_moe.parallel.launcher import detect_launcher
 
 if TYPE_CHECKING:
     from dist_moe.checkpoint.source import Source
     from dist_moe.store.plan import StoreOptions
+
+
+AUTO = "auto"
 
 
 @click.command("shard")
@@ -34,7 +37,24 @@ if TYPE_CHECKING:
     metavar="NAME|FILE|STORE",
     type=PathName(),
     help="Formats by matrix: q4, q4-mixed (attention and lm_head in q8), q8, bf16, f32, a TOML file (docs/stores.md), "
-    "or as another store has them; in place of --quant.",
+    "or as another store has them; or auto: what suits --target-bits best; in place of --quant.",
+)
+@click.option(
+    "--importance",
+    metavar="FILE",
+    type=PathName(),
+    help="What dist-moe calibrate wrote: weights the search for scales (mse), and decides with --recipe auto.",
+)
+@click.option(
+    "--target-bits",
+    type=Number(min=1, max=32),
+    help="With --recipe auto: bits per packed weight at most, on average, scales included.  [default: 4.5]",
+)
+@click.option(
+    "--write-recipe",
+    metavar="FILE.toml",
+    type=PathName(),
+    help="Write the format of every matrix as a recipe.",
 )
 @click.option(
     "--group-size",
@@ -64,6 +84,9 @@ def shard(
     nodes: int | None,
     quant: str | None,
     recipe: str | None,
+    importance: str | None,
+    target_bits: float | None,
+    write_recipe: str | None,
     group_size: str | None,
     scales: str | None,
     experts: str | None,
@@ -85,6 +108,8 @@ def shard(
     if not detect_launcher(os.environ).is_first:
         return
     from dist_moe.checkpoint.source import open_source
+    from dist_moe.cli.calibrated_packing import require_new_recipe
+    from dist_moe.cli.calibrated_packing import write_recipe as write_formats
     from dist_moe.cli.dry_run import show_sizes
     from dist_moe.store.carry import conversion_notes
     from dist_moe.store.convert import convert
@@ -92,13 +117,15 @@ def shard(
 
     if as_json and not dry_run:
         raise UsageError("--json: belongs to --dry-run; add it, or leave out --json")
+    if write_recipe is not None:
+        require_new_recipe(Path(write_recipe), force)
     placed = None if placement is None else read_cut(Path(placement), nodes, experts)
     path = source_path(source, quiet)
     _refuse_store(path)
     model = open_source(path)
     shards = len(placed.shards) if placed else nodes or 1
     options = replace(
-        packing_options(model, Packing(quant, recipe, group_size, scales)),
+        packing_options(model, Packing(quant, recipe, group_size, scales, importance, target_bits, threads, quiet)),
         nodes=shards,
         experts=experts or "whole",
         placement=placed,
@@ -108,6 +135,8 @@ def shard(
     )
     formats = options.model_formats(model.config)
     destination = Path(output or default_directory(source_name(path), formats.label, shards, placed is not None))
+    if write_recipe is not None:
+        write_formats(Path(write_recipe), formats, options.scales, f"of {source_name(path)}", force)
     if dry_run:
         show_sizes(plan_store(model, options), destination, as_json)
         return
@@ -124,14 +153,55 @@ class Packing:
     recipe: str | None
     group_size: str | None
     scales: str | None
+    importance: str | None = None
+    target_bits: float | None = None
+    threads: int | None = None
+    quiet: bool = False
 
 
 def packing_options(model: Source, packing: Packing) -> StoreOptions:
     """Formats and scales of a store of a model, nothing else.
 
     Raises:
-        UsageError: --quant and --recipe are both given, or the recipe cannot be read or does not fit the model.
+        UsageError: --quant and --recipe are both given, or the recipe or calibration cannot be read or does not fit
+            the model, or lacks an option.
     """
+    if packing.importance is None:
+        _refuse_without_importance(packing)
+        return _uncalibrated_options(model, packing)
+    from dist_moe.cli.calibrated_packing import DEFAULT_TARGET_BITS, with_auto_recipe, with_importance
+    from dist_moe.kernels.formats import ScaleChoice
+
+    is_auto = packing.recipe == AUTO
+    plain = replace(packing, scales=packing.scales or ScaleChoice.MSE.label, recipe=None if is_auto else packing.recipe)
+    if is_auto:
+        for name, value in (("--quant", packing.quant), ("--group-size", packing.group_size)):
+            if value is not None:
+                raise UsageError(f"{name} {value}: --recipe auto chooses that; leave out {name} or --recipe")
+    options, calibration = with_importance(_uncalibrated_options(model, plain), model, Path(packing.importance))
+    if not is_auto:
+        _refuse_target(packing)
+        return options
+    target = packing.target_bits or DEFAULT_TARGET_BITS
+    return with_auto_recipe(options, model, calibration, target, packing.threads or 0, packing.quiet)
+
+
+def _refuse_without_importance(packing: Packing) -> None:
+    if packing.recipe == AUTO:
+        raise UsageError(
+            "--recipe auto: needs --importance FILE, which says how much errors matter: make one with dist-moe "
+            "calibrate TEXT -m STORE --sensitivity 1024 -o FILE"
+        )
+    _refuse_target(packing)
+
+
+def _refuse_target(packing: Packing) -> None:
+    if packing.target_bits is not None:
+        raise UsageError(f"--target-bits {packing.target_bits:g}: belongs to --recipe auto; add it, or leave this out")
+
+
+def _uncalibrated_options(model: Source, packing: Packing) -> StoreOptions:
+    """As `packing_options`, without a calibration."""
     from dist_moe.kernels.formats import ScaleChoice, WeightFormat
     from dist_moe.store.carry import default_format
     from dist_moe.store.plan import StoreOptions

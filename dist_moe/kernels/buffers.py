@@ -32,6 +32,7 @@ from dist_moe.kernels.formats import (
     KvFormat,
     MatrixFormat,
     OperandParts,
+    chunk_bytes,
     packed_bytes,
     parts_read,
 )
@@ -117,7 +118,7 @@ class ChunkFormats:
     def __init__(self, formats: Sequence[ChunkFormat]) -> None:
         """Take the format of each, or one for all."""
         different = set(formats)
-        entries = formats[:1] if len(different) == 1 else formats
+        entries = self._entries = formats[:1] if len(different) == 1 else formats
         self.count = len(entries)
         self.step = 0 if len(different) == 1 else 1
         self.normed_parts = parts_read(fmt.gate_up for fmt in different)
@@ -125,8 +126,15 @@ class ChunkFormats:
         for entry, fmt in zip(self.struct, entries, strict=True):
             entry.format, entry.group = fmt.gate_up.format, fmt.gate_up.group
             entry.down_format, entry.down_group = fmt.down.format, fmt.down.group
+            entry.read_cost = 1
         first, size = int(ffi.cast("uintptr_t", self.struct)), ffi.sizeof("dm_chunk_format")
         self.addresses: U64Array = first + size * np.arange(self.count, dtype=np.uint64)
+
+    def set_read_costs(self, mean: int, model_dim: int, width: int) -> None:
+        """What reading a chunk costs, by its bytes, where it is `mean` on average."""
+        sizes = [chunk_bytes(fmt, model_dim, width) for fmt in self._entries]
+        for entry, size in zip(self.struct, sizes, strict=True):
+            entry.read_cost = max(1, round(mean * size * self.count / sum(sizes)))
 
 
 class ChunkList:

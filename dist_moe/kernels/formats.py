@@ -151,9 +151,11 @@ def packed_bytes(fmt: WeightFormat, rows: int, columns: int, group: int) -> int:
     return tiles * (scale_bytes + -(-columns // GROUP) * vectors * 64)
 
 
-def chunk_bytes(fmt: WeightFormat, model_dim: int, width: int, group: int) -> int:
+def chunk_bytes(fmt: ChunkFormat, model_dim: int, width: int) -> int:
     """Bytes of one expert chunk: gate [width, D], up [width, D], down [D, width], back to back (`dm_chunk_bytes`)."""
-    return 2 * packed_bytes(fmt, width, model_dim, group) + packed_bytes(fmt, model_dim, width, group)
+    gate_up, down = fmt.gate_up, fmt.down
+    rows_bytes = packed_bytes(gate_up.format, width, model_dim, gate_up.group)
+    return 2 * rows_bytes + packed_bytes(down.format, model_dim, width, down.group)
 
 
 def kv_block_bytes(fmt: KvFormat, head_dim: int) -> int:

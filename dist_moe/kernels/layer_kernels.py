@@ -222,6 +222,7 @@ class ExpertsLayer:
         if router is not None and router.parts != OperandParts.FLOATS:
             raise TypeError(f"layer {layer}: a quantized router")
         self._router, self.holders, self._formats = router, holders, ChunkFormats(formats)
+        self._formats.set_read_costs(sizes.workers.read_cost, sizes.model_dim, width)
         self.normed_parts = int(self._formats.normed_parts)
         self.quantized = bool(self.normed_parts & OperandParts.INT8)
         self._own_C = np.zeros(len(addresses), np.uint8)

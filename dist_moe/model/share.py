@@ -9,7 +9,6 @@ import numpy as np
 from dist_moe.kernels import LayerSizes, OperandParts, WeightFormat, Workers
 from dist_moe.model_config import ModelConfig
 from dist_moe.parallel.plan import CHUNK_READ_COST_TOKENS, JobPlan, Plan
-from dist_moe.store.manifest import Manifest
 from dist_moe.store.reader import Store
 
 
@@ -43,9 +42,4 @@ def make_share(store: Store, job: JobPlan, rank: int) -> Share:
         kv_of_h=np.array(kv_of_h, dtype=np.int32),
     )
     head_parts = manifest.matrix_format("lm_head", 0).part
-    return Share(config, job, plan, manifest.format, reads_int8(manifest), head_parts, sizes)
-
-
-def reads_int8(manifest: Manifest) -> bool:
-    """Whether any matrix of a store reads int8 activations."""
-    return manifest.format.quantized
+    return Share(config, job, plan, manifest.format, manifest.formats.quantized, head_parts, sizes)

@@ -89,6 +89,16 @@ class Transformer:
         return self._workspace.fault_T[: self._tokens]
 
     @property
+    def normed_TD(self) -> Floats:
+        """What the matrices of the last half of a layer read before it is quantized, f32 [T, D]; for an observer."""
+        return self._workspace.normed.x_TC[: self._tokens]
+
+    @property
+    def attended_TC(self) -> Floats:
+        """What o_proj read, f32 [T, local heads * P], likewise."""
+        return self._workspace.attended.x_TC[: self._tokens]
+
+    @property
     def picked_TK(self) -> npt.NDArray[np.int32]:
         """The experts of the last layer that was routed, int32 [T, K]; for an observer."""
         return self._workspace.ids_TK[: self._tokens]

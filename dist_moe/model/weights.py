@@ -5,7 +5,9 @@ Shape suffixes: V vocabulary, D model dim.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +29,22 @@ from dist_moe.split import VOCABULARY_BLOCK
 from dist_moe.store.manifest import Manifest
 from dist_moe.store.private_copy import PrivateCopy
 from dist_moe.store.reader import Store
-from dist_moe.store.units import layer_chunk_width
+from dist_moe.store.units import UnitKind, layer_chunk_width
 
 Floats = npt.NDArray[np.float32]
+
+
+class UnitSource(Protocol):
+    """Where packed weights are read: a store, or something that stands in for it."""
+
+    def common(self, name: str) -> npt.NDArray[Any]:
+        """As Store.common."""
+
+    def unit(self, kind: UnitKind, layer: int, index: int) -> npt.NDArray[np.uint8]:
+        """As Store.unit."""
+
+    def chunk_addresses(self, layer: int, wanted: Iterable[int]) -> npt.NDArray[np.uint64]:
+        """As Store.chunk_addresses."""
 
 
 @dataclass(frozen=True)
@@ -72,19 +87,18 @@ def load_weights(store: Store, share: Share, cache_layer_bytes: int, copied: boo
         embedding_VD=store.common("embedding"),
         layers=tuple(
             LayerWeights(
-                _attention(store, source, share, layer, layer * cache_layer_bytes),
-                _experts(store, source, share, layer),
+                attention_weights(store, source, share, layer, layer * cache_layer_bytes),
+                expert_weights(store, source, share, layer),
             )
             for layer in range(store.config.layers)
         ),
         final_norm_D=store.common("final_norm"),
-        vocabulary=_vocabulary(store, source, share.plan),
+        vocabulary=vocabulary_weights(store, source, share.plan),
     )
 
 
-def _attention(
-    store: Store, source: Store | PrivateCopy, share: Share, layer: int, cache_offset: int
-) -> AttentionLayer:
+def attention_weights(store: Store, source: UnitSource, share: Share, layer: int, cache_offset: int) -> AttentionLayer:
+    """A layer's attention on this rank, its units as `source` has them."""
     config, manifest, plan = store.config, store.manifest, share.plan
     store.require("head", layer, plan.heads)
     store.require("kv_head", layer, plan.kv_heads)
@@ -122,7 +136,8 @@ def _qkv_bias(store: Store, plan: Plan, name: str) -> Floats | None:
     return np.concatenate([bias.reshape(-1, head_dim)[list(heads)].ravel() for bias, heads in parts])
 
 
-def _experts(store: Store, source: Store | PrivateCopy, share: Share, layer: int) -> ExpertsLayer:
+def expert_weights(store: Store, source: UnitSource, share: Share, layer: int) -> ExpertsLayer:
+    """A layer's router and chunks on this rank, as `source` has them."""
     config, manifest = store.config, store.manifest
     experts = config.layer_experts(layer)
     owned, wanted = share.plan.owned_chunks(layer), share.plan.readable_chunks(layer).tolist()
@@ -147,13 +162,15 @@ def _experts(store: Store, source: Store | PrivateCopy, share: Share, layer: int
 
 
 def _chunk_formats(manifest: Manifest, layer: int) -> list[ChunkFormat]:
-    """Of each expert's chunks."""
-    experts = range(manifest.config.layer_experts(layer))
-    pairs = [(manifest.matrix_format("gate", layer, e), manifest.matrix_format("down", layer, e)) for e in experts]
-    return [ChunkFormat(gate_up, down) for gate_up, down in pairs]
+    """Of each expert's chunks, or one for all."""
+    formats = manifest.formats.layers[layer]
+    pairs = list(zip(formats.gate_up, formats.down, strict=True))
+    kinds = {pair: ChunkFormat(*pair) for pair in set(pairs)}
+    return list(kinds.values()) if len(kinds) == 1 else [kinds[pair] for pair in pairs]
 
 
-def _vocabulary(store: Store, source: Store | PrivateCopy, plan: Plan) -> MatrixList:
+def vocabulary_weights(store: Store, source: UnitSource, plan: Plan) -> MatrixList:
+    """This rank's rows of lm_head, as `source` has them."""
     config, manifest = store.config, store.manifest
     store.require("vocabulary", 0, plan.vocabulary_blocks)
     last_rows, fmt = plan.vocabulary_rows % VOCABULARY_BLOCK, manifest.matrix_format("lm_head", 0)

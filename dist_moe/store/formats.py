@@ -62,10 +62,9 @@ class ModelFormats:
         """All matrices alike."""
         one = matrix_format(fmt, group)
 
-        def layer(experts: int) -> LayerFormats:
-            return LayerFormats(one, one, one, one, (one,) * experts, (one,) * experts)
-
-        return cls(tuple(layer(config.layer_experts(i)) for i in range(config.layers)), one)
+        counts = [config.layer_experts(layer) for layer in range(config.layers)]
+        layers = {n: LayerFormats(one, one, one, one, (one,) * n, (one,) * n) for n in set(counts)}
+        return cls(tuple(layers[count] for count in counts), one)
 
     def matrix(self, key: str, layer: int, expert: int = 0) -> MatrixFormat:
         """How a matrix is packed, the group of o as a user gives it.
@@ -85,27 +84,31 @@ class ModelFormats:
     @cached_property
     def uniform_format(self) -> MatrixFormat | None:
         """The format of all matrices; None if they have several."""
-        return self.lm_head if all(found == self.lm_head for found in self._all()) else None
+        return self.lm_head if len(self.distinct) == 1 else None
+
+    @cached_property
+    def distinct(self) -> frozenset[MatrixFormat]:
+        """Every format that a matrix has."""
+        return frozenset(found for layer, _ in self._unlike_layers for found in layer.all()) | {self.lm_head}
 
     @cached_property
     def group_size(self) -> int | None:
         """The largest group, which decides the width of chunks; None if nothing is quantized."""
-        return max((found.group for found in self._all() if found.format.quantized), default=None)
+        return max((found.group for found in self.distinct if found.format.quantized), default=None)
 
     @cached_property
     def quantized(self) -> bool:
         """Whether any matrix is."""
-        return any(found.format.quantized for found in self._all())
+        return any(found.format.quantized for found in self.distinct)
 
     @cached_property
     def main(self) -> WeightFormat:
         """The format of most of the experts' weights, of equals the smaller one."""
         counts = Counter[WeightFormat]()
-        for layer in self.layers:
-            for found in layer.gate_up:
-                counts[found.format] += 2
-            for found in layer.down:
-                counts[found.format] += 1
+        for layer, times in self._unlike_layers:
+            for own, weight in ((layer.gate_up, 2), (layer.down, 1)):
+                for found, number in Counter(own).items():
+                    counts[found.format] += weight * number * times
         return max(counts, key=lambda fmt: (counts[fmt], fmt))
 
     @property
@@ -145,10 +148,11 @@ class ModelFormats:
             first = stop
         return {"lm_head": format_label(self.lm_head), "layers": layers}
 
-    def _all(self) -> Iterator[MatrixFormat]:
-        for layer in self.layers:
-            yield from layer.all()
-        yield self.lm_head
+    @cached_property
+    def _unlike_layers(self) -> list[tuple[LayerFormats, int]]:
+        """Layers that are different objects, and how often each stands in the model."""
+        layers = {id(layer): layer for layer in self.layers}
+        return [(layers[key], times) for key, times in Counter(map(id, self.layers)).items()]
 
 
 def matrix_format(fmt: WeightFormat, group: int) -> MatrixFormat:
@@ -185,7 +189,7 @@ def check_formats(config: ModelConfig, formats: ModelFormats, group_size: int) -
     Raises:
         UsageError: Groups do not go together or do not fit the model's shapes; says what works.
     """
-    groups = {found.group for found in formats._all() if found.format.quantized}
+    groups = {found.group for found in formats.distinct if found.format.quantized}
     listed = " and ".join(map(str, sorted(groups)))
     if 0 in groups and len(groups) > 1:
         raise UsageError(f"groups of {listed} in a store: whole rows (0) go with no other size; give only 0, or none")
@@ -197,7 +201,7 @@ def check_formats(config: ModelConfig, formats: ModelFormats, group_size: int) -
     told = [(len(layer.gate_up), len(layer.down)) for layer in formats.layers]
     if told != [(count, count) for count in experts]:
         raise UsageError("these formats are of a model with other layers or experts; make them for this one")
-    largest = max((found.format for found in formats._all()), key=lambda fmt: fmt.quantized)
+    largest = max((found.format for found in formats.distinct), key=lambda fmt: fmt.quantized)
     check_format(config, largest, group_size)
 
 

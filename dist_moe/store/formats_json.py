@@ -8,6 +8,7 @@ from dist_moe.model_config import ModelConfig
 from dist_moe.store.fields import Fields
 from dist_moe.store.formats import ATTENTION_KEYS, LayerFormats, ModelFormats, check_formats, parse_label
 
+MOST_EXPERTS = 1 << 20  # of all layers
 _RUNS = r"[1-9]\d{0,6}\*[a-z0-9]{1,8}(?:,[1-9]\d{0,6}\*[a-z0-9]{1,8}){0,8191}"
 
 
@@ -39,6 +40,7 @@ def read_formats(entry: Fields, config: ModelConfig, group_size: int, *, mixed: 
 
 def _read_runs(entry: Fields, config: ModelConfig) -> ModelFormats:
     """Read what `to_json` wrote; raises StoreError if it is something else."""
+    entry.require(config.layers * max(1, config.experts) <= MOST_EXPERTS, "is of more experts than any store has")
     lm_head = _format(entry, "lm_head")
     layers: list[LayerFormats] = []
     for part in entry.objects("layers"):

@@ -147,6 +147,7 @@ def shard_command(manifest: Manifest, directory: Path) -> str:
     else:
         words += ["--quant", manifest.format.label, "--group-size", str(manifest.group_size)]
     words += [] if manifest.scales == ScaleChoice.ABSMAX else ["--scales", manifest.scales.label]
+    words += ["--importance", "FILE"] if manifest.importance else []
     words += [*([] if placed else ["--experts", manifest.experts]), "-o", str(directory)]
     return shlex.join(words)
 

@@ -142,9 +142,8 @@ def _group(entries: dict[str, Any], where: str) -> int | None:
         return None
     value = entries["group"]
     if type(value) is not int or value not in GROUP_SIZES:
-        raise UsageError(
-            f"{where}: group = {value!r}; choose one of {', '.join(map(str, GROUP_SIZES))}, 0 is a whole row"
-        )
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        raise UsageError(f"{where}: group = {value!r}; give one of {sizes}, of which 0 is a whole row")
     return value
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -10,7 +12,7 @@ from dist_moe.parallel.plan import CHUNK_READ_COST_TOKENS as READ_COST
 
 Int64s = npt.NDArray[np.int64]
 CHUNK_BYTES = 64
-Q4 = MatrixFormat(WeightFormat.Q4, 32)
+Q4 = ChunkFormat(MatrixFormat(WeightFormat.Q4, 32), MatrixFormat(WeightFormat.Q4, 32))
 
 
 def weightless_layer(
@@ -19,6 +21,7 @@ def weightless_layer(
     owned: Int64s | None = None,
     holders: ChunkHolders | None = None,
     experts_per_token: int = 1,
+    formats: Sequence[ChunkFormat] = (Q4,),
 ) -> ExpertsLayer:
     """A layer whose router decides nothing.
 
@@ -28,6 +31,7 @@ def weightless_layer(
         owned: The chunks of this rank; None: they are dealt out in each step.
         holders: Which node holds which chunk; None: one node has all.
         experts_per_token: That a token picks.
+        formats: Of the experts; one if they are all alike.
     """
     sizes = LayerSizes(
         model_dim=32,
@@ -48,7 +52,7 @@ def weightless_layer(
         norm_D=np.ones(32, np.float32),
         router=None,
         addresses=np.arange(chunks, dtype=np.uint64) * CHUNK_BYTES,
-        formats=[ChunkFormat(Q4, Q4)],
+        formats=formats,
         owned=owned,
         experts=experts,
         width=32,

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from dist_moe.kernels import Kernels, Picks, Workers
+from dist_moe.kernels import ChunkFormat, Kernels, MatrixFormat, Picks, WeightFormat, Workers, chunk_bytes
 from dist_moe.parallel.plan import CHUNK_READ_COST_TOKENS as READ_COST
-from helpers.weightless import weightless_layer
+from helpers.weightless import Q4, weightless_layer
 
 Int64s = npt.NDArray[np.int64]
 
 
-def picked(tokens_E: Int64s, chunks_per_expert: int, rank: int, ranks: int, owned: Int64s | None = None) -> list[int]:
+F32 = ChunkFormat(MatrixFormat(WeightFormat.F32, 0), MatrixFormat(WeightFormat.F32, 0))
+
+
+def picked(
+    tokens_E: Int64s,
+    chunks_per_expert: int,
+    rank: int,
+    ranks: int,
+    owned: Int64s | None = None,
+    formats: Sequence[ChunkFormat] = (Q4,),
+) -> list[int]:
     """Numbers of the chunks that C picks; a chunk's address is its number times 64. Checks each one's entries."""
     experts = len(tokens_E)
-    layer = weightless_layer(experts, experts * chunks_per_expert, owned)
+    layer = weightless_layer(experts, experts * chunks_per_expert, owned, formats=formats)
     offset_E1 = np.concatenate([[0], np.cumsum(tokens_E)]).astype(np.int32)
     workers = Workers(node=0, rank=rank, ranks=ranks, read_cost=READ_COST)
     words = Kernels.pick_chunks(Picks(1, experts), layer, offset_E1, workers).astype(np.int64)
@@ -27,6 +38,18 @@ def picked(tokens_E: Int64s, chunks_per_expert: int, rank: int, ranks: int, owne
     assert (words[:, 2] == offset_E1[expert]).all()
     assert (words[:, 3] == tokens_E[expert]).all()
     return numbers.tolist()
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_a_chunk_counts_by_its_bytes_where_formats_differ(ranks: int) -> None:
+    """Reading is most of the work on a token: ranks read equally much, to one chunk."""
+    formats = [F32, F32, F32, Q4, Q4, Q4, Q4]
+    runs = [picked(np.ones(7, np.int64), 10, rank, ranks, formats=formats) for rank in range(ranks)]
+    assert sorted(chain(*runs)) == list(range(70))
+    read = [sum(chunk_bytes(formats[number // 10], 32, 32) for number in run) for run in runs]
+    assert max(read) - min(read) <= 2 * chunk_bytes(F32, 32, 32)
+    alike = [picked(np.ones(7, np.int64), 10, rank, ranks) for rank in range(ranks)]
+    assert max(map(len, alike)) - min(map(len, alike)) <= 1
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
