@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +19,19 @@ from dist_moe.cli.coverage import coverage_lines
 from dist_moe.cli.documents import documents_of, split_option
 from dist_moe.cli.job import Setting, run_job
 from dist_moe.cli.options import ModelOptions, model_options
+from dist_moe.cli.output_files import require_apart
 from dist_moe.cli.values import PathName, Whole
 from dist_moe.engine.calibrating import calibrate as sum_over_texts
 from dist_moe.engine.calibrating import measure_sensitivity
 from dist_moe.engine.runtime import Runtime
+from dist_moe.engine.text_windows import pieces_of
 from dist_moe.errors import UsageError
 from dist_moe.parallel.launcher import detect_launcher
 from dist_moe.store.calibration import Calibration
 from dist_moe.store.calibration_file import merge_files, write_calibration
 
 DEFAULT_WINDOW = 2048
+_LINE_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,13 @@ class CalibrateTask:
 
     def lead(self, engine: Runtime) -> None:
         """Read all pieces, and write what their tokens drove through the matrices."""
-        sums = sum_over_texts(engine, self.pieces, self.interrupted)
+        sums = sum_over_texts(engine, self.pieces, self.interrupted, _Told("tokens read"))
         calibration = dataclasses.replace(sums, texts=tuple(sorted(set(self.texts))))
         if self.sensitivity is not None:
             pieces = first_tokens(self.pieces, self.sensitivity)
-            calibration = measure_sensitivity(engine, calibration, pieces, self.interrupted, _show)
+            calibration = measure_sensitivity(
+                engine, calibration, pieces, self.interrupted, _Told("groups of matrices rounded")
+            )
         write_calibration(self.output, calibration)
         report(self.output, calibration)
 
@@ -74,6 +80,7 @@ def make_task(options: CalibrateOptions, setting: Setting) -> CalibrateTask:
     """
     output, config = Path(options.output), setting.config
     require_new(output, options.texts, options.force)
+    require_apart(options, setting.directory)
     window = options.window or min(DEFAULT_WINDOW, config.max_positions)
     if window > config.max_positions:
         raise UsageError(
@@ -85,7 +92,7 @@ def make_task(options: CalibrateOptions, setting: Setting) -> CalibrateTask:
         documents = documents_of(Path(name), options.split, tokenizer)
         if not documents:
             raise UsageError(f"{name}: holds no text: give a file of what the model will read")
-        pieces += [ids[first : first + window] for ids in documents for first in range(0, len(ids), window)]
+        pieces += [piece for ids in documents for piece in pieces_of(ids, window)]
     texts = [Path(name).name for name in options.texts]
     return CalibrateTask(pieces, texts, max(map(len, pieces)), options.sensitivity, output, setting.interrupted)
 
@@ -100,9 +107,17 @@ def first_tokens(pieces: Sequence[list[int]], tokens: int) -> list[list[int]]:
     return found
 
 
-def _show(done: int, total: int) -> None:
-    if done % (-(-total // 20)) == 0 or done == total:
-        click.echo(f"sensitivity: {done} of {total} groups of matrices", err=True)
+class _Told:
+    """Says on stderr how far a long reading is, every few seconds."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._next_s = what, time.monotonic() + _LINE_EVERY_S
+
+    def __call__(self, done: int, total: int) -> None:
+        now_s = time.monotonic()
+        if now_s >= self._next_s:
+            self._next_s = now_s + _LINE_EVERY_S
+            click.echo(f"{done} of {total} {self._what}", err=True)
 
 
 def require_new(output: Path, inputs: Sequence[str], force: bool) -> None:

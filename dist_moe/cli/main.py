@@ -36,6 +36,7 @@ COMMANDS = {
     "bench": "Measure prefill and decode, each as a share of what the machine allows.",
     "inspect": "List what a store holds, verify it, or compare it with its source or another store.",
     "export": "Write chosen tensors of a store as safetensors or .npy.",
+    "verify": "Compare what this machine computes with definitions, other levels and other numbers of ranks.",
     "doctor": "Examine this machine, or all hosts of a job: what is wrong, and the fix.",
     "completion": "Print the script that completes commands and options in a shell.",
 }

@@ -72,7 +72,7 @@ class PerplexityTask:
     def lead_engine(self, engine: Engine) -> None:
         """Read all windows and print what was found."""
         started_s = time.perf_counter()
-        scores = _Scores(self.base)
+        scores = Scores(self.base)
         with ExitStack() as stack:
             if self.base is not None:
                 stack.enter_context(self.base)
@@ -108,15 +108,17 @@ class PerplexityTask:
         return entries if comparison is None else {**entries, "comparison": asdict(comparison)}
 
 
-class _Scores:
+class Scores:
     """What the rows that were read say, in their order."""
 
     def __init__(self, base: KlBase | None) -> None:
+        """Compare with a base that is open, or with nothing."""
         self._base = base
         self._logprobs: list[npt.NDArray[np.float64]] = []
         self._pairs: list[RowPair] = []
 
     def add(self, logits_NV: Floats, targets: Sequence[int]) -> None:
+        """The next rows, and the token that follows each."""
         targets_N = np.array(targets, np.int32)
         if self._base is None:
             self._logprobs.append(logprobs_of(logits_NV, targets_N))
@@ -125,16 +127,18 @@ class _Scores:
         self._logprobs.append(self._pairs[-1].logprob)
 
     def perplexity(self) -> Perplexity:
+        """Of all rows."""
         return Perplexity.of(np.concatenate(self._logprobs))
 
     def comparison(self) -> Comparison | None:
+        """With the base, over all rows; None without one."""
         return compare(self._pairs) if self._base is not None else None
 
 
 class _PieceReader:
     """Takes a window's rows as they come, and gives on those whose next token is counted."""
 
-    def __init__(self, piece: Piece, scores: _Scores, written: NpzArrays | None) -> None:
+    def __init__(self, piece: Piece, scores: Scores, written: NpzArrays | None) -> None:
         self._piece, self._scores, self._written = piece, scores, written
         self._row = 0
 
@@ -168,12 +172,7 @@ def make_task(options: PerplexityOptions, setting: Setting) -> PerplexityTask:
     if stride >= window:
         raise UsageError(f"--stride {stride}: expected less than --window {window}, so that windows overlap")
     documents = documents_of(Path(options.text), options.split, setting.text.require_tokenizer())
-    documents = [ids for ids in documents if len(ids) > 1]
-    pieces = [
-        Piece(ids[part.first : part.stop], part.scored - 1 - part.first)
-        for ids in documents
-        for part in windows_of(len(ids), window, stride)
-    ]
+    pieces = pieces_of(documents, window, stride)
     if not pieces:
         raise UsageError(f"{options.text}: a single token predicts nothing: give a longer text")
     targets_N = np.array([token for piece in pieces for token in piece.targets], np.int32)
@@ -193,6 +192,16 @@ def make_task(options: PerplexityOptions, setting: Setting) -> PerplexityTask:
     words = f"{count}, {len(pieces)} windows of up to {window} tokens, stride {stride}"
     context = max(len(piece.ids) for piece in pieces)
     return PerplexityTask(pieces, len(documents), context, write_base, base, options.json, words, setting.interrupted)
+
+
+def pieces_of(documents: Sequence[list[int]], window: int, stride: int) -> list[Piece]:
+    """The windows of all documents that have a token to predict."""
+    return [
+        Piece(ids[part.first : part.stop], part.scored - 1 - part.first)
+        for ids in documents
+        if len(ids) > 1
+        for part in windows_of(len(ids), window, stride)
+    ]
 
 
 @click.command()

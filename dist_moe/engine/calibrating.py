@@ -16,22 +16,31 @@ from dist_moe.store.calibration import Calibration, group_count
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Pieces = Sequence[Sequence[int]]
+OnDone = Callable[[int, int], None]
 
 
-def calibrate(engine: Runtime, pieces: Pieces, interrupted: Callable[[], bool]) -> Calibration:
+def calibrate(
+    engine: Runtime, pieces: Pieces, interrupted: Callable[[], bool], on_tokens: OnDone = lambda done, total: None
+) -> Calibration:
     """Read token sequences, each from its begin, and add up what the matrices read; on rank 0 alone.
 
-    Steps may not be partitioned by tokens (exchange allreduce). The texts' names are left to be filled in.
+    Args:
+        engine: Whose steps are not partitioned by tokens (exchange allreduce).
+        pieces: The sequences; their texts' names are left to be filled in.
+        interrupted: As of `Runtime.logits`.
+        on_tokens: Told (tokens read, tokens in all) after each piece.
 
     Raises:
         Interrupted, UsageError, DistMoeError, AgreedError: As `Runtime.logits`.
     """
     engine.crew.begin_calibration()
+    done, tokens = 0, sum(len(piece) for piece in pieces)
     for piece in pieces:
         engine.logits(piece, None, interrupted)
+        done += len(piece)
+        on_tokens(done, tokens)
     sums = engine.crew.end_calibration()
     manifest = engine.model.weights.store.manifest
-    tokens = sum(len(piece) for piece in pieces)
     unmeasured_G = np.zeros(group_count(engine.config.layers))
     return Calibration(manifest.source_name, manifest.source_fingerprint, (), tokens, *sums, unmeasured_G)
 
@@ -41,7 +50,7 @@ def measure_sensitivity(
     calibration: Calibration,
     pieces: Pieces,
     interrupted: Callable[[], bool],
-    on_group: Callable[[int, int], None],
+    on_group: OnDone,
 ) -> Calibration:
     """The calibration with sensitivities: the text is read once more for each group of matrices; on rank 0 alone.
 

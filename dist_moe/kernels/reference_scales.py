@@ -28,7 +28,9 @@ def fma(a: Array, b: Array, c: Array) -> F32Array:
     shadow = total - product
     error = (product - (total - shadow)) + (addend - shadow)
     inexact = (error != 0) & (total.view(np.int64) % 2 == 0)
-    return np.where(inexact, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total).astype(np.float32)
+    odd = np.where(inexact, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total)
+    rounded: F32Array = odd.astype(np.float32)
+    return rounded
 
 
 def least_error_scales(
