@@ -5,7 +5,8 @@ Started by peers.py in a process of its own, so that it is loaded once and sleep
     python benchmarks/llama_worker.py MODEL.gguf --threads 2 --repack yes
 
 Requests: {"test": "prefill"|"decode", "tokens", "batch", "depth", "kv": "f16"|"q8", "flash": true|false, "repeat"} are
-answered with {"seconds": [...]}, one per repetition; {"test": "logits", "ids": [...], "output": FILE.npy, ...} with {}.
+answered with {"seconds": [...]}, one per repetition; {"test": "logits", "ids": [...], "output": FILE.npy, ...} with {};
+{"test": "weights"} with {"digests": {tensor: blake2b of the float32 values that llama.cpp decodes}} of Q4_0 tensors.
 Tokens are random, as in llama-bench, and nothing is drawn from the logits.
 """
 
@@ -13,15 +14,19 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import hashlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader
 
+Q4_0_BYTES = 18  # of a block of 32 values
 BATCH_TOKENS = 512
 KV_TYPES = {"f16": llama.GGML_TYPE_F16, "q8": llama.GGML_TYPE_Q8_0}
 SEED = 7
@@ -32,6 +37,7 @@ class Worker:
 
     def __init__(self, path: Path, threads: int, repack: bool) -> None:
         """Load the model; `repack` lets llama.cpp keep weights in the order of this CPU's instructions."""
+        self._path = path
         self.log: list[str] = []
         self._log_callback = llama.llama_log_callback(lambda level, text, data: self.log.append(text.decode()))
         llama.llama_log_set(self._log_callback, ctypes.c_void_p(0))
@@ -50,7 +56,7 @@ class Worker:
 
     def facts(self) -> dict[str, str]:
         """What was built and how weights lie, for the report."""
-        library = ctypes.CDLL(str(Path(llama.__file__).parent / "lib" / "libggml-base.so"))
+        library = ggml_library()
         library.ggml_commit.restype = ctypes.c_char_p
         buffers = [line.split(":", 1)[-1].strip() for line in self.log if "model buffer size" in line]
         return {
@@ -63,6 +69,8 @@ class Worker:
         """Do what a line asks for."""
         if request["test"] == "logits":
             return self._logits(request)
+        if request["test"] == "weights":
+            return {"digests": dict(self._digests())}
         depth, tokens, batch = request["depth"], request["tokens"], request["batch"]
         self._open(request["kv"], request["flash"], batch, depth + tokens, depth)
         time_once = self._time_prefill if request["test"] == "prefill" else self._time_decode
@@ -167,6 +175,27 @@ class Worker:
                 )
         np.save(request["output"], rows)
         return {}
+
+    def _digests(self) -> Iterator[tuple[str, str]]:
+        """Each Q4_0 tensor's name, and the digest of its values as llama.cpp's own function decodes them."""
+        decode = ggml_library().dequantize_row_q4_0
+        decode.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+        decode.restype = None
+        for tensor in GGUFReader(self._path).tensors:
+            if tensor.tensor_type != GGMLQuantizationType.Q4_0:
+                continue
+            digest = hashlib.blake2b()
+            for rows in tensor.data.reshape(-1, tensor.data.shape[-1]):
+                blocks = np.ascontiguousarray(rows)
+                values = np.empty(len(blocks) // Q4_0_BYTES * 32, np.float32)
+                decode(blocks.ctypes.data, values.ctypes.data, len(values))
+                digest.update(values.data)
+            yield tensor.name, digest.hexdigest()
+
+
+def ggml_library() -> ctypes.CDLL:
+    """The library with ggml's quantized types."""
+    return ctypes.CDLL(str(Path(llama.__file__).parent / "lib" / "libggml-base.so"))
 
 
 def request_words(key: tuple[Any, ...]) -> str:

@@ -4,7 +4,8 @@
     dist-moe bench --synthetic configs/qwen3-30b-a3b.toml --layers 12 --synthetic-dir STORE --prefill 0 --decode 1
     python benchmarks/peers.py STORE                    # every case; needs memory for the weights twice
     python benchmarks/peers.py STORE --only decode --rounds 5 -o json
-    python benchmarks/peers.py --check                  # one small file in both engines: their logits
+    python benchmarks/peers.py --check                  # one random Q4_0 file in both engines: weights and logits
+    python benchmarks/peers.py --check qwen3-30b-a3b    # ... of two layers of the 30B's shape, with its vocabulary
 
 STORE has q4 or q8 weights in groups of 32. It is written once as a GGUF file beside it (--gguf), bit for bit. llama.cpp
 is given its best: each case is first tried with weights repacked for this CPU and as they lie in the file, with and
@@ -211,10 +212,16 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--read-gib", type=float, default=4.0, help="what dist-moe bench reads to know the machine")
     parser.add_argument("--settings", type=Path, help="keeps what was chosen for llama.cpp; another run trusts it")
     parser.add_argument("--peer-python", action="append", help="one that has llama-cpp-python  [default: this]")
-    parser.add_argument("--check", action="store_true", help="compare the logits of a small random model instead")
+    parser.add_argument(
+        "--check",
+        nargs="?",
+        const="small",
+        metavar="SHAPE",
+        help="compare logits of a random model of this shape instead",
+    )
     parser.add_argument("-o", "--format", choices=("md", "json"), default="md")
     arguments = parser.parse_args(words)
-    if arguments.store is None and not arguments.check:
+    if arguments.store is None and arguments.check is None:
         parser.error("give a store, or --check")
     return arguments
 
@@ -223,10 +230,12 @@ def main() -> None:
     """Compare and print."""
     arguments = parse()
     pythons = arguments.peer_python or [sys.executable]
-    if arguments.check:
-        from peer_check import check
+    if arguments.check is not None:
+        from peer_check import SHAPES, check
 
-        print(check(pythons[0], arguments.threads))
+        if arguments.check not in SHAPES:
+            raise SystemExit(f"--check {arguments.check}: give one of {', '.join(SHAPES)}")
+        print(check(pythons[0], arguments.threads, SHAPES[arguments.check]))
         return
     cases, path = list(chosen_cases(arguments.only)), gguf_of(arguments.store, arguments.gguf)
 

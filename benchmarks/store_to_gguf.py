@@ -1,9 +1,9 @@
-"""Writes the weights of a q4 or q8 store as a GGUF file, bit for bit, so that another engine runs the same numbers.
+"""Writes the weights of a store as a GGUF file, bit for bit, so that another engine runs the same numbers.
 
     python benchmarks/store_to_gguf.py STORE MODEL.gguf
 
-The integers and f16 scales of q4 become Q4_0, those of q8 Q8_0; embedding, norms and routers keep their values. One
-tensor is in memory at a time. The file has no tokenizer: it is run with token ids. Needs the package gguf.
+The integers and f16 scales of q4 become Q4_0, those of q8 Q8_0; bf16, f32, embedding, norms and routers keep their
+values. One tensor is in memory at a time. The file has no tokenizer: it is run with token ids. Needs the package gguf.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
 from dist_moe.errors import UsageError
 from dist_moe.kernels import reference
@@ -24,7 +24,12 @@ from dist_moe.model_config import ModelConfig
 from dist_moe.store.reader import Store
 
 Bytes = npt.NDArray[np.uint8]
-TYPES = {WeightFormat.Q4: GGMLQuantizationType.Q4_0, WeightFormat.Q8: GGMLQuantizationType.Q8_0}
+TYPES = {
+    WeightFormat.Q4: GGMLQuantizationType.Q4_0,
+    WeightFormat.Q8: GGMLQuantizationType.Q8_0,
+    WeightFormat.BF16: GGMLQuantizationType.BF16,
+    WeightFormat.F32: GGMLQuantizationType.F32,
+}
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,13 @@ class Tensor:
 
 
 def blocks_of(packed: Bytes, rows: int, columns: int, fmt: WeightFormat) -> Bytes:
-    """A packed matrix as GGUF's blocks: uint8 [rows, columns / 32, 18 for q4 or 34 for q8]."""
+    """A packed matrix as GGUF's blocks: uint8 [rows, columns / 32, 18 for q4, 34 for q8, 64 for bf16, 128 for f32]."""
     tiles, groups = -(-rows // TILE_ROWS), columns // GROUP
     tile_bytes = packed.reshape(tiles, -1)
+    if not fmt.quantized:
+        words = packed.view(np.uint32 if fmt == WeightFormat.F32 else np.uint16).reshape(tiles, columns, TILE_ROWS)
+        values = np.ascontiguousarray(words.swapaxes(1, 2)).reshape(tiles * TILE_ROWS, columns)[:rows]
+        return values.view(np.uint8).reshape(rows, groups, -1)
     scales = tile_bytes[:, : groups * TILE_ROWS * 2].view(np.uint16).reshape(tiles, groups, TILE_ROWS)
     vectors = 4 if fmt == WeightFormat.Q4 else 8
     words = tile_bytes[:, -groups * vectors * 64 :].view(np.uint32).reshape(tiles, groups, vectors, TILE_ROWS)
@@ -55,29 +64,17 @@ class StoreTensors:
     """The tensors of a store, put together from its units."""
 
     def __init__(self, store: Store) -> None:
-        """Take an open store of q4 or q8 weights in groups of 32.
-
-        Raises:
-            UsageError: It has other weights.
-        """
-        manifest = store.manifest
-        if manifest.format not in TYPES or manifest.group_size != GROUP:
-            raise UsageError(
-                f"{store.directory}: has {manifest.format.label} weights in groups of {manifest.group_size}; expected "
-                f"q4 or q8 in groups of {GROUP}, which GGUF has too: pack it with --quant q4 --group-size {GROUP}"
-            )
+        """Take an open store."""
         self.store, self.config = store, store.config
-        self._format, self._type = manifest.format, TYPES[manifest.format]
-        self._block_bytes = 18 if manifest.format == WeightFormat.Q4 else 34
 
     def all(self) -> Iterator[Tensor]:
-        """Every tensor, in the order of the file."""
+        """Every tensor, in the order of the file; UsageError if GGUF cannot hold its weights."""
         config = self.config
         yield self._embedding()
         yield self._vector("output_norm.weight", "final_norm")
         for layer in range(config.layers):
             yield from self._layer(layer)
-        yield self._matrix("output.weight", (config.vocabulary,), config.model_dim, self._vocabulary)
+        yield self._matrix("output.weight", "lm_head", 0, (config.vocabulary,), config.model_dim, self._vocabulary)
 
     def _embedding(self) -> Tensor:
         table = self.store.common("embedding")
@@ -104,6 +101,8 @@ class StoreTensors:
             rows = (heads * head_dim,)
             yield self._matrix(
                 f"{prefix}attn_{name}.weight",
+                name,
+                layer,
                 rows,
                 dim,
                 lambda kind=kind, index=index, heads=heads: np.concatenate(
@@ -112,6 +111,8 @@ class StoreTensors:
             )
         yield self._matrix(
             f"{prefix}attn_output.weight",
+            "o",
+            layer,
             (dim,),
             config.heads * head_dim,
             lambda: np.concatenate([self._parts("head", layer, head)[1] for head in range(config.heads)], axis=1),
@@ -125,6 +126,8 @@ class StoreTensors:
         ):
             yield self._matrix(
                 f"{prefix}ffn_{name}{suffix}.weight",
+                name,
+                layer,
                 (*leading, rows),
                 columns,
                 lambda index=index: self._experts(layer, index),
@@ -143,29 +146,50 @@ class StoreTensors:
 
         return Tensor(f"blk.{layer}.ffn_gate_inp.weight", GGMLQuantizationType.F32, shape, make)
 
-    def _matrix(self, name: str, rows: tuple[int, ...], columns: int, make: Callable[[], Bytes]) -> Tensor:
-        shape = (*rows, columns // GROUP * self._block_bytes)
-        return Tensor(name, self._type, shape, lambda: make().reshape(shape))
+    def _matrix(
+        self, name: str, key: str, layer: int, rows: tuple[int, ...], columns: int, make: Callable[[], Bytes]
+    ) -> Tensor:
+        kind = TYPES[self._format(key, layer)]
+        if kind == GGMLQuantizationType.F32:
+            whole = (*rows, columns)
+            return Tensor(name, kind, whole, lambda: make().reshape(-1).view(np.float32).reshape(whole))
+        block_values, block_bytes = GGML_QUANT_SIZES[kind]
+        shape = (*rows, columns // block_values * block_bytes)
+        return Tensor(name, kind, shape, lambda: make().reshape(shape))
+
+    def _format(self, key: str, layer: int) -> WeightFormat:
+        """How a matrix is packed; all experts of a layer are alike, because they are one tensor."""
+        experts = range(self.config.layer_experts(layer) if key in ("gate", "up", "down") else 1)
+        first, *others = {self.store.manifest.matrix_format(key, layer, expert) for expert in experts}
+        if others:
+            raise UsageError(f"{self.store.directory}: the experts of layer {layer} have several formats; GGUF has one")
+        if first.format.quantized and first.group != GROUP:
+            raise UsageError(
+                f"{self.store.directory}: has {first.format.label} weights in groups of {first.group}; expected "
+                f"groups of {GROUP}, which GGUF has too: pack it with --group-size {GROUP}"
+            )
+        return first.format
 
     def _vocabulary(self) -> Bytes:
-        units = range(len(self.store.unit_addresses("vocabulary", 0)))
+        units, fmt = range(len(self.store.unit_addresses("vocabulary", 0))), self._format("lm_head", 0)
         shape = (128, self.config.model_dim)
-        blocks = [blocks_of(self.store.unit("vocabulary", 0, unit), *shape, self._format) for unit in units]
+        blocks = [blocks_of(self.store.unit("vocabulary", 0, unit), *shape, fmt) for unit in units]
         return np.concatenate(blocks)[: self.config.vocabulary]
 
     def _parts(self, kind: str, layer: int, index: int) -> list[Bytes]:
         """The matrices of a head, kv_head or chunk unit."""
         dim, head_dim = self.config.model_dim, self.config.head_dim
         width = self.store.manifest.layer_chunk_width(layer)
-        shapes = {
-            "head": ((head_dim, dim), (dim, head_dim)),
-            "kv_head": ((head_dim, dim), (head_dim, dim)),
-            "chunk": ((width, dim), (width, dim), (dim, width)),
+        matrices = {
+            "head": (("q", head_dim, dim), ("o", dim, head_dim)),
+            "kv_head": (("k", head_dim, dim), ("v", head_dim, dim)),
+            "chunk": (("gate", width, dim), ("up", width, dim), ("down", dim, width)),
         }[kind]
         unit, parts = self.store.unit(kind, layer, index), []  # type: ignore[arg-type]
-        for rows, columns in shapes:
-            size = packed_bytes(self._format, rows, columns, GROUP)
-            parts.append(blocks_of(unit[:size], rows, columns, self._format))
+        for key, rows, columns in matrices:
+            fmt = self._format(key, layer)
+            size = packed_bytes(fmt, rows, columns, GROUP)
+            parts.append(blocks_of(unit[:size], rows, columns, fmt))
             unit = unit[size:]
         return parts
 

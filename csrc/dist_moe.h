@@ -41,11 +41,17 @@ enum dm_fault_kind {
     DM_FAULT_LOGIT = 6         /* a NaN or infinity in a vocabulary logit */
 };
 
-/* One packed matrix: tiles of 16 rows; its rows become columns out_column... of an output row. */
+/* One packed matrix: tiles of 16 rows; its rows become columns out_column... of an output row. group: weights per
+ * scale, 0: one scale per row. */
 typedef struct dm_matrix {
     const void *packed;
     size_t rows, out_column;
+    int format;
+    size_t group;
 } dm_matrix;
+
+/* The parts of an operand that weights read. */
+enum dm_operand_part { DM_PART_FLOATS = 1, DM_PART_INT8 = 2 };
 
 /* What a matrix is multiplied with: T vectors of `columns` values, row-major without gaps. f32 and bf16 weights read
  * x; q8 and q4 weights read q (int8, rows padded with zeros to a multiple of 32), and per 32 values scale and sum. */
@@ -57,10 +63,18 @@ typedef struct dm_operand {
     size_t columns;
 } dm_operand;
 
+/* How the matrices of an expert's chunks are packed: gate and up alike, down in its own way. Where experts differ,
+ * read_cost takes the place of that in dm_workers. */
+typedef struct dm_chunk_format {
+    int format, down_format;
+    size_t group, down_group, read_cost;
+} dm_chunk_format;
+
 /* One expert chunk (gate rows, up rows, down columns in one run of bytes) and the tokens routed to its expert:
  * entries [first, first + count) of the step's token and weight lists. */
 typedef struct dm_chunk {
     const void *packed;
+    const dm_chunk_format *format;
     size_t first, count;
 } dm_chunk;
 
@@ -77,9 +91,7 @@ typedef struct dm_kv_view {
 typedef struct dm_sizes {
     size_t D, h, g, P, K;
     dm_workers workers;
-    size_t group;
-    size_t output_group; /* of o_proj's columns */
-    int format, router_format, norm_topk_prob;
+    int norm_topk_prob;
     float eps, score_scale;
     const int32_t *kv_of_h;
 } dm_sizes;
@@ -110,18 +122,22 @@ typedef struct dm_attention_layer {
     const dm_matrix *qkv;
     const float *qkv_bias_R; /* NULL: none */
     const dm_matrix *o_units;
-    size_t cache_offset; /* bytes before the layer's part of a cache block */
+    size_t cache_offset;              /* bytes before the layer's part of a cache block */
+    int normed_parts, attended_parts; /* of the operands, that weights read */
     int32_t layer;
 } dm_attention_layer;
 
 /* One layer's MLP. Chunk c of expert e is number e * chunks_per_expert + c. */
 typedef struct dm_experts_layer {
     const float *norm_D;
-    const dm_matrix *router;   /* NULL: a dense MLP, one expert that every token picks with weight 1 */
-    const void *const *chunks; /* by number; NULL where this host has no copy */
+    const dm_matrix *router;        /* NULL: a dense MLP, one expert that every token picks with weight 1 */
+    const void *const *chunks;      /* by number; NULL where this host has no copy */
+    const dm_chunk_format *formats; /* of each expert, or of all: expert e's is formats[e * format_step] */
+    size_t format_step;             /* 1 or 0 */
     const uint8_t *own_C; /* by number: 1 for this rank's chunks; NULL: a node's chunks are dealt out in each step */
     const dm_holders *holders; /* not read for one node */
     size_t experts, chunks_per_expert, width;
+    int normed_parts; /* of the operand, that chunks read; a router reads floats */
     int32_t layer;
 } dm_experts_layer;
 
@@ -186,13 +202,13 @@ void dm_add_exact(dm_context *context, float *x_TD, int32_t *fault_T, const int6
 
 /* out[t][m.out_column + r] = m row r . x_t for every matrix m; rows of out_TR lie out_stride floats apart. */
 void dm_matmul(dm_context *context, float *out_TR, const dm_matrix *matrices, const dm_operand *x, size_t matrix_count,
-               size_t T, size_t out_stride, int format, size_t group);
+               size_t T, size_t out_stride);
 /* out[t][column + r] += bias[r] for r < R. */
 void dm_add_bias(dm_context *context, float *out_TR, const float *bias_R, size_t T, size_t R, size_t out_stride);
 /* o_proj: unit u multiplies columns [u * P, (u + 1) * P) of x; contributions are summed in fixed point (rule 7).
  * sums_TD is overwritten, with zeros if there is no unit. */
 void dm_unit_sums(dm_context *context, int64_t *sums_TD, int32_t *fault_T, const dm_matrix *units, const dm_operand *x,
-                  size_t unit_count, size_t T, size_t D, size_t P, int format, size_t group, int32_t layer);
+                  size_t unit_count, size_t T, size_t D, size_t P, int32_t layer);
 
 /* ---- attention ---- */
 
@@ -223,11 +239,11 @@ void dm_route(dm_context *context, int32_t *ids_TK, float *weights_TK, int32_t *
 void dm_group_by_expert(dm_context *context, int32_t *offset_E1, int32_t *token_N, float *weight_N,
                         const int32_t *ids_TK, const float *weights_TK, size_t T, size_t E, size_t K);
 /* Bytes of one expert chunk of `width` hidden units. */
-size_t dm_chunk_bytes(int format, size_t D, size_t width, size_t group);
+size_t dm_chunk_bytes(const dm_chunk_format *format, size_t D, size_t width);
 /* sums_TD = fixed-point sum over chunks of weight * down(silu(gate x) * up x) (rules 6, 7); overwritten. */
 void dm_experts(dm_context *context, int64_t *sums_TD, int32_t *fault_T, const dm_chunk *chunks, const int32_t *token_N,
                 const float *weight_N, const dm_operand *x, size_t chunk_count, size_t T, size_t D, size_t width,
-                int format, size_t group, int32_t layer);
+                int32_t layer);
 
 /* ---- halves of a layer: from the residual to this rank's sums, which are then summed over ranks ---- */
 
@@ -241,11 +257,11 @@ void dm_experts_half(dm_context *context, const dm_buffers *buffers, const dm_si
                      const dm_experts_layer *weights, size_t T);
 
 /* The pieces of both halves, for ranks of which each keeps the residual of some tokens only. The first two compute
- * tokens [first, first + count): normed = norm(x), as the weights read it, and ids_TK and weights_TK of normed (nothing
- * for a dense MLP). The others take all T: the step's choices by expert, and which node computes what of them; sums_TD
- * of normed, as the halves. */
+ * tokens [first, first + count): the parts of normed = norm(x) that weights read, and ids_TK and weights_TK of normed
+ * (nothing for a dense MLP). The others take all T: the step's choices by expert, and which node computes what of them;
+ * sums_TD of normed, as the halves. */
 void dm_norm_tokens(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes, const float *norm_D,
-                    size_t first, size_t count, int32_t layer);
+                    int parts, size_t first, size_t count, int32_t layer);
 void dm_route_tokens(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,
                      const dm_experts_layer *weights, size_t first, size_t count);
 void dm_group_tokens(dm_context *context, const dm_buffers *buffers, const dm_sizes *sizes,

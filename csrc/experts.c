@@ -24,6 +24,7 @@
 /* At most DM_TOKEN_BLOCK tokens of a chunk; where a batch keeps their hidden units. */
 typedef struct expert_item {
     const uint8_t *packed;
+    const dm_chunk_format *format;
     size_t first, count, hidden_at;
 } expert_item;
 
@@ -38,9 +39,8 @@ typedef struct expert_job {
     const expert_item *items;
     uint8_t *kept;    /* hidden units of a batch */
     uint8_t *started; /* per thread: its sums are cleared */
-    size_t T, D, width, group, threads, item_count, strips;
-    size_t matrix_bytes;
-    int format, add_to_sums;
+    size_t T, D, width, threads, item_count, strips;
+    int add_to_sums;
     int32_t layer;
     atomic_size_t finished;
 } expert_job;
@@ -76,14 +76,17 @@ static dm_rows operand_at(void *at, int format, size_t columns, size_t n) {
 }
 
 /* The operands of an item's tokens side by side: where they are, or copied. */
-static dm_rows gather(const expert_job *job, const int32_t *tokens, size_t n, dm_worker *worker) {
+static dm_rows gather(const expert_job *job, const expert_item *item, dm_worker *worker) {
+    const int32_t *tokens = job->token_N + item->first;
+    const size_t n = item->count;
+    const int format = item->format->format;
     dm_rows all = dm_operand_rows(job->x, 0, job->D);
     if (consecutive(tokens, n)) return dm_rows_from(all, (size_t)tokens[0]);
-    void *at = dm_scratch(worker, DM_SCRATCH_OPERAND, operand_bytes(job->format, job->D, DM_TOKEN_BLOCK));
-    dm_rows rows = operand_at(at, job->format, job->D, n);
+    void *at = dm_scratch(worker, DM_SCRATCH_OPERAND, operand_bytes(format, job->D, DM_TOKEN_BLOCK));
+    dm_rows rows = operand_at(at, format, job->D, n);
     for (size_t i = 0; i < n; i++) {
         dm_rows from = dm_rows_from(all, (size_t)tokens[i]), to = dm_rows_from(rows, i);
-        if (!dm_is_quantized(job->format)) {
+        if (!dm_is_quantized(format)) {
             memcpy((float *)to.x, from.x, job->D * sizeof(float));
             continue;
         }
@@ -96,32 +99,38 @@ static dm_rows gather(const expert_job *job, const int32_t *tokens, size_t n, dm
 
 /* silu(gate x) * up x of an item's tokens, as the down matrix wants it. */
 static dm_rows hidden(const expert_job *job, const expert_item *item, void *at, dm_worker *worker) {
-    const size_t width = job->width, n = item->count;
-    const int32_t *tokens = job->token_N + item->first;
-    dm_rows x = gather(job, tokens, n, worker), h = operand_at(at, job->format, width, n);
+    const size_t width = job->width, n = item->count, group = item->format->group;
+    const int format = item->format->format, quantized = dm_is_quantized(item->format->down_format);
+    dm_rows x = gather(job, item, worker), h = operand_at(at, item->format->down_format, width, n);
     float *gate = dm_scratch(worker, DM_SCRATCH_HIDDEN, 2 * n * width * sizeof(float)), *up = gate + width;
     void *scratch = dm_scratch(worker, DM_SCRATCH_MATMUL, DM_MATMUL_SCRATCH(job->D));
     if (width % 16 == 0) {
-        job->kernels->matmul[job->format](gate, item->packed, &x, n, 2 * width, 2 * width, job->group, scratch);
+        job->kernels->matmul[format](gate, item->packed, &x, n, 2 * width, 2 * width, group, scratch);
     } else {
-        job->kernels->matmul[job->format](gate, item->packed, &x, n, width, 2 * width, job->group, scratch);
-        job->kernels->matmul[job->format](up, item->packed + job->matrix_bytes, &x, n, width, 2 * width, job->group,
-                                          scratch);
+        const uint8_t *up_packed = item->packed + dm_packed_bytes(format, width, job->D, group);
+        job->kernels->matmul[format](gate, item->packed, &x, n, width, 2 * width, group, scratch);
+        job->kernels->matmul[format](up, up_packed, &x, n, width, 2 * width, group, scratch);
     }
     for (size_t i = 0; i < n; i++) {
-        float *row = dm_is_quantized(job->format) ? gate + i * 2 * width : (float *)h.x + i * width;
+        float *row = quantized ? gate + i * 2 * width : (float *)h.x + i * width;
         job->kernels->silu(row, gate + i * 2 * width, up + i * 2 * width, width);
-        if (!dm_is_quantized(job->format)) continue;
+        if (!quantized) continue;
         dm_rows to = dm_rows_from(h, i);
         int kind = job->kernels->quantize((int8_t *)to.q, (float *)to.scale, (int32_t *)to.sum, row, width);
-        dm_report_fault(job->fault_T, (size_t)tokens[i], kind, job->layer);
+        dm_report_fault(job->fault_T, (size_t)job->token_N[item->first + i], kind, job->layer);
     }
     return h;
 }
 
+/* Bytes of a tile of an item's down matrix. */
+static size_t down_tile_bytes(const expert_job *job, const expert_item *item) {
+    return dm_tile_bytes(item->format->down_format, job->width, item->format->down_group);
+}
+
 /* The tiles of an item's down matrix from column `first` on. */
 static const uint8_t *down_tiles(const expert_job *job, const expert_item *item, size_t first) {
-    return item->packed + 2 * job->matrix_bytes + first / 16 * dm_tile_bytes(job->format, job->width, job->group);
+    const size_t gate_bytes = dm_packed_bytes(item->format->format, job->width, job->D, item->format->group);
+    return item->packed + 2 * gate_bytes + first / 16 * down_tile_bytes(job, item);
 }
 
 /* Columns [first, last) of an item's contribution, added to sums_TD. Meanwhile the same tiles of the item `next`, if
@@ -130,14 +139,16 @@ static void down(const expert_job *job, const expert_item *item, const dm_rows *
                  size_t last, const expert_item *next, dm_worker *worker) {
     const uint8_t *packed = down_tiles(job, item, first);
     const size_t columns = last - first;
+    const uint8_t *ahead = next == NULL ? NULL : down_tiles(job, next, first);
     const size_t share =
-        dm_divide_up(dm_divide_up(columns, 16) * dm_tile_bytes(job->format, job->width, job->group), item->count);
+        next == NULL ? 0 : dm_divide_up(dm_divide_up(columns, 16) * down_tile_bytes(job, next), item->count);
     float *out = dm_scratch(worker, DM_SCRATCH_OUT, item->count * columns * sizeof(float));
     void *scratch = dm_scratch(worker, DM_SCRATCH_MATMUL, DM_MATMUL_SCRATCH(job->width));
-    job->kernels->matmul[job->format](out, packed, h, item->count, columns, columns, job->group, scratch);
+    job->kernels->matmul[item->format->down_format](out, packed, h, item->count, columns, columns,
+                                                    item->format->down_group, scratch);
     for (size_t i = 0; i < item->count; i++) {
         size_t t = (size_t)job->token_N[item->first + i];
-        if (next != NULL) ask_for(down_tiles(job, next, first) + i * share, share);
+        if (next != NULL) ask_for(ahead + i * share, share);
         int kind = job->kernels->add_fixed(sums_TD + t * job->D + first, out + i * columns,
                                            job->weight_N[item->first + i], columns);
         dm_report_fault(job->fault_T, t, kind, job->layer);
@@ -173,7 +184,7 @@ static void chunk_item(void *argument, size_t index, dm_worker *worker) {
     int64_t *sums_TD = thread_sums(job, worker);
     if (!job->started[worker->index]) memset(sums_TD, 0, job->T * job->D * sizeof(int64_t));
     job->started[worker->index] = 1;
-    void *at = dm_scratch(worker, DM_SCRATCH_KEPT, operand_bytes(job->format, job->width, item->count));
+    void *at = dm_scratch(worker, DM_SCRATCH_KEPT, operand_bytes(item->format->down_format, job->width, item->count));
     dm_rows h = hidden(job, item, at, worker);
     if (index + job->threads < job->item_count) ask_for(item[job->threads].packed, STREAM_START_BYTES);
     down(job, item, &h, sums_TD, 0, job->D, NULL, worker);
@@ -209,7 +220,7 @@ static void strip_item(void *argument, size_t strip, dm_worker *worker) {
     }
     for (size_t i = 0; i < job->item_count; i++) {
         const expert_item *item = &job->items[i];
-        dm_rows h = operand_at(job->kept + item->hidden_at, job->format, job->width, item->count);
+        dm_rows h = operand_at(job->kept + item->hidden_at, item->format->down_format, job->width, item->count);
         down(job, item, &h, job->sums_TD, first, last, i + 1 < job->item_count ? item + 1 : NULL, worker);
     }
 }
@@ -221,7 +232,7 @@ static void two_passes(expert_job *job, expert_item *items, size_t count) {
         size_t bytes = 0;
         for (; last < count && (last == first || bytes < BATCH_HIDDEN_BYTES); last++) {
             items[last].hidden_at = bytes;
-            bytes += dm_round_up(operand_bytes(job->format, job->width, items[last].count), 64);
+            bytes += dm_round_up(operand_bytes(items[last].format->down_format, job->width, items[last].count), 64);
         }
         job->items = items + first;
         job->item_count = last - first;
@@ -241,7 +252,7 @@ static size_t cut_chunks(expert_item *items, const dm_chunk *chunks, size_t chun
             if (items == NULL) continue;
             size_t first = dm_item_first(b, blocks, chunks[c].count),
                    last = dm_item_first(b + 1, blocks, chunks[c].count);
-            items[count] = (expert_item){chunks[c].packed, chunks[c].first + first, last - first, 0};
+            items[count] = (expert_item){chunks[c].packed, chunks[c].format, chunks[c].first + first, last - first, 0};
         }
     }
     return count;
@@ -249,7 +260,7 @@ static size_t cut_chunks(expert_item *items, const dm_chunk *chunks, size_t chun
 
 void dm_experts(dm_context *context, int64_t *sums_TD, int32_t *fault_T, const dm_chunk *chunks, const int32_t *token_N,
                 const float *weight_N, const dm_operand *x, size_t chunk_count, size_t T, size_t D, size_t width,
-                int format, size_t group, int32_t layer) {
+                int32_t layer) {
     size_t count = cut_chunks(NULL, chunks, chunk_count);
     if (count == 0) {
         memset(sums_TD, 0, T * D * sizeof(int64_t));
@@ -271,11 +282,8 @@ void dm_experts(dm_context *context, int64_t *sums_TD, int32_t *fault_T, const d
                       .T = T,
                       .D = D,
                       .width = width,
-                      .group = group,
                       .threads = count > 1 ? context->threads : 1,
                       .item_count = count,
-                      .matrix_bytes = dm_packed_bytes(format, width, D, group),
-                      .format = format,
                       .layer = layer};
     memset(job.started, 0, context->threads);
     if (T * D * sizeof(int64_t) <= MOST_SUM_BYTES)

@@ -28,14 +28,14 @@ typedef struct dm_rows {
     size_t group_stride;
 } dm_rows;
 
-/* One tile of 16 rows of a matrix that is being packed; rows_present of them exist. */
+/* One tile of 16 rows of a matrix that is being packed, column after column, and zeros up to a multiple of 32 columns;
+ * rows_present of them exist. */
 typedef struct dm_pack_job {
-    const float *weights_RC;
+    float *columns_C16;
     const float *scale_R;
     const float *importance_C;
     size_t rows_present;
     size_t C;
-    size_t row_stride;
     size_t group;
     int scales;
 } dm_pack_job;
@@ -57,9 +57,10 @@ typedef struct dm_attention_tile {
 typedef struct dm_kernels {
     const char *name;
 
-    /* Returns the number of bad weights and scales. */
+    void (*open_tile)(float *columns_C16, const dm_pack_matrix *matrix, size_t first_row);
+    /* Returns the number of bad weights and scales; weights that are not finite may become 0 in the job. */
     size_t (*pack_tile[DM_FORMAT_COUNT])(void *tile, const dm_pack_job *job);
-    float (*row_scale)(const float *weights_C, const float *importance_C, size_t C, int format, int scales);
+    void (*row_scales)(float *scale_16, const dm_pack_job *job, int format);
     void (*unpack_tile[DM_FORMAT_COUNT])(float *weights_RC, const void *tile, size_t rows, size_t C, size_t group);
 
     void (*embed)(float *x_D, const void *row_D, size_t D, int bf16_table);

@@ -21,9 +21,9 @@ typedef struct unpacking {
 
 typedef struct scaling {
     const dm_kernels *kernels;
+    const dm_pack_matrix *matrix;
     float *scale_R;
-    const float *weights_RC, *importance_C;
-    size_t R, C, row_stride, items;
+    size_t items;
     int format, scales;
 } scaling;
 
@@ -31,50 +31,29 @@ size_t dm_packed_bytes(int format, size_t rows, size_t columns, size_t group) {
     return dm_divide_up(rows, 16) * dm_tile_bytes(format, columns, group);
 }
 
-size_t dm_chunk_bytes(int format, size_t D, size_t width, size_t group) {
-    return 2 * dm_packed_bytes(format, width, D, group) + dm_packed_bytes(format, D, width, group);
+size_t dm_chunk_bytes(const dm_chunk_format *format, size_t D, size_t width) {
+    return 2 * dm_packed_bytes(format->format, width, D, format->group) +
+           dm_packed_bytes(format->down_format, D, width, format->down_group);
 }
 
-/* The given rows of a tile as f32 with all columns: in place, or in scratch. */
-static void open_tile(dm_pack_job *tile, const dm_pack_matrix *matrix, size_t first_row, dm_worker *worker) {
-    const size_t left = matrix->rows_present > first_row ? matrix->rows_present - first_row : 0;
-    const size_t given = matrix->columns_present, at = first_row * matrix->row_stride;
-    tile->rows_present = left < 16 ? left : 16;
-    if (matrix->rows - first_row > tile->rows_present && tile->rows_present < 16) {
-        /* Rows of zeros are rows of the matrix: they have a scale, which padding has not. */
-        tile->rows_present = matrix->rows - first_row < 16 ? matrix->rows - first_row : 16;
-    } else if (!matrix->is_bf16 && given == matrix->columns) {
-        tile->weights_RC = (const float *)matrix->weights + at;
-        tile->row_stride = matrix->row_stride;
-        return;
-    }
-    float *wide = dm_scratch(worker, DM_SCRATCH_OPERAND, 16 * matrix->columns * sizeof(float));
-    memset(wide, 0, 16 * matrix->columns * sizeof(float));
-    for (size_t r = 0; r < (left < 16 ? left : 16); r++) {
-        float *row = wide + r * matrix->columns;
-        if (!matrix->is_bf16) {
-            memcpy(row, (const float *)matrix->weights + at + r * matrix->row_stride, given * sizeof(float));
-            continue;
-        }
-        const uint16_t *from = (const uint16_t *)matrix->weights + at + r * matrix->row_stride;
-        for (size_t c = 0; c < given; c++) {
-            const uint32_t bits = (uint32_t)from[c] << 16;
-            memcpy(&row[c], &bits, sizeof bits);
-        }
-    }
-    tile->weights_RC = wide;
-    tile->row_stride = matrix->columns;
+/* Tile t, its weights in scratch. */
+static dm_pack_job open_job(const dm_kernels *kernels, const dm_pack_matrix *matrix, size_t t, int scales,
+                            dm_worker *worker) {
+    const size_t left = matrix->rows - t * 16, columns = dm_round_up(matrix->columns, DM_GROUP);
+    /* Rows of zeros are rows of the matrix: they have a scale, which padding has not. */
+    dm_pack_job tile = {.columns_C16 = dm_scratch(worker, DM_SCRATCH_OPERAND, 16 * columns * sizeof(float)),
+                        .scale_R = matrix->scale_R == NULL ? NULL : matrix->scale_R + t * 16,
+                        .importance_C = matrix->importance_C,
+                        .rows_present = left < 16 ? left : 16,
+                        .C = matrix->columns,
+                        .group = matrix->group,
+                        .scales = scales};
+    kernels->open_tile(tile.columns_C16, matrix, t * 16);
+    return tile;
 }
 
 static uint64_t pack_one_tile(const packing *job, const dm_pack_matrix *matrix, size_t t, dm_worker *worker) {
-    dm_pack_job tile = {
-        .scale_R = matrix->scale_R == NULL ? NULL : matrix->scale_R + t * 16,
-        .importance_C = matrix->importance_C,
-        .C = matrix->columns,
-        .group = matrix->group,
-        .scales = job->scales,
-    };
-    open_tile(&tile, matrix, t * 16, worker);
+    const dm_pack_job tile = open_job(job->kernels, matrix, t, job->scales, worker);
     uint8_t *to = (uint8_t *)matrix->packed + t * dm_tile_bytes(job->format, matrix->columns, matrix->group);
     return job->kernels->pack_tile[job->format](to, &tile);
 }
@@ -127,25 +106,29 @@ size_t dm_pack(dm_context *context, void *packed, const float *weights_RC, const
 }
 
 static void row_scales_item(void *argument, size_t item, dm_worker *worker) {
-    (void)worker;
     scaling *job = argument;
-    size_t last = dm_item_first(item + 1, job->items, job->R);
-    for (size_t r = dm_item_first(item, job->items, job->R); r < last; r++) {
-        const float *row = job->weights_RC + r * job->row_stride;
-        job->scale_R[r] = job->kernels->row_scale(row, job->importance_C, job->C, job->format, job->scales);
+    const size_t R = job->matrix->rows, tiles = dm_divide_up(R, 16), last = dm_item_first(item + 1, job->items, tiles);
+    for (size_t t = dm_item_first(item, job->items, tiles); t < last; t++) {
+        float scale_16[16];
+        const dm_pack_job tile = open_job(job->kernels, job->matrix, t, job->scales, worker);
+        job->kernels->row_scales(scale_16, &tile, job->format);
+        memcpy(job->scale_R + t * 16, scale_16, tile.rows_present * sizeof(float));
     }
 }
 
 void dm_row_scales(dm_context *context, float *scale_R, const float *weights_RC, const float *importance_C, size_t R,
                    size_t C, size_t row_stride, int format, int scales) {
+    const dm_pack_matrix matrix = {.weights = weights_RC,
+                                   .importance_C = importance_C,
+                                   .rows = R,
+                                   .columns = C,
+                                   .rows_present = R,
+                                   .columns_present = C,
+                                   .row_stride = row_stride};
     scaling job = {.kernels = context->kernels,
+                   .matrix = &matrix,
                    .scale_R = scale_R,
-                   .weights_RC = weights_RC,
-                   .importance_C = importance_C,
-                   .R = R,
-                   .C = C,
-                   .row_stride = row_stride,
-                   .items = dm_item_count(context, R, C),
+                   .items = dm_item_count(context, dm_divide_up(R, 16), 16 * C),
                    .format = format,
                    .scales = scales};
     uint64_t saved = dm_enter();

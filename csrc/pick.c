@@ -46,10 +46,15 @@ static balance set_up(int64_t *scratch, const dm_holders *holders, const dm_work
     return b;
 }
 
+/* What reading a chunk of an expert costs. */
+static int64_t read_cost(const dm_experts_layer *weights, const dm_workers *who, int32_t expert) {
+    return (int64_t)(weights->format_step == 0 ? who->read_cost : weights->formats[expert].read_cost);
+}
+
 /* How the run's work is cut up; tokens > 0. */
-static void cut_run(balance *b, size_t r, int64_t tokens, const dm_workers *who, int keep_tokens) {
+static void cut_run(balance *b, size_t r, int64_t tokens, int64_t read, int keep_tokens) {
     const dm_chunk_run *run = &b->holders->runs[r];
-    const int64_t chunks = run->chunk_count, read = (int64_t)who->read_cost;
+    const int64_t chunks = run->chunk_count;
     if (!keep_tokens && (chunks >= run->holder_count || tokens <= FEW_TOKENS * read)) {
         b->units_R[r] = chunks;
         b->cost_R[r] = tokens + read;
@@ -102,13 +107,14 @@ static void spread(balance *b, size_t r) {
 }
 
 /* Cuts the work of all runs that got tokens; those that one node alone holds are placed. */
-static void collect(balance *b, const int32_t *offset_E1, const dm_workers *who, int keep_tokens) {
+static void collect(balance *b, const dm_experts_layer *weights, const int32_t *offset_E1, const dm_workers *who,
+                    int keep_tokens) {
     for (size_t r = 0; r < b->holders->run_count; r++) {
         const dm_chunk_run *run = &b->holders->runs[r];
         int64_t tokens = offset_E1[run->expert + 1] - offset_E1[run->expert];
         if (tokens == 0 || run->holder_count == 0) continue;
         b->picked_R[b->picked++] = (int64_t)r;
-        cut_run(b, r, tokens, who, keep_tokens);
+        cut_run(b, r, tokens, read_cost(weights, who, run->expert), keep_tokens);
         if (run->holder_count > 1) {
             b->free_R[b->free++] = (int64_t)r;
             continue;
@@ -260,7 +266,7 @@ void dm_assign_nodes(dm_picks *picks, const dm_experts_layer *weights, const int
         return;
     }
     balance b = set_up(picks->scratch, weights->holders, who);
-    collect(&b, offset_E1, who, keep_tokens);
+    collect(&b, weights, offset_E1, who, keep_tokens);
     sort_free(&b);
     for (size_t i = 0; i < b.free; i++) spread(&b, (size_t)b.free_R[i]);
     while (b.free > 0 && b.looks < MOST_LOOKS && relieve(&b)) {
@@ -278,7 +284,8 @@ void dm_node_work(int64_t *work_SN, dm_picks *picks, const dm_experts_layer *wei
         dm_assign_nodes(picks, weights, offset_SE1 + s * (weights->experts + 1), who, keep_tokens);
         for (size_t i = 0; i < picks->part_count; i++) {
             const dm_part *part = &picks->parts[i];
-            work_SN[s * who->nodes + (size_t)part->node] += part->chunk_count * (part->count + (int64_t)who->read_cost);
+            const int64_t cost = part->count + read_cost(weights, who, part->expert);
+            work_SN[s * who->nodes + (size_t)part->node] += part->chunk_count * cost;
         }
     }
 }
@@ -287,7 +294,8 @@ static size_t add_chunk(dm_chunk *chunks, size_t count, const dm_experts_layer *
                         size_t chunk) {
     size_t number = (size_t)part->expert * weights->chunks_per_expert + (size_t)part->first_chunk + chunk;
     if (weights->own_C != NULL && !weights->own_C[number]) return count;
-    chunks[count] = (dm_chunk){weights->chunks[number], (size_t)part->first, (size_t)part->count};
+    const dm_chunk_format *format = &weights->formats[(size_t)part->expert * weights->format_step];
+    chunks[count] = (dm_chunk){weights->chunks[number], format, (size_t)part->first, (size_t)part->count};
     return count + 1;
 }
 
@@ -298,12 +306,12 @@ static size_t deal_parts(dm_chunk *chunks, const dm_picks *picks, const dm_exper
     size_t total = 0, before = 0, count = 0;
     for (size_t i = 0; i < picks->part_count; i++) {
         const dm_part *part = &picks->parts[i];
-        if ((size_t)part->node == who->node)
-            total += (size_t)part->chunk_count * ((size_t)part->count + who->read_cost);
+        const int64_t cost = part->count + read_cost(weights, who, part->expert);
+        if ((size_t)part->node == who->node) total += (size_t)(part->chunk_count * cost);
     }
     for (size_t i = 0; i < picks->part_count; i++) {
         const dm_part *part = &picks->parts[i];
-        const size_t cost = (size_t)part->count + who->read_cost;
+        const size_t cost = (size_t)(part->count + read_cost(weights, who, part->expert));
         if ((size_t)part->node != who->node) continue;
         for (size_t c = 0; c < (size_t)part->chunk_count; c++) {
             size_t middle = 2 * before + cost;

@@ -11,7 +11,8 @@ struct dm_experts_layer;
 typedef struct dm_workers {
     size_t node, nodes;
     size_t rank, ranks;     /* inside the node */
-    size_t read_cost;       /* reading a chunk's weights costs as much as multiplying them with this many tokens; > 0 */
+    size_t read_cost;       /* reading a chunk's weights costs as much as multiplying them with this many tokens; > 0;
+                               where the formats of experts differ, theirs is read */
     const int64_t *speed_N; /* work that a node does in the same time, in [1, 2^20]; not read for one node */
 } dm_workers;
 

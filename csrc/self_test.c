@@ -57,10 +57,10 @@ static void test_matrices(test_state *state, int format) {
     hash_bytes(state, state->packed, dm_packed_bytes(format, R, D, 64));
     dm_unpack(context, state->values, state->packed, R, D, format, 64);
     hash_bytes(state, state->values, R * D * sizeof(float));
-    dm_matrix matrix = {state->packed, R, 0};
-    dm_matmul(context, state->y_TD, &matrix, &operand, 1, T, R, format, 64);
+    dm_matrix matrix = {state->packed, R, 0, format, 64};
+    dm_matmul(context, state->y_TD, &matrix, &operand, 1, T, R);
     hash_bytes(state, state->y_TD, T * R * sizeof(float));
-    dm_unit_sums(context, state->sums_TD, state->fault_T, &matrix, &operand, 1, T, R, D, format, 64, 0);
+    dm_unit_sums(context, state->sums_TD, state->fault_T, &matrix, &operand, 1, T, R, D, 0);
     dm_add_exact(context, state->y_TD, state->fault_T, state->sums_TD, state->gain_D, T, R, 0);
     hash_bytes(state, state->y_TD, T * R * sizeof(float));
 }
@@ -73,11 +73,11 @@ static void test_experts(test_state *state, int format) {
     dm_pack(context, state->packed, state->values, NULL, WIDTH, D, D, format, 32);
     dm_pack(context, state->packed + rows_bytes, state->values + WIDTH * D, NULL, WIDTH, D, D, format, 32);
     dm_pack(context, state->packed + 2 * rows_bytes, state->values + 2 * WIDTH * D, NULL, D, WIDTH, WIDTH, format, 32);
-    dm_chunk chunk = {state->packed, 0, T};
+    const dm_chunk_format alike = {format, format, 32, 32, 1};
+    dm_chunk chunk = {state->packed, &alike, 0, T};
     const int32_t token_N[T] = {0, 1, 2};
     const float weight_N[T] = {0.25f, 0.5f, 0.75f};
-    dm_experts(context, state->sums_TD, state->fault_T, &chunk, token_N, weight_N, &operand, 1, T, D, WIDTH, format, 32,
-               0);
+    dm_experts(context, state->sums_TD, state->fault_T, &chunk, token_N, weight_N, &operand, 1, T, D, WIDTH, 0);
     hash_bytes(state, state->sums_TD, sizeof state->sums_TD);
 }
 

@@ -8,8 +8,8 @@
 #define DM_LEAST_SHARE_BYTES 32768
 #define DM_STREAM_START_BYTES 2048
 
-/* Tiles that are worth a share of their own. */
-static inline size_t dm_least_tiles(size_t tile_bytes, size_t T) { return DM_LEAST_SHARE_BYTES / (tile_bytes * T) + 1; }
+/* Units of so many bytes, read for T tokens, that are worth a share of their own. */
+static inline size_t dm_least_units(size_t unit_bytes, size_t T) { return DM_LEAST_SHARE_BYTES / (unit_bytes * T) + 1; }
 
 /* A new stream's first bytes, asked for while the one before it is read: the hardware's own prefetch starts late. */
 static inline void dm_prefetch_stream(const void *first, size_t bytes) {

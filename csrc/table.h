@@ -8,8 +8,9 @@
 
 const dm_kernels DM_JOIN(dm_kernels_, DM_LEVEL) = {
     .name = DM_TEXT(DM_LEVEL),
+    .open_tile = open_tile,
     .pack_tile = {pack_tile_f32, pack_tile_bf16, pack_tile_q8, pack_tile_q4},
-    .row_scale = row_scale,
+    .row_scales = row_scales,
     .unpack_tile = {unpack_tile_f32, unpack_tile_bf16, unpack_tile_q8, unpack_tile_q4},
     .embed = embed,
     .rmsnorm = rmsnorm,

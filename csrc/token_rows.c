@@ -13,22 +13,25 @@ void dm_mark_tokens(uint8_t *marks_NT, const dm_buffers *buffers, size_t nodes, 
     }
 }
 
-size_t dm_operand_row_bytes(const dm_operand *operand, int quantized) {
-    if (!quantized) return operand->columns * sizeof(float);
-    return dm_divide_up(operand->columns, DM_GROUP) * (sizeof(float) + DM_GROUP);
+size_t dm_operand_row_bytes(const dm_operand *operand, int parts) {
+    const size_t float_bytes = operand->columns * sizeof(float);
+    const size_t int8_bytes = dm_divide_up(operand->columns, DM_GROUP) * (sizeof(float) + DM_GROUP);
+    return (parts & DM_PART_FLOATS ? float_bytes : 0) + (parts & DM_PART_INT8 ? int8_bytes : 0);
 }
 
-void dm_pack_operand_rows(uint8_t *out, const dm_operand *operand, const int32_t *row_N, size_t N, int quantized) {
-    const size_t row_bytes = dm_operand_row_bytes(operand, quantized);
-    const size_t scale_bytes = dm_divide_up(operand->columns, DM_GROUP) * sizeof(float);
-    for (size_t i = 0; i < N; i++, out += row_bytes) {
+void dm_pack_operand_rows(uint8_t *out, const dm_operand *operand, const int32_t *row_N, size_t N, int parts) {
+    const size_t float_bytes = operand->columns * sizeof(float);
+    const size_t groups = dm_divide_up(operand->columns, DM_GROUP), scale_bytes = groups * sizeof(float);
+    for (size_t i = 0; i < N; i++) {
         const dm_operand row = dm_operand_from(operand, (size_t)row_N[i]);
-        if (!quantized) {
-            memcpy(out, row.x, row_bytes);
-            continue;
+        if (parts & DM_PART_FLOATS) {
+            memcpy(out, row.x, float_bytes);
+            out += float_bytes;
         }
+        if (!(parts & DM_PART_INT8)) continue;
         memcpy(out, row.scale, scale_bytes);
-        memcpy(out + scale_bytes, row.q, row_bytes - scale_bytes);
+        memcpy(out + scale_bytes, row.q, groups * DM_GROUP);
+        out += scale_bytes + groups * DM_GROUP;
     }
 }
 
@@ -41,17 +44,19 @@ static void sum_groups(int32_t *sum, const int8_t *q, size_t groups) {
 }
 
 void dm_unpack_operand_rows(const dm_operand *operand, const uint8_t *packed, const int32_t *row_N, size_t N,
-                            int quantized) {
-    const size_t row_bytes = dm_operand_row_bytes(operand, quantized);
+                            int parts) {
+    const size_t float_bytes = operand->columns * sizeof(float);
     const size_t groups = dm_divide_up(operand->columns, DM_GROUP), scale_bytes = groups * sizeof(float);
-    for (size_t i = 0; i < N; i++, packed += row_bytes) {
+    for (size_t i = 0; i < N; i++) {
         const dm_operand row = dm_operand_from(operand, (size_t)row_N[i]);
-        if (!quantized) {
-            memcpy(row.x, packed, row_bytes);
-            continue;
+        if (parts & DM_PART_FLOATS) {
+            memcpy(row.x, packed, float_bytes);
+            packed += float_bytes;
         }
+        if (!(parts & DM_PART_INT8)) continue;
         memcpy(row.scale, packed, scale_bytes);
-        memcpy(row.q, packed + scale_bytes, row_bytes - scale_bytes);
+        memcpy(row.q, packed + scale_bytes, groups * DM_GROUP);
+        packed += scale_bytes + groups * DM_GROUP;
         sum_groups(row.sum, row.q, groups);
     }
 }

@@ -10,14 +10,13 @@ struct dm_operand;
 /* marks_NT = 1 where a node computes some expert of a token, as the picks of a step say; else 0. */
 void dm_mark_tokens(uint8_t *marks_NT, const struct dm_buffers *buffers, size_t nodes, size_t T);
 
-/* Bytes of one token's operand: per 32 columns a scale and the int8, or floats. */
-size_t dm_operand_row_bytes(const struct dm_operand *operand, int quantized);
+/* Bytes of these parts of one token's operand: the floats, then all scales and the int8. */
+size_t dm_operand_row_bytes(const struct dm_operand *operand, int parts);
 /* The operands of tokens row_N, one after another. */
-void dm_pack_operand_rows(uint8_t *out, const struct dm_operand *operand, const int32_t *row_N, size_t N,
-                          int quantized);
+void dm_pack_operand_rows(uint8_t *out, const struct dm_operand *operand, const int32_t *row_N, size_t N, int parts);
 /* The inverse; the sums of the groups are computed anew. */
 void dm_unpack_operand_rows(const struct dm_operand *operand, const uint8_t *packed, const int32_t *row_N, size_t N,
-                            int quantized);
+                            int parts);
 /* The sums of tokens row_N, each row packed by dm_pack_sums: most bytes, and bytes used. */
 size_t dm_sum_rows_bound(size_t N, size_t D);
 size_t dm_pack_sum_rows(uint8_t *out, const int64_t *sums_TD, const int32_t *row_N, size_t N, size_t D);

@@ -35,6 +35,10 @@ class TraceMismatch(DistMoeError):
     """The model does not say what a trace says (exit code 2)."""
 
 
+class VerificationFailed(DistMoeError):
+    """Numbers that are not what they should be on this machine (exit code 2)."""
+
+
 class EnvironmentMismatch(DistMoeError):
     """The machine, the MPI library or the ranks do not fit together (exit code 3)."""
 

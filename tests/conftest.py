@@ -31,10 +31,11 @@ def outside_of_the_source_folder(tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.fixture(autouse=True, scope="session")
-def control_c_is_not_ignored() -> None:
-    """A shell starts background jobs with SIGINT ignored, and the programs that tests start would inherit that."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def signals_are_not_ignored() -> None:
+    """A shell starts background jobs with SIGINT ignored, nohup with SIGHUP; programs that tests start inherit it."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(params=["MPI", "shared memory", "two hosts"])

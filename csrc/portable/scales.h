@@ -1,116 +1,153 @@
-/* scales.h: the f16 scale of a group of weights: from the largest one, or the best of a fixed list. */
+/* scales.h: the f16 scales of groups of weights, from the largest weight or of least error; one row per lane.
+ *
+ * A tile's weights stand as [C][16]: column c of row r at 16 c + r. A function here works on DM_LANES of the 16 rows,
+ * and every sum goes over a row's columns in ascending order.
+ */
 #ifndef DM_SCALES_H
 #define DM_SCALES_H
 
-DM_INLINE int is_finite(float x) { return (f32_bits(x) & DM_ABS_MASK) < DM_INFINITY_BITS; }
+/* One group of each of DM_LANES rows: n columns. importance: how much the squared error of each counts; NULL: 1. */
+typedef struct lane_group {
+    const float *weights;
+    const float *importance;
+    size_t n;
+} lane_group;
 
-/* The largest magnitudes (as bits) among the finite weights above and below zero, and the number of the others. */
-typedef struct extremes {
-    int32_t above, below;
-    size_t bad;
-} extremes;
+/* The format's integers. */
+typedef struct code_range {
+    float lowest, highest;
+} code_range;
 
-static extremes find_extremes(const float *weights, size_t n) {
-    i32v above = {0}, below = {0}, bad = {0};
-    for (size_t i = 0; i < n; i += DM_LANES) {
-        i32v bits = (i32v)load_f32_part(weights + i, n - i);
-        i32v magnitude = bits & DM_ABS_MASK;
-        i32v finite = magnitude < DM_INFINITY_BITS;
-        i32v negative = bits >> 31;
-        above = max_i32(magnitude & finite & ~negative, above);
-        below = max_i32(magnitude & finite & negative, below);
-        bad -= ~finite;
-    }
-    extremes found = {highest_i32(above), highest_i32(below), 0};
-    for (size_t i = 0; i < DM_LANES; i++) found.bad += (size_t)bad[i];
-    return found;
+/* What integers say about a scale: the sums of i (w - d q)^2, i w q and i q^2. */
+typedef struct scale_sums {
+    f32v error, products, squares;
+} scale_sums;
+
+/* The search maps the extreme weight to each of these; q4 to the end of its range that has the integer more. */
+#define DM_CANDIDATES 8
+static const float q4_candidates[DM_CANDIDATES] = {-8.0f, -8.375f, -7.75f, -8.125f, -7.25f, -8.625f, -6.875f, -9.0f};
+static const float q8_candidates[DM_CANDIDATES] = {126.0f, 125.0f, 124.0f, 123.0f, 122.0f, 121.0f, 120.0f, 127.25f};
+
+DM_INLINE code_range range_of(int format) {
+    return format == DM_Q8 ? (code_range){-127.0f, 127.0f} : (code_range){-8.0f, 7.0f};
 }
 
-/* q8: amax / 127. q4: the weight of largest magnitude, the first one on ties, becomes -8. */
-static uint16_t scale_bits(const float *weights, size_t n, int format, extremes found) {
-    int32_t amax_bits = found.above > found.below ? found.above : found.below;
-    float amax = f32_from_bits((uint32_t)amax_bits);
-    if (format == DM_Q8) return narrow_f16(amax / 127.0f);
-    int negative = found.below > found.above;
-    if (found.below == found.above) {
-        size_t first = 0;
-        while (first < n && __builtin_fabsf(weights[first]) != amax) first++;
-        negative = first < n && weights[first] < 0.0f;
-    }
-    return narrow_f16(negative ? amax / 8.0f : amax / -8.0f);
+/* The nearest f16; infinity if that is beyond its range, or of a NaN. */
+DM_INLINE f32v round_f16(f32v x) {
+    const u32v sign = (u32v)x & 0x80000000u, magnitude = (u32v)x & DM_ABS_MASK;
+    /* Below 2^-14 a step of f16 is 2^-24, the one of floats from 0.5 on. */
+    const f32v tiny = ((f32v)magnitude + 0.5f) - 0.5f;
+    const u32v normal = (magnitude + 0xfff + ((magnitude >> 13) & 1)) & ~0x1fffu;
+    const f32v rounded = select_f32((i32v)magnitude < 0x38800000, tiny, (f32v)normal);
+    const f32v infinity = (f32v)all_i32(DM_INFINITY_BITS);
+    return (f32v)((u32v)select_f32((i32v)magnitude >= 0x477ff000, infinity, rounded) | sign);
 }
 
-/* What the search tries: the weight of largest magnitude becomes one of these multiples of the scale, in this order. */
-static const float q4_candidates[] = {-7.0f, -7.25f, -7.5f,  -7.75f,  -8.25f, -8.5f, -8.75f,
-                                      -9.0f, -9.5f,  -10.0f, -10.75f, 6.5f,   6.75f, 7.0f,
-                                      7.25f, 7.5f,   7.75f,  8.0f,    8.5f,   9.0f,  9.5f};
-static const float q8_candidates[] = {120.0f, 122.0f, 124.0f, 125.0f, 126.0f, 126.5f,
-                                      127.5f, 128.0f, 129.0f, 130.0f, 132.0f};
+/* Neither 0 nor infinite. */
+DM_INLINE i32v is_usable(f32v scale) { return (abs_bits(scale) > 0) & (abs_bits(scale) < DM_INFINITY_BITS); }
 
-/* Times that the scale is fitted to the integers which it gave. */
-#define DM_SCALE_FITS 2
+/* Each row's weight of largest magnitude, the first of equals; +0 if all are 0. */
+DM_INLINE f32v find_extreme(const float *weights, size_t n) {
+    f32v extreme = {0};
+    i32v largest = {0};
+    for (size_t c = 0; c < n; c++) {
+        const f32v w = load_f32(weights + 16 * c);
+        const i32v magnitude = abs_bits(w);
+        extreme = select_f32(magnitude > largest, w, extreme);
+        largest = max_i32(magnitude, largest);
+    }
+    return extreme;
+}
 
-/* The weighted squared error of a group, and the sums of w q and q^2. */
-typedef struct scale_error {
-    float error, products, squares;
-} scale_error;
+/* rint(w * inverse), to even, in the range. Clamping first gives the same and keeps the rounding exact. */
+DM_INLINE f32v nearest_code(f32v w, f32v inverse, code_range range) {
+    const f32v ratio = max_f32(all_f32(range.lowest), min_f32(all_f32(range.highest), w * inverse));
+    return (ratio + 0x1.8p23f) - 0x1.8p23f;
+}
 
-static scale_error find_scale_error(const float *weights, const float *importance, size_t n, float d, float lowest,
-                                    float highest) {
-    const float inverse = 1.0f / d;
-    f32x16 error = zero_f32x16(), products = zero_f32x16(), squares = zero_f32x16();
-    for (size_t i = 0; i < n; i += 16) {
-        for (size_t part = 0; part < DM_PARTS && i + part * DM_LANES < n; part++) {
-            const size_t at = i + part * DM_LANES;
-            f32v w = load_f32_part(weights + at, n - at);
-            w = select_f32(abs_bits(w) < DM_INFINITY_BITS, w, (f32v){0});
-            f32v ratio = max_f32(min_f32(w * inverse, all_f32(highest)), all_f32(lowest));
-            f32v q = __builtin_convertvector(round_i32(ratio), f32v);
-            f32v weight = importance == NULL ? all_f32(1.0f) : load_f32_part(importance + at, n - at);
-            f32v off = fma_lanes(q, all_f32(-d), w), weighted_q = q * weight;
-            error.part[part] = fma_lanes(off * weight, off, error.part[part]);
-            products.part[part] = fma_lanes(weighted_q, w, products.part[part]);
-            squares.part[part] = fma_lanes(weighted_q, q, squares.part[part]);
+/* Adds one column's terms; `weighted` is i q. */
+DM_INLINE void add_fit_terms(f32v *products, f32v *squares, f32v w, f32v q, f32v weighted) {
+    *products = fma_lanes(weighted, w, *products);
+    *squares = fma_lanes(weighted, q, *squares);
+}
+
+/* Two of the candidates at once: *gain and *scale become those of the fitted scale that takes most off the error. */
+DM_INLINE void try_candidates(f32v *gain, f32v *scale, const lane_group *group, f32v first, f32v second,
+                              code_range range) {
+    f32v products[2] = {{0}}, squares[2] = {{0}};
+    for (size_t c = 0; c < group->n; c++) {
+        const f32v w = load_f32(group->weights + 16 * c);
+        const f32v q[2] = {nearest_code(w, first, range), nearest_code(w, second, range)};
+        const f32v weight = all_f32(group->importance == NULL ? 1.0f : group->importance[c]);
+        for (size_t i = 0; i < 2; i++) {
+            const f32v weighted = group->importance == NULL ? q[i] : q[i] * weight;
+            add_fit_terms(&products[i], &squares[i], w, q[i], weighted);
         }
     }
-    return (scale_error){sum_tree(error), sum_tree(products), sum_tree(squares)};
-}
-
-/* The scale of least error, as it is stored: `first`, one of the candidates, or one fitted to the best one's integers.
- * Of equals the first stays. */
-static uint16_t search_scale(const float *weights, const float *importance, size_t n, int format, float extreme,
-                             uint16_t first) {
-    const float lowest = format == DM_Q8 ? -127.0f : -8.0f, highest = format == DM_Q8 ? 127.0f : 7.0f;
-    const float *candidates = format == DM_Q8 ? q8_candidates : q4_candidates;
-    const size_t count = (format == DM_Q8 ? sizeof q8_candidates : sizeof q4_candidates) / sizeof *candidates;
-    uint16_t best_bits = first;
-    scale_error best = find_scale_error(weights, importance, n, widen_f16_one(first), lowest, highest);
-    for (size_t i = 0; i < count + DM_SCALE_FITS; i++) {
-        if (i >= count && !(best.squares > 0.0f)) break;
-        uint16_t bits = narrow_f16(i < count ? extreme / candidates[i] : best.products / best.squares);
-        if ((bits & 0x7fff) == 0 || (bits & 0x7c00) == 0x7c00 || bits == best_bits) continue;
-        scale_error tried = find_scale_error(weights, importance, n, widen_f16_one(bits), lowest, highest);
-        if (!(tried.error < best.error)) continue;
-        best = tried;
-        best_bits = bits;
+    for (size_t i = 0; i < 2; i++) {
+        const f32v fitted = products[i] / squares[i], fitted_gain = products[i] * fitted;
+        const i32v better = fitted_gain > *gain;
+        *gain = select_f32(better, fitted_gain, *gain);
+        *scale = select_f32(better, fitted, *scale);
     }
-    return best_bits;
 }
 
-static uint16_t choose_scale_bits(const float *weights, const float *importance, size_t n, int format, int scales,
-                                  extremes found) {
-    uint16_t bits = scale_bits(weights, n, format, found);
-    if (scales == DM_SCALES_ABSMAX || (bits & 0x7fff) == 0 || (bits & 0x7c00) == 0x7c00) return bits;
-    int32_t amax_bits = found.above > found.below ? found.above : found.below;
-    float amax = f32_from_bits((uint32_t)amax_bits);
-    /* q4's first scale is the extreme weight / -8, so its sign says which of the two ends that weight is at. */
-    float extreme = format == DM_Q8 || (bits & 0x8000) != 0 ? amax : -amax;
-    return search_scale(weights, importance, n, format, extreme, bits);
+/* The sums for the integers that a scale gives. */
+DM_INLINE scale_sums sum_errors(const lane_group *group, f32v scale, code_range range) {
+    scale_sums sums = {{0}, {0}, {0}};
+    const f32v inverse = 1.0f / scale;
+    for (size_t c = 0; c < group->n; c++) {
+        const f32v w = load_f32(group->weights + 16 * c), q = nearest_code(w, inverse, range);
+        const f32v off = fma_lanes(q, -scale, w);
+        const f32v weight = all_f32(group->importance == NULL ? 1.0f : group->importance[c]);
+        sums.error = fma_lanes(group->importance == NULL ? off : off * weight, off, sums.error);
+        add_fit_terms(&sums.products, &sums.squares, w, q, group->importance == NULL ? q : q * weight);
+    }
+    return sums;
 }
 
-static float row_scale(const float *weights_C, const float *importance_C, size_t C, int format, int scales) {
-    uint16_t bits = choose_scale_bits(weights_C, importance_C, C, format, scales, find_extremes(weights_C, C));
-    return (bits & 0x7c00) == 0x7c00 ? f32_from_bits(DM_INFINITY_BITS) : widen_f16_one(bits);
+/* Of `absmax`, the best candidate's fitted scale and the one fitted to its integers once more, all as f16, the one of
+ * least error; of equals the first. Lanes whose absmax is not usable are left alone. */
+DM_INLINE f32v search_scale(const lane_group *group, f32v extreme, f32v absmax, int format) {
+    const code_range range = range_of(format);
+    const float *candidates = format == DM_Q8 ? q8_candidates : q4_candidates;
+    const i32v usable = is_usable(absmax);
+    const f32v one = all_f32(1.0f), start = select_f32(usable, absmax, one);
+    const f32v inverse = 1.0f / select_f32(usable, extreme, one);
+    f32v gain = {0}, scale = start;
+    for (size_t i = 0; i < DM_CANDIDATES; i += 2)
+        try_candidates(&gain, &scale, group, inverse * candidates[i], inverse * candidates[i + 1], range);
+    f32v best = start, least = sum_errors(group, start, range).error;
+    for (int fit = 0; fit < 2; fit++) {
+        scale = round_f16(scale);
+        scale = select_f32(is_usable(scale), scale, start);
+        const scale_sums tried = sum_errors(group, scale, range);
+        const i32v better = tried.error < least;
+        best = select_f32(better, scale, best);
+        least = select_f32(better, tried.error, least);
+        scale = tried.products / tried.squares;
+    }
+    return select_f32(usable, best, absmax);
+}
+
+/* The scale of a group, as f16 can hold it, or infinity. absmax: q8 |extreme| / 127; q4 extreme / -8, so that the end
+ * of the range with the integer more is used. */
+DM_INLINE f32v choose_scale(const lane_group *group, int format, int scales) {
+    f32v extreme = find_extreme(group->weights, group->n);
+    if (format == DM_Q8) extreme = (f32v)abs_bits(extreme);
+    const f32v absmax = round_f16(format == DM_Q8 ? extreme / 127.0f : extreme / -8.0f);
+    if (scales == DM_SCALES_ABSMAX) return absmax;
+    if (group->importance != NULL) return search_scale(group, extreme, absmax, format);
+    const lane_group plain = {group->weights, NULL, group->n};
+    return search_scale(&plain, extreme, absmax, format);
+}
+
+/* The scales of 16 whole rows. */
+static void row_scales(float *scale_16, const dm_pack_job *job, int format) {
+    for (size_t r = 0; r < 16; r += DM_LANES) {
+        const lane_group row = {job->columns_C16 + r, job->importance_C, job->C};
+        store_f32(scale_16 + r, choose_scale(&row, format, job->scales));
+    }
 }
 
 #endif

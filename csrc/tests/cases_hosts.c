@@ -86,7 +86,14 @@ void run_picks(test_run *run) {
     const dm_holders holders = {runs, node_H, R, (size_t)held};
     const int64_t speed_N[NODES] = {3, 3, 2, 1};
     dm_workers who = {.nodes = NODES, .ranks = 2, .read_cost = 8, .speed_N = speed_N};
-    const dm_experts_layer layer = {.chunks = chunks, .holders = &holders, .experts = E, .chunks_per_expert = C};
+    dm_chunk_format *formats = buffer(run, E * sizeof *formats);
+    for (size_t e = 0; e < E; e++) formats[e] = (dm_chunk_format){DM_Q4, DM_Q8, 32, 32, 1 + next_random(run) % 16};
+    const dm_experts_layer layer = {.chunks = chunks,
+                                    .formats = formats,
+                                    .format_step = run->one->numbers == NUMBERS_USUAL,
+                                    .holders = &holders,
+                                    .experts = E,
+                                    .chunks_per_expert = C};
     dm_picks picks = {.parts = buffer(run, (size_t)held * sizeof *picks.parts),
                       .scratch = buffer(run, dm_pick_scratch_words(NODES, R, (size_t)held) * sizeof(int64_t))};
     for (size_t s = 0; s < STEPS; s++) {

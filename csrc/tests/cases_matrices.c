@@ -1,7 +1,7 @@
 /* cases_matrices.c: packing, and everything that multiplies with packed matrices. */
 #include "cases.h"
 
-static dm_operand operand(test_run *run, size_t T, size_t columns) {
+dm_operand operand(test_run *run, size_t T, size_t columns) {
     size_t groups = dm_divide_up(columns, DM_GROUP);
     dm_operand x = {numbers(run, T, columns, run->one->numbers), buffer(run, T * groups * 32),
                     buffer(run, T * groups * sizeof(float)), buffer(run, T * groups * sizeof(int32_t)), columns};
@@ -12,23 +12,23 @@ static dm_operand operand(test_run *run, size_t T, size_t columns) {
     return x;
 }
 
-/* Weights stay usual where a scale must fit float16. */
-static float *weights(test_run *run, size_t rows, size_t columns) {
+float *weights(test_run *run, size_t rows, size_t columns) {
     int kind = run->one->numbers;
     return numbers(run, rows, columns, kind == NUMBERS_POISONED ? NUMBERS_USUAL : kind);
 }
 
-static void *packed(test_run *run, const float *weights, size_t rows, size_t columns, int row_scales) {
-    const test_case *one = run->one;
-    size_t bytes = dm_packed_bytes(one->format, rows, columns, one->group);
+void *packed(test_run *run, const float *weights, const dm_matrix *matrix, size_t columns, int row_scales) {
+    const int format = matrix->format;
+    const size_t group = matrix->group, rows = matrix->rows;
+    size_t bytes = dm_packed_bytes(format, rows, columns, group);
     void *to = buffer(run, bytes);
     size_t kept = run->buffer_count;
     float *scale_R = buffer(run, rows * sizeof(float));
     float *back = buffer(run, rows * columns * sizeof(float));
-    dm_row_scales(run->context, scale_R, weights, NULL, rows, columns, columns, one->format, DM_SCALES_ABSMAX);
-    int64_t bad = (int64_t)dm_pack(run->context, to, weights, row_scales ? scale_R : NULL, rows, columns, columns,
-                                   one->format, one->group);
-    dm_unpack(run->context, back, to, rows, columns, one->format, one->group);
+    dm_row_scales(run->context, scale_R, weights, NULL, rows, columns, columns, format, DM_SCALES_ABSMAX);
+    int64_t bad =
+        (int64_t)dm_pack(run->context, to, weights, row_scales ? scale_R : NULL, rows, columns, columns, format, group);
+    dm_unpack(run->context, back, to, rows, columns, format, group);
     output_i64(run, "bad weights", &bad, 1);
     output_f32(run, "row scales", scale_R, rows);
     output_bytes(run, "packed", to, bytes);
@@ -37,15 +37,22 @@ static void *packed(test_run *run, const float *weights, size_t rows, size_t col
     return to;
 }
 
+/* A matrix of random weights in the case's format. */
+static dm_matrix matrix_of(test_run *run, size_t rows, size_t columns, size_t out_column, int row_scales) {
+    dm_matrix matrix = {NULL, rows, out_column, run->one->format, run->one->group};
+    matrix.packed = packed(run, weights(run, rows, columns), &matrix, columns, row_scales);
+    return matrix;
+}
+
 void run_matrices(test_run *run) {
     const test_case *one = run->one;
     size_t stride = one->rows + 19;
     dm_operand x = operand(run, one->T, one->columns);
-    const float *first = weights(run, one->rows, one->columns), *second = weights(run, 17, one->columns);
-    dm_matrix matrices[2] = {{packed(run, first, one->rows, one->columns, 1), one->rows, 0},
-                             {packed(run, second, 17, one->columns, 0), 17, one->rows + 2}};
+    dm_matrix matrices[2];
+    matrices[0] = matrix_of(run, one->rows, one->columns, 0, 1);
+    matrices[1] = matrix_of(run, 17, one->columns, one->rows + 2, 0);
     float *out = buffer(run, one->T * stride * sizeof(float));
-    dm_matmul(run->context, out, matrices, &x, 2, one->T, stride, one->format, one->group);
+    dm_matmul(run->context, out, matrices, &x, 2, one->T, stride);
     output_f32(run, "out", out, one->T * stride);
 }
 
@@ -53,11 +60,11 @@ void run_matrices(test_run *run) {
 void run_tokens(test_run *run) {
     const test_case *one = run->one;
     dm_operand x = operand(run, one->T, one->columns);
-    dm_matrix matrix = {packed(run, weights(run, one->rows, one->columns), one->rows, one->columns, 0), one->rows, 0};
+    dm_matrix matrix = matrix_of(run, one->rows, one->columns, 0, 0);
     for (size_t T = 1; T <= one->T; T++) {
         size_t kept = run->buffer_count;
         float *out = buffer(run, T * one->rows * sizeof(float));
-        dm_matmul(run->context, out, &matrix, &x, 1, T, one->rows, one->format, one->group);
+        dm_matmul(run->context, out, &matrix, &x, 1, T, one->rows);
         output_f32(run, "out", out, T * one->rows);
         free_buffers_from(run, kept);
     }
@@ -69,11 +76,11 @@ void run_units(test_run *run) {
     size_t T = one->T, D = one->rows, P = one->format >= DM_Q8 ? dm_round_up(one->columns, DM_GROUP) : one->columns;
     dm_operand x = operand(run, T, 2 * P);
     dm_matrix units[2];
-    for (size_t i = 0; i < 2; i++) units[i] = (dm_matrix){packed(run, weights(run, D, P), D, P, 1), D, 0};
+    for (size_t i = 0; i < 2; i++) units[i] = matrix_of(run, D, P, 0, 1);
     int64_t *sums = buffer(run, T * D * sizeof(int64_t));
-    dm_unit_sums(run->context, sums, run->fault_T, units, &x, 2, T, D, P, one->format, one->group, 2);
+    dm_unit_sums(run->context, sums, run->fault_T, units, &x, 2, T, D, P, 2);
     output_i64(run, "sums", sums, T * D);
-    dm_unit_sums(run->context, sums, run->fault_T, units, &x, 0, T, D, P, one->format, one->group, 2);
+    dm_unit_sums(run->context, sums, run->fault_T, units, &x, 0, T, D, P, 2);
     output_i64(run, "sums of no unit", sums, T * D);
 }
 
@@ -88,7 +95,8 @@ void run_experts(test_run *run) {
     const test_case *one = run->one;
     size_t T = one->T, D = one->columns;
     size_t rows_bytes = dm_packed_bytes(one->format, WIDTH, D, one->group);
-    size_t chunk_bytes = dm_chunk_bytes(one->format, D, WIDTH, one->group);
+    const dm_chunk_format alike = {one->format, one->format, one->group, one->group, 1};
+    size_t chunk_bytes = dm_chunk_bytes(&alike, D, WIDTH);
     dm_operand x = operand(run, T, D);
     float *logits = numbers(run, T, E, one->numbers), *weights_TK = buffer(run, T * K * sizeof(float));
     int32_t *ids = buffer(run, T * K * sizeof(int32_t)), *offset = buffer(run, (E + 1) * sizeof(int32_t));
@@ -110,11 +118,10 @@ void run_experts(test_run *run) {
         pack_part(run, bytes + rows_bytes, pool + (3 * c + 1) * D, WIDTH, D);
         pack_part(run, bytes + 2 * rows_bytes, pool + (3 * c + 2) * D, D, WIDTH);
         size_t e = c / CHUNKS;
-        chunks[c] = (dm_chunk){bytes, (size_t)offset[e], (size_t)(offset[e + 1] - offset[e])};
+        chunks[c] = (dm_chunk){bytes, &alike, (size_t)offset[e], (size_t)(offset[e + 1] - offset[e])};
     }
-    dm_experts(run->context, sums, run->fault_T, chunks, token, weight, &x, E * CHUNKS, T, D, WIDTH, one->format,
-               one->group, 4);
+    dm_experts(run->context, sums, run->fault_T, chunks, token, weight, &x, E * CHUNKS, T, D, WIDTH, 4);
     output_i64(run, "sums", sums, T * D);
-    dm_experts(run->context, sums, run->fault_T, chunks, token, weight, &x, 0, T, D, WIDTH, one->format, one->group, 4);
+    dm_experts(run->context, sums, run->fault_T, chunks, token, weight, &x, 0, T, D, WIDTH, 4);
     output_i64(run, "sums of no chunk", sums, T * D);
 }

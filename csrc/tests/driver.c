@@ -116,6 +116,7 @@ static void check_all(driver *driver) {
         {"matrices", run_matrices, DM_FORMAT_COUNT, NUMBERS_COUNT},
         {"units", run_units, DM_FORMAT_COUNT, NUMBERS_COUNT},
         {"experts", run_experts, DM_FORMAT_COUNT, NUMBERS_COUNT},
+        {"mixed", run_mixed, DM_FORMAT_COUNT, NUMBERS_COUNT},
         {"attention", run_attention, DM_KV_FORMAT_COUNT, NUMBERS_COUNT},
         {"sampling", run_sampling, 1, NUMBERS_COUNT},
     };

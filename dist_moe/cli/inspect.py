@@ -129,7 +129,9 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "experts_per_token": config.experts_per_token,
         "vocabulary": config.vocabulary,
         "max_positions": config.max_positions,
-        "weights": manifest.format.label,
+        "weights": manifest.label,
+        "bits_per_weight": round(manifest.formats.bits_per_weight(config), 4),
+        **_formats(manifest),
         "group_size": manifest.group_size,
         "router": manifest.router_format.label,
         "embedding": manifest.embedding_format.label,
@@ -140,6 +142,16 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "nonfinite": manifest.nonfinite,
         "package_version": manifest.package_version,
     }
+
+
+def _formats(manifest: Manifest) -> dict[str, Any]:
+    """Of a store of several formats: how many matrices of each part have which."""
+    if manifest.formats.uniform_format is not None:
+        return {}
+    from dist_moe.store.formats import format_words
+
+    counts = manifest.formats.counts_by_part()
+    return {f"{part}_formats": {format_words(own): n for own, n in found.items()} for part, found in counts.items()}
 
 
 def _copies(manifest: Manifest) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def _difference_text(path: Path, other: Path, found: StoreDifference, full: bool
     lines = [f"{path} and {other}"]
     for title, pairs in (("made with", found.facts), ("cut", found.cut)):
         for name, (one, two) in pairs.items():
-            values = "of other values" if isinstance(one, list) else f"{one} and {two}"
+            values = "of other values" if isinstance(one, (list, dict)) else f"{one} and {two}"
             lines.append(f"  {title}: {name.replace('_', ' ')} {values}")
     shown = 0
     for kind in found.kinds:

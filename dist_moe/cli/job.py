@@ -13,7 +13,7 @@ from dist_moe.cli.logs import start_logging
 from dist_moe.cli.models import find_model
 from dist_moe.cli.options import ModelOptions
 from dist_moe.cli.reading import ReadingProgress
-from dist_moe.cli.shard import ShardProgress
+from dist_moe.cli.shard_progress import ShardProgress
 from dist_moe.cli.threads_file import read_threads_file
 from dist_moe.engine.engine import Engine
 from dist_moe.engine.job import Job, fields_of_leader

@@ -24,6 +24,7 @@ COMMANDS = {
     "chat": "Talk with a model, alone or on ranks that it starts itself.",
     "logits": "Write the logits at every position of a list of tokens.",
     "perplexity": "Measure how well a model predicts a text, and how far it is from a reference.",
+    "calibrate": "Sum up over a text what each matrix reads, for shard --importance.",
     "shard": "Make a store, in shards for one or more nodes, from a Hugging Face directory.",
     "reshard": "Cut a store into another number of shards, without its source.",
     "plan": "Predict memory, bytes on the wire and speed of a model on a number of nodes.",
@@ -35,6 +36,7 @@ COMMANDS = {
     "bench": "Measure prefill and decode, each as a share of what the machine allows.",
     "inspect": "List what a store holds, verify it, or compare it with its source or another store.",
     "export": "Write chosen tensors of a store as safetensors or .npy.",
+    "verify": "Compare what this machine computes with definitions, other levels and other numbers of ranks.",
     "doctor": "Examine this machine, or all hosts of a job: what is wrong, and the fix.",
     "completion": "Print the script that completes commands and options in a shell.",
 }

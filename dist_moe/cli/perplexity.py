@@ -20,12 +20,12 @@ import numpy.typing as npt
 from dist_moe import files
 from dist_moe.cli import config_file
 from dist_moe.cli.config_file import flag, option
+from dist_moe.cli.documents import documents_of, split_option
 from dist_moe.cli.job import Setting, run_job
 from dist_moe.cli.kl_base import KlBase, new_base
 from dist_moe.cli.models import find_model
 from dist_moe.cli.npz_arrays import NpzArrays
 from dist_moe.cli.options import PerplexityOptions, model_options
-from dist_moe.cli.text_files import read_text
 from dist_moe.cli.values import PathName, Whole
 from dist_moe.engine.engine import Engine
 from dist_moe.engine.perplexity import (
@@ -38,7 +38,6 @@ from dist_moe.engine.perplexity import (
     windows_of,
 )
 from dist_moe.errors import UsageError
-from dist_moe.text.tokenizer import Tokenizer
 
 DEFAULT_WINDOW = 2048
 Floats = npt.NDArray[np.float32]
@@ -73,7 +72,7 @@ class PerplexityTask:
     def lead_engine(self, engine: Engine) -> None:
         """Read all windows and print what was found."""
         started_s = time.perf_counter()
-        scores = _Scores(self.base)
+        scores = Scores(self.base)
         with ExitStack() as stack:
             if self.base is not None:
                 stack.enter_context(self.base)
@@ -109,15 +108,17 @@ class PerplexityTask:
         return entries if comparison is None else {**entries, "comparison": asdict(comparison)}
 
 
-class _Scores:
+class Scores:
     """What the rows that were read say, in their order."""
 
     def __init__(self, base: KlBase | None) -> None:
+        """Compare with a base that is open, or with nothing."""
         self._base = base
         self._logprobs: list[npt.NDArray[np.float64]] = []
         self._pairs: list[RowPair] = []
 
     def add(self, logits_NV: Floats, targets: Sequence[int]) -> None:
+        """The next rows, and the token that follows each."""
         targets_N = np.array(targets, np.int32)
         if self._base is None:
             self._logprobs.append(logprobs_of(logits_NV, targets_N))
@@ -126,16 +127,18 @@ class _Scores:
         self._logprobs.append(self._pairs[-1].logprob)
 
     def perplexity(self) -> Perplexity:
+        """Of all rows."""
         return Perplexity.of(np.concatenate(self._logprobs))
 
     def comparison(self) -> Comparison | None:
+        """With the base, over all rows; None without one."""
         return compare(self._pairs) if self._base is not None else None
 
 
 class _PieceReader:
     """Takes a window's rows as they come, and gives on those whose next token is counted."""
 
-    def __init__(self, piece: Piece, scores: _Scores, written: NpzArrays | None) -> None:
+    def __init__(self, piece: Piece, scores: Scores, written: NpzArrays | None) -> None:
         self._piece, self._scores, self._written = piece, scores, written
         self._row = 0
 
@@ -168,12 +171,8 @@ def make_task(options: PerplexityOptions, setting: Setting) -> PerplexityTask:
     stride = options.stride or window // 2
     if stride >= window:
         raise UsageError(f"--stride {stride}: expected less than --window {window}, so that windows overlap")
-    documents = _documents(options, setting.text.require_tokenizer())
-    pieces = [
-        Piece(ids[part.first : part.stop], part.scored - 1 - part.first)
-        for ids in documents
-        for part in windows_of(len(ids), window, stride)
-    ]
+    documents = documents_of(Path(options.text), options.split, setting.text.require_tokenizer())
+    pieces = pieces_of(documents, window, stride)
     if not pieces:
         raise UsageError(f"{options.text}: a single token predicts nothing: give a longer text")
     targets_N = np.array([token for piece in pieces for token in piece.targets], np.int32)
@@ -195,16 +194,14 @@ def make_task(options: PerplexityOptions, setting: Setting) -> PerplexityTask:
     return PerplexityTask(pieces, len(documents), context, write_base, base, options.json, words, setting.interrupted)
 
 
-def _documents(options: PerplexityOptions, tokenizer: Tokenizer) -> list[list[int]]:
-    """The tokens of each document that has one to predict; a separator ends its document and is predicted, too."""
-    text = read_text(Path(options.text), "TEXTFILE")
-    if options.split is None:
-        return [ids for ids in [tokenizer.encode(text)] if len(ids) > 1]
-    separator = tokenizer.encode_trusted(options.split)
-    parts = text.split(options.split)
-    last = [] if not parts[-1].strip() else [tokenizer.encode(parts[-1])]
-    found = [*(tokenizer.encode(part) + separator for part in parts[:-1]), *last]
-    return [ids for ids in found if len(ids) > 1]
+def pieces_of(documents: Sequence[list[int]], window: int, stride: int) -> list[Piece]:
+    """The windows of all documents that have a token to predict."""
+    return [
+        Piece(ids[part.first : part.stop], part.scored - 1 - part.first)
+        for ids in documents
+        if len(ids) > 1
+        for part in windows_of(len(ids), window, stride)
+    ]
 
 
 @click.command()
@@ -222,13 +219,7 @@ def _documents(options: PerplexityOptions, tokenizer: Tokenizer) -> list[list[in
     show_default="half a window",
     help="Each window begins so much later than the one before it; every token is predicted once.",
 )
-@option(
-    "--split",
-    metavar="TEXT",
-    show_default=False,
-    help="Documents end with this text (a special token of the model counts as one, as in <|endoftext|>), and each "
-    "is read by itself.",
-)
+@split_option
 @option(
     "--kl-base",
     type=PathName(),

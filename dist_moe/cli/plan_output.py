@@ -34,7 +34,7 @@ def _as_json(report: PlanReport, facts: Facts) -> dict[str, Any]:
     nodes = facts.nodes
     return {
         "model": facts.manifest.source_name,
-        "weights": facts.manifest.format.label,
+        "weights": facts.manifest.label,
         "net": facts.net,
         "latency_us": _round(nodes.link.latency_s * 1e6),
         "link_gb_s": _round(nodes.link.bytes_per_s / 1e9),
@@ -87,7 +87,7 @@ def _cost(exchange: str, cost: StepCost, tokens: int, facts: Facts) -> dict[str,
 def _as_text(report: PlanReport, facts: Facts) -> Iterator[str]:
     manifest, nodes, workload = facts.manifest, facts.nodes, report.winner.workload
     yield (
-        f"{manifest.source_name} in {manifest.format.label}, KV {workload.demand.kv.label} for "
+        f"{manifest.source_name} in {manifest.label}, KV {workload.demand.kv.label} for "
         f"{workload.demand.context} positions; prompt {workload.prompt}, {workload.batch} decoding; "
         f"{_count(nodes.ranks, 'rank')} x {_count(nodes.threads, 'thread')} on each node"
     )

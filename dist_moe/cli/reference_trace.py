@@ -76,6 +76,37 @@ class ComparedStep:
         return f"step {self.step}: expected {self.expected}, got {self.got} {'OK' if self.ok else 'MISMATCH'}{shown}"
 
 
+@dataclass(frozen=True)
+class Tolerances:
+    """What still passes: steps whose token differs, and the largest errors of any step; None: whatever they are."""
+
+    mismatches: int = 0
+    logit_rmse: float | None = None
+    prob_mae: float | None = None
+
+    def complaint(self, step: ComparedStep) -> str | None:
+        """What is too far off in a step's logits or probabilities, in words."""
+        limits = {"logit rmse": (step.logit_rmse, self.logit_rmse), "prob mae": (step.prob_mae, self.prob_mae)}
+        for name, (found, limit) in limits.items():
+            if limit is not None and found is not None and not found <= limit:
+                return f"{name} {found:.6g} is above {limit:g}"
+        return None
+
+    def verdict(self, steps: Sequence[ComparedStep]) -> str | None:
+        """Why the steps do not pass, or None."""
+        wrong = [step for step in steps if not step.ok]
+        if len(wrong) > self.mismatches:
+            first = wrong[0]
+            return (
+                f"step {first.step} expects token {first.expected}, the model gives {first.got} "
+                f"({len(wrong)} of {len(steps)} steps differ)"
+            )
+        for step in steps:
+            if complaint := self.complaint(step):
+                return f"step {step.step}: {complaint}"
+        return None
+
+
 @dataclass
 class TraceTask:
     """A checked trace and its comparison; each step continues the trace's own tokens, as its maker did."""
@@ -88,6 +119,7 @@ class TraceTask:
     as_json: bool
     probes: Probes
     interrupted: Callable[[], bool]
+    tolerances: Tolerances = Tolerances()
 
     def lead_engine(self, engine: Engine) -> None:
         """Compare, print a line per step and a verdict.
@@ -112,21 +144,29 @@ class TraceTask:
         self._judge(found)
 
     def _judge(self, found: Sequence[ComparedStep]) -> None:
-        wrong = [step for step in found if not step.ok]
-        verdict = f"{'FAIL' if wrong else 'PASS'}: {len(found) - len(wrong)} of {len(found)} steps as in {self.name}"
+        wrong = sum(not step.ok for step in found)
+        failure = self.tolerances.verdict(found)
         if self.as_json:
             steps = [step.entries for step in found]
-            click.echo(json.dumps({"trace": self.name, "passed": not wrong, "steps": steps}))
+            click.echo(json.dumps({"trace": self.name, "passed": failure is None, "steps": steps}))
         else:
-            click.echo(verdict)
+            words = f"{len(found) - wrong} of {len(found)} steps as in {self.name}"
+            click.echo(f"{'PASS' if failure is None else 'FAIL'}: {words}{self._largest(found)}")
         self.probes.report()
-        if wrong:
-            first = wrong[0]
+        if failure is not None:
             raise TraceMismatch(
-                f"{self.name}: step {first.step} expects token {first.expected}, the model gives {first.got} "
-                f"({len(wrong)} of {len(found)} steps differ): compare model, weight format and numerics with those "
-                "of the trace's maker"
+                f"{self.name}: {failure}: compare model, weight format and numerics with those of the trace's maker"
             )
+
+    def _largest(self, found: Sequence[ComparedStep]) -> str:
+        """The largest errors, where they are judged."""
+        judged = {"logit rmse": self.tolerances.logit_rmse, "prob mae": self.tolerances.prob_mae}
+        words = ""
+        for name, limit in judged.items():
+            values = [value for step in found if (value := getattr(step, name.replace(" ", "_"))) is not None]
+            if limit is not None and values:
+                words += f", largest {name} {max(values):.6g} (at most {limit:g})"
+        return words
 
     def _compare(self, step: int, logits_V: npt.NDArray[np.float32]) -> ComparedStep:
         trace, row = self.trace, self.trace.first_row + step

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from dist_moe.cli.shard import ShardProgress, read_cut, report_store
+from dist_moe.cli.shard import read_cut
+from dist_moe.cli.shard_progress import ShardProgress, report_store
 from dist_moe.cli.values import OneOf, PathName, Whole
 from dist_moe.errors import Interrupted, PlaceError, UsageError
 from dist_moe.parallel.launcher import detect_launcher
@@ -66,7 +67,7 @@ def reshard(
     manifest = opened.manifest
     shards = len(placed.shards) if placed else nodes or 1
     suffix = "-placed" if placed else ""
-    destination = Path(output or f"{manifest.source_name}-{manifest.format.label}-{shards}{suffix}")
+    destination = Path(output or f"{manifest.source_name}-{manifest.label}-{shards}{suffix}")
     own = manifest.experts if manifest.experts in EXPERT_LAYOUTS else "whole"
     options = StoreOptions(nodes=shards, experts=experts or own, placement=placed, force=force, allow_nonfinite=True)
     try:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
-import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from dist_moe import files
-from dist_moe.cli.values import OneOf, PathName, Whole
+from dist_moe.cli.shard_progress import ShardProgress, report_store
+from dist_moe.cli.values import Number, OneOf, PathName, Whole
 from dist_moe.errors import Interrupted, PlaceError, UsageError
 from dist_moe.parallel.launcher import detect_launcher
 
 if TYPE_CHECKING:
+    from dist_moe.checkpoint.source import Source
     from dist_moe.store.placement import Placement
+    from dist_moe.store.plan import StoreOptions
 
-_LINE_EVERY_S = 5.0
+
+AUTO = "auto"
 
 
 @click.command("shard")
@@ -29,22 +31,43 @@ _LINE_EVERY_S = 5.0
 @click.option(
     "--quant",
     type=OneOf(["f32", "bf16", "q8", "q4"]),
-    help="Format of the matrices; routers, norms and the embedding keep theirs.  [default: what a GGUF file has, else "
+    help="Format of all matrices; routers, norms and the embedding keep theirs.  [default: what a GGUF file has, else "
     "q4]",
+)
+@click.option(
+    "--recipe",
+    metavar="NAME|FILE|STORE",
+    type=PathName(),
+    help="Formats by matrix: q4, q4-mixed (attention and lm_head in q8), q8, bf16, f32, a TOML file (docs/stores.md), "
+    "or as another store has them; or auto: what suits --target-bits best; in place of --quant.",
+)
+@click.option(
+    "--importance",
+    metavar="FILE",
+    type=PathName(),
+    help="What dist-moe calibrate wrote: weights the search for scales (mse), and decides with --recipe auto.",
+)
+@click.option(
+    "--target-bits",
+    type=Number(min=1, max=32),
+    help="With --recipe auto: bits per packed weight at most, on average, scales included.  [default: 4.5]",
+)
+@click.option(
+    "--write-recipe",
+    metavar="FILE.toml",
+    type=PathName(),
+    help="Write the format of every matrix as a recipe.",
 )
 @click.option(
     "--group-size",
     type=OneOf(["32", "64", "128", "0"]),
-    default="32",
-    show_default=True,
-    help="Weights per scale of q8 and q4; 0 is a whole row.",
+    help="Weights per scale of q8 and q4; 0 is a whole row.  [default: as the recipe says, else 32]",
 )
 @click.option(
     "--scales",
     type=OneOf(["absmax", "mse"]),
-    default="absmax",
-    show_default=True,
-    help="Scales of q8 and q4: from the largest weight, or of least squared error (slower to pack).",
+    help="Scales of q8 and q4: from the largest weight, or of least squared error (slower to pack).  [default: as the "
+    "recipe says, else absmax]",
 )
 @click.option(
     "--experts",
@@ -74,19 +97,27 @@ _LINE_EVERY_S = 5.0
 @click.option(
     "--threads", type=Whole(min=1), help="Threads that pack; the bytes do not depend on it.  [default: all CPUs]"
 )
+@click.option("--dry-run", is_flag=True, help="Print what the store would take, by part and by node; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print one JSON object.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def shard(
     source: str | None,
     nodes: int | None,
     quant: str | None,
-    group_size: str,
-    scales: str,
+    recipe: str | None,
+    importance: str | None,
+    target_bits: float | None,
+    write_recipe: str | None,
+    group_size: str | None,
+    scales: str | None,
     experts: str | None,
     placement: str | None,
     output: str | None,
     force: bool,
     allow_nonfinite: bool,
     threads: int | None,
+    dry_run: bool,
+    as_json: bool,
     quiet: bool,
 ) -> None:
     """Pack SRC (default: the bundled demo) into a store, a shard per node.
@@ -98,30 +129,39 @@ def shard(
     if not detect_launcher(os.environ).is_first:
         return
     from dist_moe.checkpoint.source import open_source
-    from dist_moe.kernels.formats import ScaleChoice, WeightFormat
-    from dist_moe.store.carry import conversion_notes, default_format
+    from dist_moe.cli.calibrated_packing import require_new_recipe
+    from dist_moe.cli.calibrated_packing import write_recipe as write_formats
+    from dist_moe.cli.dry_run import show_sizes
+    from dist_moe.store.carry import conversion_notes
     from dist_moe.store.convert import convert
-    from dist_moe.store.plan import StoreOptions, source_name
+    from dist_moe.store.plan import plan_store, source_name
 
+    if as_json and not dry_run:
+        raise UsageError("--json: belongs to --dry-run; add it, or leave out --json")
+    if write_recipe is not None:
+        require_new_recipe(Path(write_recipe), force)
     placed = None if placement is None else read_cut(Path(placement), nodes, experts)
     path = source_path(source, quiet)
     _refuse_store(path)
     model = open_source(path)
-    fmt = WeightFormat.parse(quant) if quant else default_format(model)
     shards = len(placed.shards) if placed else nodes or 1
-    destination = Path(output or f"{source_name(path)}-{fmt.label}-{shards}{'-placed' if placed else ''}")
-    options = StoreOptions(
+    options = replace(
+        packing_options(model, Packing(quant, recipe, group_size, scales, importance, target_bits, threads, quiet)),
         nodes=shards,
-        format=fmt,
-        group_size=int(group_size),
-        scales=ScaleChoice.parse(scales),
         experts=experts or "whole",
         placement=placed,
         force=force,
         allow_nonfinite=allow_nonfinite,
         threads=threads or 0,
     )
-    for line in conversion_notes(model, fmt, options.group_size):
+    formats = options.model_formats(model.config)
+    destination = Path(output or f"{source_name(path)}-{formats.label}-{shards}{'-placed' if placed else ''}")
+    if write_recipe is not None:
+        write_formats(Path(write_recipe), formats, options.scales, f"of {source_name(path)}", force)
+    if dry_run:
+        show_sizes(plan_store(model, options), destination, as_json)
+        return
+    for line in conversion_notes(model, formats):
         click.echo(line, err=True)
     try:
         with ShardProgress(quiet) as progress:
@@ -132,6 +172,91 @@ def shard(
         raise Interrupted(f"{destination}: interrupted; repeat the same command to continue where it stopped") from None
     report_store(result.manifest.files, destination, result.written_files, result.manifest.nonfinite)
     click.echo(shlex.join(["mpirun", "-n", str(shards), "dist-moe", "run", "-m", str(destination)]))
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The options that decide formats and scales, as given."""
+
+    quant: str | None
+    recipe: str | None
+    group_size: str | None
+    scales: str | None
+    importance: str | None = None
+    target_bits: float | None = None
+    threads: int | None = None
+    quiet: bool = False
+
+
+def packing_options(model: Source, packing: Packing) -> StoreOptions:
+    """Formats and scales of a store of a model, nothing else.
+
+    Raises:
+        UsageError: --quant and --recipe are both given, or the recipe or calibration cannot be read or does not fit
+            the model, or lacks an option.
+    """
+    if packing.importance is None:
+        _refuse_without_importance(packing)
+        return _uncalibrated_options(model, packing)
+    from dist_moe.cli.calibrated_packing import DEFAULT_TARGET_BITS, with_auto_recipe, with_importance
+    from dist_moe.kernels.formats import ScaleChoice
+
+    is_auto = packing.recipe == AUTO
+    plain = replace(packing, scales=packing.scales or ScaleChoice.MSE.label, recipe=None if is_auto else packing.recipe)
+    if is_auto:
+        for name, value in (("--quant", packing.quant), ("--group-size", packing.group_size)):
+            if value is not None:
+                raise UsageError(f"{name} {value}: --recipe auto chooses that; leave out {name} or --recipe")
+    options, calibration = with_importance(_uncalibrated_options(model, plain), model, Path(packing.importance))
+    if not is_auto:
+        _refuse_target(packing)
+        return options
+    target = packing.target_bits or DEFAULT_TARGET_BITS
+    return with_auto_recipe(options, model, calibration, target, packing.threads or 0, packing.quiet)
+
+
+def _refuse_without_importance(packing: Packing) -> None:
+    if packing.recipe == AUTO:
+        raise UsageError(
+            "--recipe auto: needs --importance FILE, which says how much errors matter: make one with dist-moe "
+            "calibrate TEXT -m STORE --sensitivity 1024 -o FILE"
+        )
+    _refuse_target(packing)
+
+
+def _refuse_target(packing: Packing) -> None:
+    if packing.target_bits is not None:
+        raise UsageError(f"--target-bits {packing.target_bits:g}: belongs to --recipe auto; add it, or leave this out")
+
+
+def _uncalibrated_options(model: Source, packing: Packing) -> StoreOptions:
+    """As `packing_options`, without a calibration."""
+    from dist_moe.kernels.formats import ScaleChoice, WeightFormat
+    from dist_moe.store.carry import default_format
+    from dist_moe.store.plan import StoreOptions
+    from dist_moe.store.reader import read_store_manifest
+    from dist_moe.store.recipe_file import find_recipe
+
+    scales = ScaleChoice.parse(packing.scales) if packing.scales else None
+    group = None if packing.group_size is None else int(packing.group_size)
+    told: ScaleChoice | None = None
+    options = StoreOptions(group_size=StoreOptions.group_size if group is None else group)
+    if packing.recipe is None:
+        options = replace(options, format=WeightFormat.parse(packing.quant) if packing.quant else default_format(model))
+    elif packing.quant is not None:
+        raise UsageError(f"--quant {packing.quant}: the recipe says the formats; leave out --quant or --recipe")
+    elif files.is_directory(Path(packing.recipe)):
+        if group is not None:
+            raise UsageError(f"--group-size {group}: the store says the groups; leave out --group-size or --recipe")
+        like = read_store_manifest(Path(packing.recipe))
+        told, options = like.scales, replace(options, formats=like.formats, group_size=like.group_size)
+    else:
+        recipe = find_recipe(packing.recipe)
+        told = recipe.scales
+        default = next(size for size in (group, recipe.group, StoreOptions.group_size) if size is not None)
+        options = replace(options, formats=recipe.formats(model.config, default), group_size=default)
+    wanted = told if scales is None else scales
+    return options if wanted is None else replace(options, scales=wanted)
 
 
 def source_path(source: str | None, quiet: bool) -> Path:
@@ -173,78 +298,3 @@ def _refuse_store(directory: Path) -> None:
             f"{directory} is a store already: run it with dist-moe run -m {directory}, cut it into other shards with "
             f"dist-moe reshard {directory} --nodes N, or give the Hugging Face directory that it was made from"
         )
-
-
-class ShardProgress:
-    """Shows `convert`'s progress on stderr: a bar on a terminal, else a line every few seconds."""
-
-    def __init__(self, quiet: bool) -> None:
-        """Show nothing at all if `quiet`."""
-        self._quiet = quiet
-        self._bar: Any = None
-        self._done_bytes = 0
-        self._first: tuple[float, int] | None = None
-        self._next_line_s = 0.0
-
-    def __call__(self, done_bytes: int, total_bytes: int, what: str) -> None:
-        """Take note of progress."""
-        if self._quiet:
-            return
-        if sys.stderr.isatty():
-            self._draw(done_bytes, total_bytes, what)
-        else:
-            self._print(done_bytes, total_bytes, what)
-
-    def __enter__(self) -> ShardProgress:
-        """Return the progress itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave the bar's line."""
-        if self._bar is not None:
-            self._bar.render_finish()
-            self._bar = None
-
-    def _draw(self, done_bytes: int, total_bytes: int, what: str) -> None:
-        if self._bar is None:
-            self._bar = click.progressbar(
-                length=total_bytes,
-                label="packing",
-                file=sys.stderr,
-                item_show_func=str,
-                update_min_steps=max(1, total_bytes // 1000),
-            )
-        self._bar.update(
-            max(0, done_bytes - self._done_bytes),
-            f"{_gigabytes(done_bytes)} of {_gigabytes(total_bytes)} GB  {what}",
-        )
-        self._done_bytes = max(self._done_bytes, done_bytes)
-
-    def _print(self, done_bytes: int, total_bytes: int, what: str) -> None:
-        now_s = time.monotonic()
-        if self._first is None:
-            self._first, self._next_line_s = (now_s, done_bytes), now_s + _LINE_EVERY_S
-        if now_s < self._next_line_s:
-            return
-        self._next_line_s = now_s + _LINE_EVERY_S
-        started_s, started_bytes = self._first
-        rate = (done_bytes - started_bytes) / (now_s - started_s)
-        left = f", {(total_bytes - done_bytes) / rate:.0f} s left" if rate > 0 else ""
-        click.echo(f"{what}: {_gigabytes(done_bytes)} of {_gigabytes(total_bytes)} GB{left}", err=True)
-
-
-def report_store(files: Any, destination: Path, written: tuple[str, ...], nonfinite: dict[str, int]) -> None:
-    """Say what stands at the destination, and how much of it is new."""
-    total_bytes = sum(file.file_bytes for file in files)
-    for name, count in nonfinite.items():
-        click.echo(f"warning: {name} has {count} weights that are NaN, infinite or too large for the format", err=True)
-    if written:
-        click.echo(f"{destination}: {len(files)} files, {total_bytes:,} bytes, {len(written)} of them written now")
-    else:
-        click.echo(f"{destination}: done: a store of these options stands there ({total_bytes:,} bytes)")
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f}"

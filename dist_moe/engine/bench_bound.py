@@ -7,6 +7,7 @@ hidden units of an expert, V vocabulary.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,8 @@ from dist_moe.kernels import BLOCK_POSITIONS, GROUP, KvFormat, WeightFormat, kv_
 from dist_moe.model.step import Slice, Step
 from dist_moe.split import VOCABULARY_BLOCK
 from dist_moe.store.manifest import Manifest
-from dist_moe.store.units import UnitKind, unit_bytes, unit_count
+from dist_moe.store.unit_parts import unit_parts
+from dist_moe.store.units import UnitKind, unit_count
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,9 @@ def step_work(manifest: Manifest, kv: KvFormat, step: Step, picked_experts: Sequ
     blocks = unit_count(config, manifest.group_size, "vocabulary", 0)
     picked = iter(picked_experts)
     phases = [_embedding(manifest, step.slices)]
-    attention = (projections_work(manifest, T, H, G), attention_work(manifest, kv, step.slices, H, G))
+    attention = attention_work(manifest, kv, step.slices, H, G)
     for layer in range(config.layers):
-        phases += attention
+        phases += [projections_work(manifest, layer, T, H, G), attention]
         if config.is_dense(layer):
             phases.append(experts_work(manifest, layer, T, 1))
         else:
@@ -100,11 +102,14 @@ def _embedding(manifest: Manifest, slices: Iterable[Slice]) -> Work:
     return Work(bytes=rows * manifest.config.model_dim * _float_bytes(manifest.embedding_format))
 
 
-def projections_work(manifest: Manifest, tokens: float, heads: int, kv_heads: int) -> Work:
-    """q, k, v and o of some heads, and the norms before them."""
+def projections_work(manifest: Manifest, layer: int, tokens: float, heads: int, kv_heads: int) -> Work:
+    """q, k, v and o of some heads of a layer, and the norms before them."""
     D, P = manifest.config.model_dim, manifest.config.head_dim
-    weight_bytes = heads * _unit(manifest, "head") + kv_heads * _unit(manifest, "kv_head") + 4 * (D + 2 * P)
-    return _product(manifest.format, weight_bytes, tokens * D * P * (2 * heads + 2 * kv_heads))
+    work = Work(bytes=4 * (D + 2 * P))
+    kinds: tuple[tuple[UnitKind, int], ...] = (("head", heads), ("kv_head", kv_heads))
+    for kind, units in kinds:
+        work += _units_work(manifest, kind, layer, 0, units, tokens * D * P)
+    return work
 
 
 def attention_work(manifest: Manifest, kv: KvFormat, slices: Iterable[Slice], heads: int, kv_heads: int) -> Work:
@@ -130,10 +135,13 @@ def router_work(manifest: Manifest, tokens: float) -> Work:
 
 def experts_work(manifest: Manifest, layer: int, choices: float, picked: float) -> Work:
     """The MLPs of `picked` experts with `choices` pairs of a token and an expert; a dense MLP is one expert."""
-    config = manifest.config
-    expert_bytes = manifest.layer_chunks_per_expert(layer) * _unit(manifest, "chunk", layer)
-    products = choices * 3 * config.model_dim * config.layer_hidden(layer)
-    return _product(manifest.format, picked * expert_bytes, products)
+    config, chunks = manifest.config, manifest.layer_chunks_per_expert(layer)
+    experts = config.layer_experts(layer)
+    products = choices * config.model_dim * config.layer_hidden(layer) / max(1, picked * chunks)
+    work = Work()
+    for first, count in _alike_experts(manifest, layer):
+        work += _units_work(manifest, "chunk", layer, first * chunks, picked * chunks * count / experts, products)
+    return work
 
 
 def logits_work(manifest: Manifest, rows: int, blocks: int) -> Work:
@@ -142,7 +150,7 @@ def logits_work(manifest: Manifest, rows: int, blocks: int) -> Work:
         return Work()
     config = manifest.config
     width = min(config.vocabulary, blocks * VOCABULARY_BLOCK)
-    return _product(manifest.format, blocks * _unit(manifest, "vocabulary"), rows * config.model_dim * width)
+    return _units_work(manifest, "vocabulary", 0, 0, blocks, rows * config.model_dim * width / blocks)
 
 
 def _product(fmt: WeightFormat, weight_bytes: float, products: float) -> Work:
@@ -151,8 +159,23 @@ def _product(fmt: WeightFormat, weight_bytes: float, products: float) -> Work:
     return Work(weight_bytes, f32=2 * products)
 
 
-def _unit(manifest: Manifest, kind: UnitKind, layer: int = 0) -> int:
-    return unit_bytes(manifest.config, manifest.format, manifest.group_size, kind, layer)
+def _units_work(manifest: Manifest, kind: UnitKind, layer: int, index: int, units: float, products: float) -> Work:
+    """Of some units like the one at `index`, each matrix of which makes so many products."""
+    work = Work()
+    for part in unit_parts(manifest, kind, layer, index):
+        weight_bytes = part.bytes.stop - part.bytes.start
+        work += _product(part.format.format, units * weight_bytes, units * products)
+    return work
+
+
+def _alike_experts(manifest: Manifest, layer: int) -> list[tuple[int, int]]:
+    """The first of all experts of equal formats, and how many they are."""
+    formats = manifest.formats.layers[layer]
+    kinds = Counter(zip(formats.gate_up, formats.down, strict=True))
+    firsts = dict[object, int]()
+    for expert, kind in enumerate(zip(formats.gate_up, formats.down, strict=True)):
+        firsts.setdefault(kind, expert)
+    return [(firsts[kind], count) for kind, count in kinds.items()]
 
 
 def _float_bytes(fmt: WeightFormat) -> int:

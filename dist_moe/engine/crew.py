@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from dist_moe.engine.accounts import Accounts
 from dist_moe.engine.books import Books
+from dist_moe.engine.calibration import Sums
 from dist_moe.engine.kv_transfer import RowsSink, RowsSource
 from dist_moe.engine.timeline import Timeline
 from dist_moe.engine.worker import RowSink, StepResult, Worker
@@ -40,6 +41,8 @@ class Order(IntEnum):
     SAVE = 8  # show rank 0 K and V of a sequence; arguments: its name, how many positions
     RESTORE = 9  # take K and V of a new sequence from rank 0; arguments likewise
     MARK = 11  # mark the parts of steps from now on, or no longer; argument: which
+    CALIBRATE = 12  # add up what matrices read from now on, or bring it to rank 0; argument: which
+    ROUND = 13  # round a group of matrices, and no other any more; argument: which, or -1
     SAY = 10  # return the text that follows from follow(); argument: its bytes in UTF-8
 
 
@@ -130,6 +133,26 @@ class Crew:
         assert ranks_Wn is not None
         return ranks_Wn
 
+    def begin_calibration(self) -> None:
+        """Let all ranks add up what the matrices of each step read; see Calibrator."""
+        with self._working(Order.CALIBRATE):
+            self._post(Order.CALIBRATE, 1)
+            self._worker.calibrator.begin()
+
+    def end_calibration(self) -> Sums:
+        """What all ranks have added up since `begin_calibration`."""
+        with self._working(Order.CALIBRATE):
+            self._post(Order.CALIBRATE, 0)
+            sums = self._worker.calibrator.end()
+        assert sums is not None
+        return sums
+
+    def round_weights(self, group: int) -> None:
+        """Let all ranks round a group of matrices, and no other any more; see Rounder."""
+        with self._working(Order.ROUND):
+            self._post(Order.ROUND, group)
+            self._worker.rounder.round(group)
+
     def save(self, sequence: int, positions: int, sink: RowsSink) -> None:
         """Fetch K and V of a sequence from all ranks; see KvTransfer.gather."""
         with self._working(Order.SAVE):
@@ -200,6 +223,12 @@ class Crew:
             self._worker.health.finish_scrub()
         elif order is Order.MEASURE:
             self._measure(argument)
+        elif order is Order.ROUND:
+            self._worker.rounder.round(argument)
+        elif order is Order.CALIBRATE and argument:
+            self._worker.calibrator.begin()
+        elif order is Order.CALIBRATE:
+            self._worker.calibrator.end()
         elif order is Order.SAVE:
             self._worker.kv.gather(argument, int(self._header[2]), None)
         elif order is Order.RESTORE:

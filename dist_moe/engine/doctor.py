@@ -6,10 +6,8 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from dist_moe.parallel.cores import CoreShare, may_spin, share_cores
 from dist_moe.parallel.cpu_limits import expected_threads
 from dist_moe.parallel.hostfile import Hostfile
 from dist_moe.parallel.launcher import Launcher
+from dist_moe.parallel.launching import family_of
 from dist_moe.parallel.mpi import library_family
 from dist_moe.parallel.node_exchange import NodeExchange
 from dist_moe.parallel.world import World
@@ -169,11 +168,7 @@ def _mpirun(facts: HostFacts) -> Iterator[Finding]:
         what = f"{facts.host}: there is no mpirun on PATH; dist-moe runs on one rank without it"
         yield Finding("note", "MPI", what, fix)
         return
-    version = ""
-    with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False, timeout=20)
-        version = done.stdout + done.stderr
-    theirs = "openmpi" if "Open MPI" in version or "PRRTE" in version else "mpich" if "HYDRA" in version.upper() else ""
+    theirs = family_of(path)
     ours = library_family(facts.library)
     if theirs and ours and theirs != ours:
         yield Finding(

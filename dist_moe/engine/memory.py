@@ -22,7 +22,8 @@ from dist_moe.parallel.plan import Plan
 from dist_moe.parallel.world import AgreedError, World
 from dist_moe.store.layout import weight_layout
 from dist_moe.store.manifest import COMMON_NAME, Manifest
-from dist_moe.store.units import UnitKind, chunks_per_expert, unit_bytes
+from dist_moe.store.unit_parts import unit_sizes, units_bytes
+from dist_moe.store.units import chunks_per_expert
 
 logger = logging.getLogger(__name__)
 
@@ -174,12 +175,11 @@ def _weights(manifest: Manifest, plans: Sequence[Plan]) -> tuple[int, int, int]:
     config = manifest.config
     heads = {head for plan in plans for head in plan.heads}
     kv_heads = {head for plan in plans for head in plan.kv_heads}
-    blocks = sum(len(plan.vocabulary_blocks) for plan in plans)
-    head_bytes = len(heads) * _unit(manifest, "head") + len(kv_heads) * _unit(manifest, "kv_head")
-    always_bytes = config.layers * head_bytes + blocks * _unit(manifest, "vocabulary")
+    always_bytes = sum(units_bytes(manifest, "vocabulary", 0, plan.vocabulary_blocks) for plan in plans)
     chunk_bytes = 0
     for layer in range(config.layers):
-        own_bytes = _chunk_count(manifest, plans, layer) * _unit(manifest, "chunk", layer)
+        always_bytes += units_bytes(manifest, "head", layer, heads) + units_bytes(manifest, "kv_head", layer, kv_heads)
+        own_bytes = _chunk_bytes(manifest, plans, layer)
         if config.is_dense(layer):
             always_bytes += own_bytes
         else:
@@ -187,18 +187,13 @@ def _weights(manifest: Manifest, plans: Sequence[Plan]) -> tuple[int, int, int]:
     return always_bytes, chunk_bytes, chunk_bytes * config.experts_per_token // max(1, config.experts)
 
 
-def _chunk_count(manifest: Manifest, plans: Sequence[Plan], layer: int) -> int:
-    """Chunks of one layer that these ranks may read; a placement gives a host more of one layer than of another."""
-    config = manifest.config
-    chunks = config.layer_experts(layer) * chunks_per_expert(config, manifest.group_size, layer)
-    read_C = np.zeros(chunks, np.bool_)
+def _chunk_bytes(manifest: Manifest, plans: Sequence[Plan], layer: int) -> int:
+    """Of the chunks that these ranks may read; a placement gives a host more of one layer than of another."""
+    size_C = unit_sizes(manifest, "chunk", layer)
+    read_C = np.zeros(len(size_C), np.bool_)
     for plan in plans:
         read_C[plan.readable_chunks(layer)] = True
-    return int(read_C.sum())
-
-
-def _unit(manifest: Manifest, kind: UnitKind, layer: int = 0) -> int:
-    return unit_bytes(manifest.config, manifest.format, manifest.group_size, kind, layer)
+    return int(size_C[read_C].sum())
 
 
 def _buffers(manifest: Manifest, plan: Plan, threads: int, step_tokens: int) -> int:
@@ -209,7 +204,7 @@ def _buffers(manifest: Manifest, plan: Plan, threads: int, step_tokens: int) -> 
         for layer in range(config.layers)
     )
     step_bytes = workspace_bytes(
-        config, plan, quantized=manifest.format.quantized, max_tokens=step_tokens, max_chunks=most_chunks
+        config, plan, quantized=manifest.formats.quantized, max_tokens=step_tokens, max_chunks=most_chunks
     )
     # Scratch grows by half more than was asked for.
     thread_bytes = threads * step_tokens * config.model_dim * 8 * 3 // 2 if threads > 1 else 0

@@ -119,16 +119,26 @@ def logprobs_of(logits_NV: Floats, targets_N: Sequence[int] | npt.NDArray[np.int
     return found_N
 
 
+def divergences(logits_NV: Floats, base_NV: Floats) -> Doubles:
+    """Kullback-Leibler divergence of each row's base from it, in nats, float64 [N]."""
+    return _divergences(log_softmax(logits_NV), log_softmax(base_NV))
+
+
+def _divergences(here_NV: Doubles, base_NV: Doubles) -> Doubles:
+    with np.errstate(invalid="ignore"):  # a base that is certain: 0 * -inf
+        terms_NV = np.exp(base_NV) * (base_NV - here_NV)
+    found_N: Doubles = np.nan_to_num(terms_NV, nan=0.0).sum(axis=1).clip(min=0.0)
+    return found_N
+
+
 def compare_rows(logits_NV: Floats, base_NV: Floats, targets_N: npt.NDArray[np.int32]) -> RowPair:
     """Predictions of the same tokens by two models."""
     here_NV, base_logp_NV = log_softmax(logits_NV), log_softmax(base_NV)
     rows = np.arange(len(targets_N))
-    with np.errstate(invalid="ignore"):  # a base that is certain: 0 * -inf
-        terms_NV = np.exp(base_logp_NV) * (base_logp_NV - here_NV)
     return RowPair(
         here_NV[rows, targets_N],
         base_logp_NV[rows, targets_N],
-        np.nan_to_num(terms_NV, nan=0.0).sum(axis=1).clip(min=0.0),
+        _divergences(here_NV, base_logp_NV),
         logits_NV.argmax(axis=1) == base_NV.argmax(axis=1),
     )
 

@@ -17,7 +17,8 @@ from dist_moe.parallel.holdings import Held
 from dist_moe.split import whole_chunks
 from dist_moe.store.manifest import Manifest
 from dist_moe.store.placement import Placement, indices_of
-from dist_moe.store.units import UnitKind, unit_bytes
+from dist_moe.store.unit_parts import units_bytes
+from dist_moe.store.units import UnitKind
 
 BATCHES = (1, 16)  # tokens of the simulated steps
 
@@ -51,8 +52,7 @@ def node_facts(manifest: Manifest, placement: Placement) -> list[NodeFacts]:
         kinds: tuple[UnitKind, ...] = ("head", "kv_head", "chunk")
         places = [(kind, layer) for kind in kinds for layer in range(config.layers)]
         for kind, layer in [*places, ("vocabulary", 0)]:
-            count = sum(stop - first for first, stop in shard.runs(kind, layer))
-            total += count * unit_bytes(config, manifest.format, manifest.group_size, kind, layer)
+            total += units_bytes(manifest, kind, layer, indices_of(shard.runs(kind, layer)))
         experts = [
             len(indices_of(shard.runs("chunk", layer))) / manifest.layer_chunks_per_expert(layer) for layer in routed
         ]

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
 import numpy as np
 
@@ -22,7 +21,8 @@ from dist_moe.parallel.holdings import Held
 from dist_moe.split import head_range_kv_heads, weighted
 from dist_moe.store.manifest import Manifest
 from dist_moe.store.placement import LayerRuns, Placement, ShardUnits, runs_of, unit_counts
-from dist_moe.store.units import UnitKind, unit_bytes, unit_count
+from dist_moe.store.unit_parts import unit_sizes, units_bytes
+from dist_moe.store.units import unit_count
 
 SEARCH_SAMPLES = 256  # of the local search; the rest of a profile judges its result
 _GIGABYTE = 10**9
@@ -98,11 +98,9 @@ def routed_layers(config: ModelConfig) -> tuple[int, ...]:
     return tuple(layer for layer in range(config.layers) if not config.is_dense(layer))
 
 
-def _bytes(manifest: Manifest, kind: UnitKind | Literal["expert"], layer: int) -> int:
-    """Of one unit, or of all chunks of one expert."""
-    config, group = manifest.config, manifest.group_size
-    count = manifest.layer_chunks_per_expert(layer) if kind == "expert" else 1
-    return count * unit_bytes(config, manifest.format, group, "chunk" if kind == "expert" else kind, layer)
+def _expert_bytes(manifest: Manifest, layer: int) -> int:
+    """Of all chunks of one expert, the largest of the layer, so that whichever a node gets has room."""
+    return manifest.layer_chunks_per_expert(layer) * int(unit_sizes(manifest, "chunk", layer).max())
 
 
 def _slots(manifest: Manifest, weights: Sequence[int], budget: Budget, other_bytes: Sequence[int]) -> list[int]:
@@ -113,7 +111,7 @@ def _slots(manifest: Manifest, weights: Sequence[int], budget: Budget, other_byt
             raise UsageError(f"--budget {float(budget.copies):g}x: less than one copy of each expert: take 1x or more")
         return _proportional(min(int(budget.copies * experts), nodes * experts), weights, experts)
     assert budget.node_bytes is not None
-    layer_bytes = sum(_bytes(manifest, "expert", layer) for layer in routed_layers(manifest.config))
+    layer_bytes = sum(_expert_bytes(manifest, layer) for layer in routed_layers(manifest.config))
     _require_room(budget.node_bytes, other_bytes)
     slots = [min(experts, (budget.node_bytes - other) // layer_bytes) for other in other_bytes]
     if sum(slots) < experts:
@@ -139,7 +137,7 @@ def _require_dense_room(
         needed.append(_other_bytes(manifest, *parts, whole_layers=False))
         for layer in range(manifest.config.layers):
             chunks = weighted(manifest.layer_chunks_per_expert(layer), weights)[node]
-            needed[-1] += len(chunks) * _bytes(manifest, "chunk", layer)
+            needed[-1] += units_bytes(manifest, "chunk", layer, chunks)
     _require_room(node_bytes, needed)
 
 
@@ -170,10 +168,10 @@ def _proportional(total: int, weights: Sequence[int], most: int) -> list[int]:
 def _other_bytes(manifest: Manifest, heads: range, kv_heads: range, blocks: range, *, whole_layers: bool = True) -> int:
     """Bytes of a node's shard without experts; a dense layer as if it were all here, or not at all."""
     config = manifest.config
-    total = len(blocks) * _bytes(manifest, "vocabulary", 0)
+    total = units_bytes(manifest, "vocabulary", 0, blocks)
     for layer in range(config.layers):
-        total += len(heads) * _bytes(manifest, "head", layer) + len(kv_heads) * _bytes(manifest, "kv_head", layer)
-        total += _bytes(manifest, "expert", layer) if whole_layers and config.is_dense(layer) else 0
+        total += units_bytes(manifest, "head", layer, heads) + units_bytes(manifest, "kv_head", layer, kv_heads)
+        total += _expert_bytes(manifest, layer) if whole_layers and config.is_dense(layer) else 0
     return total
 
 

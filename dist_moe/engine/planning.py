@@ -215,7 +215,7 @@ def _too_large(
     enough = _enough_nodes(manifest, ranks, workload, memory_bytes)
     advice = f"take --nodes {enough}" if enough else "no number of nodes is enough: take larger ones"
     return (
-        f"{manifest.source_name} in {manifest.format.label} does not fit on {count} node{'s' if count > 1 else ''} of "
+        f"{manifest.source_name} in {manifest.label} does not fit on {count} node{'s' if count > 1 else ''} of "
         f"{show_bytes(memory_bytes)}: each needs {show_bytes(need.full_bytes)} (weights "
         f"{show_bytes(need.weights_bytes)}, KV cache {show_bytes(need.kv_bytes)}, buffers "
         f"{show_bytes(need.buffer_bytes)}); {advice}, fewer bits (--quant), a shorter --ctx or --kv q8"

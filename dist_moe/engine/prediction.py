@@ -8,7 +8,7 @@ on one and two threads and two levels of kernels, and the same for every model, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import hypot
@@ -24,6 +24,7 @@ from dist_moe.engine.bench_bound import (
 )
 from dist_moe.engine.straggling import busiest_share, busiest_tokens, distinct_experts
 from dist_moe.kernels import KvFormat, WeightFormat
+from dist_moe.kernels.formats import MatrixFormat
 from dist_moe.model.step import Slice
 from dist_moe.parallel.cost import ExchangeKind, LinkCosts, Traffic, WireShape, step_traffic
 from dist_moe.split import contiguous, head_range_kv_heads
@@ -141,8 +142,8 @@ class Predictor:
         self._nodes = nodes
         self._split = split
         self._shares = PHASE_SHARES.get(nodes.isa, VECTOR_SHARES)
-        self._read_share = Q4_READ_SHARE if manifest.format == WeightFormat.Q4 else READ_SHARE
-        self._shape = WireShape.of(manifest.config, manifest.format.quantized)
+        self._layers = _unlike_layers(manifest)
+        self._shape = WireShape.of(manifest.config, manifest.formats.quantized)
 
     def decode(self, depth: int, batch: int) -> StepCost:
         """One step in which each of `batch` sequences that hold `depth` tokens gets one."""
@@ -162,8 +163,9 @@ class Predictor:
         """One step of some tokens, of which `rows` are drawn."""
         nodes, config = self._nodes, self._config
         T = sum(len(part.ids) for part in slices)
-        compute_s = config.layers * self._attention_s(slices, T)
-        compute_s += sum(count * seconds for count, seconds in self._layers(T))
+        compute_s = sum(
+            count * (self._attention_s(layer, slices, T) + self._experts_s(layer, T)) for layer, count in self._layers
+        )
         compute_s += self._logits_s(rows) + T * TOKEN_S
         wait_s = STEP_S + 2 * config.layers * self._half_layer_wait_s(T)
         traffic = Traffic()
@@ -174,13 +176,13 @@ class Predictor:
 
     # ---- parts of a step, each on its busiest rank ----
 
-    def _attention_s(self, slices: Sequence[Slice], T: int) -> float:
-        """The attention half of one layer."""
+    def _attention_s(self, layer: int, slices: Sequence[Slice], T: int) -> float:
+        """The attention half of a layer."""
         heads, kv_heads = self._busiest_heads()
         machine = self._nodes.rank_machine
-        seconds = phase_seconds(
-            projections_work(self._manifest, T, heads, kv_heads), machine, self._shares.projections, self._read_share
-        )
+        work = projections_work(self._manifest, layer, T, heads, kv_heads)
+        read_share = _read_share(self._manifest.formats.layers[layer].q)
+        seconds = phase_seconds(work, machine, self._shares.projections, read_share)
         for single, share in ((True, QUERY_SHARE), (False, ATTENTION_SHARE)):
             some = [part for part in slices if (len(part.ids) == 1) == single]
             if some:
@@ -194,24 +196,17 @@ class Predictor:
         runs = [contiguous(config.heads, ranks, rank) for rank in range(ranks)]
         return max((len(run), len(head_range_kv_heads(run, config.heads_per_kv_head))) for run in runs)
 
-    def _layers(self, T: int) -> Iterator[tuple[int, float]]:
-        """Each kind of expert half, and its seconds."""
-        config = self._config
-        kinds = Counter((config.is_dense(layer), config.layer_hidden(layer)) for layer in range(config.layers))
-        for layer in range(config.layers):
-            if count := kinds.pop((config.is_dense(layer), config.layer_hidden(layer)), 0):
-                yield count, self._experts_s(layer, T)
-
     def _experts_s(self, layer: int, T: int) -> float:
         """The expert half of a layer."""
         config, nodes, split = self._config, self._nodes, self._split
         parts = nodes.nodes if split.inside else nodes.all_ranks
         machine = nodes.machine if split.inside else nodes.rank_machine
         chunks = self._manifest.layer_chunks_per_expert(layer)
+        weights_share = _read_share(self._manifest.formats.layers[layer].gate_up[0])
         if config.is_dense(layer):
             share = busiest_share(split.experts, 1, chunks, parts, 1)
             work = _scaled(experts_work(self._manifest, layer, T, 1), share, share)
-            return phase_seconds(work, machine, self._shares.experts, self._read_share)
+            return phase_seconds(work, machine, self._shares.experts, weights_share)
         E, K = config.experts, config.experts_per_token
         distinct = distinct_experts(E, K, T)
         read_share = busiest_share(split.experts, E, chunks, parts, distinct)
@@ -219,7 +214,7 @@ class Predictor:
         work = _scaled(experts_work(self._manifest, layer, T * K, distinct), read_share, token_share)
         routed = T if split.exchange == "allreduce" or nodes.nodes == 1 else -(-T // nodes.nodes)
         router_s = phase_seconds(router_work(self._manifest, routed), nodes.rank_machine, 1.0)
-        return phase_seconds(work, machine, self._shares.experts, self._read_share) + router_s
+        return phase_seconds(work, machine, self._shares.experts, weights_share) + router_s
 
     def _logits_s(self, rows: int) -> float:
         """The rows of logits, and drawing from them."""
@@ -245,6 +240,17 @@ def phase_seconds(work: Work, machine: Machine, share: float, read_share: float 
     """The time of a phase that reaches these shares of the machine's arithmetic and reading, partly overlapped."""
     compute_s = (work.int8 / machine.int8 + work.f32 / machine.f32) / share
     return hypot(work.bytes / machine.read / read_share, compute_s)
+
+
+def _read_share(found: MatrixFormat) -> float:
+    return Q4_READ_SHARE if found.format == WeightFormat.Q4 else READ_SHARE
+
+
+def _unlike_layers(manifest: Manifest) -> list[tuple[int, int]]:
+    """The first of all layers of equal shapes and formats, and how many they are."""
+    config, formats = manifest.config, manifest.formats.layers
+    kinds = [(config.is_dense(layer), config.layer_hidden(layer), own) for layer, own in enumerate(formats)]
+    return [(kinds.index(kind), count) for kind, count in Counter(kinds).items()]
 
 
 def _scaled(work: Work, bytes_share: float, operations_share: float) -> Work:

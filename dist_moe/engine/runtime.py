@@ -93,7 +93,7 @@ class Runtime:
         self.model = load_model(exchange, store, job, self.kernels, options, demand, records, on_reading)
         self._scrubber = start_scrub(world, self.model.weights, job.plans[world.rank]) if options.scrub else None
         worker = Worker(self.model, exchange, self._scrubber)
-        shape = WireShape.of(self.config, store.manifest.format.quantized)
+        shape = WireShape.of(self.config, store.manifest.formats.quantized)
         partitions = partition_rule(options.step_exchange, shape, world.nodes, exchange.link_costs)
         self._crew = Crew(worker, exchange, self._step_tokens, self._measure, partitions)
         self._prefixes = PrefixIndex(options.resident_positions)

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dist_moe.engine.calibration import Calibrator
 from dist_moe.engine.candidates import CandidateExchange, Candidates, block_sums
 from dist_moe.engine.health import Health
 from dist_moe.engine.kv_transfer import KvTransfer
+from dist_moe.engine.rounding import Rounder
 from dist_moe.engine.scrub import Scrubber
 from dist_moe.kernels import NO_FAULT
 from dist_moe.model.step import MAX_LOGIT_ROWS, Step
@@ -49,6 +51,7 @@ class Worker:
         self._model = model
         self.kv = KvTransfer(model, exchange)
         self.health = Health(model, exchange, scrubber)
+        self.calibrator, self.rounder = Calibrator(model, exchange), Rounder(model)
         self._exchange = exchange
         self.stopwatch, self.work_L2 = model.stopwatch, model.work_L2
         self.node_speeds = model.share.job.speeds

@@ -1,7 +1,7 @@
 """The compiled kernels behind typed wrappers; the only package that touches the C extension."""
 
 from dist_moe.kernels.arrays import address_of, aligned_empty
-from dist_moe.kernels.buffers import ChunkList, KvView, MatrixList, Operand
+from dist_moe.kernels.buffers import CHUNK_WORDS, ChunkFormats, ChunkList, KvView, MatrixList, Operand
 from dist_moe.kernels.context import isa_levels
 from dist_moe.kernels.formats import (
     ALIGNMENT,
@@ -10,13 +10,17 @@ from dist_moe.kernels.formats import (
     NO_FAULT,
     TILE_ROWS,
     VOCABULARY_BLOCK,
+    ChunkFormat,
     FaultKind,
     KvFormat,
+    MatrixFormat,
+    OperandParts,
     ScaleChoice,
     WeightFormat,
     chunk_bytes,
     kv_block_bytes,
     packed_bytes,
+    parts_read,
 )
 from dist_moe.kernels.hashing import hash_floats
 from dist_moe.kernels.layer_kernels import AttentionLayer, ExpertsLayer, LayerBuffers, LayerSizes
@@ -40,6 +44,7 @@ from dist_moe.kernels.token_kernels import OperandRows, RoutingRows, SumRows
 __all__ = [
     "ALIGNMENT",
     "BLOCK_POSITIONS",
+    "CHUNK_WORDS",
     "GROUP",
     "LARGEST_SPEED",
     "NODE_RANK_BYTES",
@@ -47,6 +52,8 @@ __all__ = [
     "TILE_ROWS",
     "VOCABULARY_BLOCK",
     "AttentionLayer",
+    "ChunkFormat",
+    "ChunkFormats",
     "ChunkHolders",
     "ChunkList",
     "ExpertsLayer",
@@ -58,9 +65,11 @@ __all__ = [
     "LayerSizes",
     "MappedFile",
     "MappedTensor",
+    "MatrixFormat",
     "MatrixList",
     "NodeMemory",
     "Operand",
+    "OperandParts",
     "OperandRows",
     "PackMatrix",
     "Penalties",
@@ -85,5 +94,6 @@ __all__ = [
     "kv_block_bytes",
     "linger_after_crash",
     "packed_bytes",
+    "parts_read",
     "populate",
 ]

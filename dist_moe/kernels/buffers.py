@@ -24,11 +24,24 @@ from dist_moe.kernels.arrays import (
     aligned_empty,
     require_packed,
 )
-from dist_moe.kernels.formats import ALIGNMENT, BLOCK_POSITIONS, GROUP, KvFormat, WeightFormat, packed_bytes
+from dist_moe.kernels.formats import (
+    ALIGNMENT,
+    BLOCK_POSITIONS,
+    GROUP,
+    ChunkFormat,
+    KvFormat,
+    MatrixFormat,
+    OperandParts,
+    chunk_bytes,
+    packed_bytes,
+    parts_read,
+)
 from dist_moe.kernels.library import ffi
 from dist_moe.model_config import round_up
 
-assert ffi.sizeof("dm_chunk") == 24, "ChunkList lays dm_chunk out as three 64-bit words"
+CHUNK_WORDS = 4
+
+assert ffi.sizeof("dm_chunk") == 8 * CHUNK_WORDS, "ChunkList lays dm_chunk out as 64-bit words"
 
 
 class Operand:
@@ -62,11 +75,11 @@ class Operand:
         )
         self.struct: Pointer = ffi.new("dm_operand *", (*self._kept, columns))
 
-    def for_format(self, fmt: WeightFormat, tokens: int) -> Pointer:
-        """The C structure, after checking that weights in `fmt` can read `tokens` vectors from it."""
-        if tokens > self.max_tokens or (fmt.quantized and not self.quantized):
+    def for_parts(self, parts: OperandParts, tokens: int) -> Pointer:
+        """The C structure, after checking that weights can read these parts of `tokens` vectors from it."""
+        if tokens > self.max_tokens or (parts & OperandParts.INT8 and not self.quantized):
             raise TypeError(
-                f"operand of {self.max_tokens} vectors, quantized={self.quantized}, asked for {tokens} in {fmt.label}"
+                f"operand of {self.max_tokens} vectors, quantized={self.quantized}, asked for {tokens}, {parts!r}"
             )
         return self.struct
 
@@ -74,28 +87,54 @@ class Operand:
 class MatrixList:
     """Packed matrices with the output column at which each one's rows begin (`dm_matrix`)."""
 
-    def __init__(self, matrices: Sequence[tuple[U8Array, int, int]]) -> None:
-        """Take (packed bytes uint8 [n] on a 64-byte boundary, rows, first output column) per matrix."""
-        self._packed = [packed for packed, _, _ in matrices]
-        self._rows = [rows for _, rows, _ in matrices]
+    def __init__(self, matrices: Sequence[tuple[U8Array, int, int, MatrixFormat]]) -> None:
+        """Take (packed bytes uint8 [n] on a 64-byte boundary, rows, first output column, format) per matrix."""
+        self._matrices = tuple(matrices)
         self.count = len(matrices)
-        self.out_columns = max((column + rows for _, rows, column in matrices), default=0)
-        self.row_counts = frozenset(self._rows)
+        self.out_columns = max((column + rows for _, rows, column, _ in matrices), default=0)
+        self.row_counts = frozenset(rows for _, rows, _, _ in matrices)
+        self.parts = parts_read(fmt for *_, fmt in matrices)
         self.struct: Pointer = ffi.new("dm_matrix[]", self.count)
-        for entry, (packed, rows, out_column) in zip(self.struct, matrices, strict=True):
+        for entry, (packed, rows, out_column, fmt) in zip(self.struct, matrices, strict=True):
             entry.packed = ffi.cast("void *", address_of(packed))
             entry.rows = rows
             entry.out_column = out_column
-        self._checked: tuple[int, int, int] | None = None
+            entry.format = fmt.format
+            entry.group = fmt.group
+        self._checked_columns = -1
 
-    def for_columns(self, columns: int, fmt: WeightFormat, group: int) -> Pointer:
-        """The C array, after checking (once) that every matrix is [its rows, columns] in `fmt` and `group`."""
-        key = (columns, fmt, group)
-        if key != self._checked:
-            for packed, rows in zip(self._packed, self._rows, strict=True):
-                require_packed(packed, packed_bytes(fmt, rows, columns, group))
-            self._checked = key
+    def for_columns(self, columns: int) -> Pointer:
+        """The C array, after checking (once) that every matrix is [its rows, columns] in its format."""
+        if columns != self._checked_columns:
+            for packed, rows, _, fmt in self._matrices:
+                require_packed(packed, packed_bytes(fmt.format, rows, columns, fmt.group))
+            self._checked_columns = columns
         return self.struct
+
+
+class ChunkFormats:
+    """How the chunks of some experts are packed (`dm_chunk_format`): an entry for each, or one if all are alike."""
+
+    def __init__(self, formats: Sequence[ChunkFormat]) -> None:
+        """Take the format of each, or one for all."""
+        different = set(formats)
+        entries = self._entries = formats[:1] if len(different) == 1 else formats
+        self.count = len(entries)
+        self.step = 0 if len(different) == 1 else 1
+        self.normed_parts = parts_read(fmt.gate_up for fmt in different)
+        self.struct: Pointer = ffi.new("dm_chunk_format[]", self.count)
+        for entry, fmt in zip(self.struct, entries, strict=True):
+            entry.format, entry.group = fmt.gate_up.format, fmt.gate_up.group
+            entry.down_format, entry.down_group = fmt.down.format, fmt.down.group
+            entry.read_cost = 1
+        first, size = int(ffi.cast("uintptr_t", self.struct)), ffi.sizeof("dm_chunk_format")
+        self.addresses: U64Array = first + size * np.arange(self.count, dtype=np.uint64)
+
+    def set_read_costs(self, mean: int, model_dim: int, width: int) -> None:
+        """What reading a chunk costs, by its bytes, where it is `mean` on average."""
+        sizes = [chunk_bytes(fmt, model_dim, width) for fmt in self._entries]
+        for entry, size in zip(self.struct, sizes, strict=True):
+            entry.read_cost = max(1, round(mean * size * self.count / sum(sizes)))
 
 
 class ChunkList:
@@ -104,21 +143,26 @@ class ChunkList:
     def __init__(self, capacity: int) -> None:
         """Make room for `capacity` chunks."""
         self.capacity = capacity
-        self.words: U64Array = np.zeros((capacity, 3), np.uint64)
+        self.words: U64Array = np.zeros((capacity, CHUNK_WORDS), np.uint64)
         self.struct: Pointer = ffi.from_buffer("dm_chunk[]", self.words, require_writable=True)
+        self.normed_parts = OperandParts(0)  # of what `set` put here
+        self._formats: ChunkFormats | None = None
 
-    def set(self, addresses: U64Array, first: np.ndarray, count: np.ndarray) -> None:
+    def set(self, addresses: U64Array, formats: ChunkFormats, first: np.ndarray, count: np.ndarray) -> None:
         """Overwrite the first n chunks.
 
         Args:
             addresses: uint64 [n], of chunks on 64-byte boundaries; the caller keeps their memory alive.
+            formats: Of each chunk, or of all.
             first: Integers [n], where the chunk's entries begin in the step's token and weight lists.
             count: Integers [n], how many entries it has; zero is allowed.
         """
         n = len(addresses)
         self.words[:n, 0] = addresses
-        self.words[:n, 1] = first
-        self.words[:n, 2] = count
+        self.words[:n, 1] = formats.addresses
+        self.words[:n, 2] = first
+        self.words[:n, 3] = count
+        self._formats, self.normed_parts = formats, formats.normed_parts
 
 
 class KvView:

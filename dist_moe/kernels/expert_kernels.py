@@ -8,7 +8,6 @@ from __future__ import annotations
 from dist_moe.kernels.arrays import F32, I32, I64, F32Array, I32Array, I64Array
 from dist_moe.kernels.buffers import ChunkList, Operand
 from dist_moe.kernels.context import Context
-from dist_moe.kernels.formats import WeightFormat
 from dist_moe.kernels.library import lib
 
 
@@ -61,8 +60,6 @@ class ExpertKernels(Context):
         operand: Operand,
         tokens: int,
         width: int,
-        fmt: WeightFormat,
-        group: int,
         layer: int,
     ) -> None:
         """The exact int64 sum over chunks of weight * down(silu(gate x) * up x) (rules 6 and 7).
@@ -77,8 +74,6 @@ class ExpertKernels(Context):
             operand: The normalised hidden states, [T, D].
             tokens: T.
             width: Hidden units per chunk.
-            fmt: The format of the chunks.
-            group: Their weights per scale.
             layer: For the faults.
         """
         columns = operand.columns
@@ -86,7 +81,7 @@ class ExpertKernels(Context):
             raise TypeError(f"{chunk_count} of {chunks.capacity} chunks, lists {token_N.shape} and {weight_N.shape}")
         sums, fault = I64.write(sums_TD, tokens, columns), I32.write(fault_T, tokens)
         token, weight = I32.read(token_N, 0), F32.read(weight_N, 0)
-        x = operand.for_format(fmt, tokens)
+        x = operand.for_parts(chunks.normed_parts, tokens)
         lib.dm_experts(
             self._context,
             sums,
@@ -99,7 +94,5 @@ class ExpertKernels(Context):
             tokens,
             columns,
             width,
-            fmt,
-            group,
             layer,
         )

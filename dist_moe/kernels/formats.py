@@ -5,8 +5,9 @@ D model dim, P head dim. The layouts themselves are written down in reference.py
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 
 from dist_moe.errors import UsageError
 from dist_moe.model_config import round_up
@@ -28,6 +29,13 @@ class FaultKind(IntEnum):
     SUM = 4
     ROUTER = 5
     LOGIT = 6
+
+
+class OperandParts(IntFlag):
+    """The parts of an operand that weights read (`dm_operand_part`)."""
+
+    FLOATS = 1
+    INT8 = 2
 
 
 class WeightFormat(IntEnum):
@@ -60,6 +68,27 @@ class MatrixFormat:
 
     format: WeightFormat
     group: int
+
+    @property
+    def part(self) -> OperandParts:
+        """What the matrix is multiplied with."""
+        return OperandParts.INT8 if self.format.quantized else OperandParts.FLOATS
+
+
+@dataclass(frozen=True)
+class ChunkFormat:
+    """How the matrices of an expert's chunks are packed (`dm_chunk_format`): gate and up alike, down in its own way."""
+
+    gate_up: MatrixFormat
+    down: MatrixFormat
+
+
+def parts_read(formats: Iterable[MatrixFormat]) -> OperandParts:
+    """What matrices of these formats read of the operand that they share."""
+    parts = OperandParts(0)
+    for matrix in set(formats):
+        parts |= matrix.part
+    return parts
 
 
 class ScaleChoice(IntEnum):
@@ -122,9 +151,11 @@ def packed_bytes(fmt: WeightFormat, rows: int, columns: int, group: int) -> int:
     return tiles * (scale_bytes + -(-columns // GROUP) * vectors * 64)
 
 
-def chunk_bytes(fmt: WeightFormat, model_dim: int, width: int, group: int) -> int:
+def chunk_bytes(fmt: ChunkFormat, model_dim: int, width: int) -> int:
     """Bytes of one expert chunk: gate [width, D], up [width, D], down [D, width], back to back (`dm_chunk_bytes`)."""
-    return 2 * packed_bytes(fmt, width, model_dim, group) + packed_bytes(fmt, model_dim, width, group)
+    gate_up, down = fmt.gate_up, fmt.down
+    rows_bytes = packed_bytes(gate_up.format, width, model_dim, gate_up.group)
+    return 2 * rows_bytes + packed_bytes(down.format, model_dim, width, down.group)
 
 
 def kv_block_bytes(fmt: KvFormat, head_dim: int) -> int:

@@ -6,14 +6,15 @@ E experts, K experts per token, N = T * K. See native.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dist_moe.kernels.arrays import F32, I32, I64, U8, U64, F32Array, I32Array, I64Array, Pointer, U64Array
-from dist_moe.kernels.buffers import ChunkList, KvView, MatrixList, Operand
+from dist_moe.kernels.buffers import ChunkFormats, ChunkList, KvView, MatrixList, Operand
 from dist_moe.kernels.context import Context
-from dist_moe.kernels.formats import WeightFormat
+from dist_moe.kernels.formats import ChunkFormat, OperandParts
 from dist_moe.kernels.library import ffi, lib
 from dist_moe.kernels.picks import ChunkHolders, Picks, Workers
 
@@ -28,10 +29,6 @@ class LayerSizes:
     head_dim: int
     experts_per_token: int
     workers: Workers
-    format: WeightFormat
-    group: int
-    output_group: int  # of o_proj's columns, which never cross a head
-    router_format: WeightFormat
     norm_topk_prob: bool
     eps: np.float32
     score_scale: np.float32
@@ -49,10 +46,6 @@ class LayerSizes:
                 "P": self.head_dim,
                 "K": self.experts_per_token,
                 "workers": workers,
-                "format": self.format,
-                "group": self.group,
-                "output_group": self.output_group,
-                "router_format": self.router_format,
                 "norm_topk_prob": self.norm_topk_prob,
                 "eps": self.eps,
                 "score_scale": self.score_scale,
@@ -99,8 +92,8 @@ class LayerBuffers:
             "x_TD": F32.write(x_TD, T, D),
             "sums_TD": I64.write(sums_TD, T, D),
             "fault_T": I32.write(fault_T, T),
-            "normed": normed.for_format(sizes.format, T),
-            "attended": attended.for_format(sizes.format, T),
+            "normed": normed.for_parts(OperandParts.FLOATS, T),
+            "attended": attended.for_parts(OperandParts.FLOATS, T),
             "qkv_TR": F32.write(qkv_TR, T, (h + 2 * sizes.kv_heads) * P),
             "cos_TP": F32.write(cos_TP, T, P // 2),
             "sin_TP": F32.write(sin_TP, T, P // 2),
@@ -115,6 +108,7 @@ class LayerBuffers:
             "work_L2": I64.write(work_L2, len(work_L2), 2),
         }
         self.layers = len(work_L2)
+        self.quantized = normed.quantized and attended.quantized
         self.picks = picks
         self.sizes: Pointer
         self.sizes, kept = sizes.struct()
@@ -139,6 +133,7 @@ class AttentionLayer:
         qkv_bias_R: F32Array | None,
         o_units: MatrixList,
         o_bias_D: F32Array | None,
+        normed_parts: OperandParts,
     ) -> None:
         """Take q, k and v rows of the local heads, and each head's columns of o_proj.
 
@@ -153,24 +148,30 @@ class AttentionLayer:
             qkv_bias_R: In the order of the qkv rows.
             o_units: h matrices [D, P].
             o_bias_D: Added once, after the exact sum over ranks.
+            normed_parts: What q, k and v of some rank read: the same on all ranks.
         """
         h, D, P = sizes.heads, sizes.model_dim, sizes.head_dim
         rows = (h + 2 * sizes.kv_heads) * P
         if qkv.count * P != rows or qkv.out_columns != rows or o_units.count != h or not o_units.row_counts <= {D}:
             raise TypeError(f"layer {layer}: {qkv.count} matrices of q, k and v, {o_units.count} of o for {h} heads")
+        if qkv.parts & ~normed_parts:
+            raise TypeError(f"layer {layer}: q, k and v read {qkv.parts!r}, not {normed_parts!r}")
         self._matrices = (qkv, o_units)
         self._kept = {
             "norm_D": F32.read(norm_D, D),
             "q_norm_P": F32.read(q_norm_P, P),
             "k_norm_P": F32.read(k_norm_P, P),
-            "qkv": qkv.for_columns(D, sizes.format, sizes.group),
+            "qkv": qkv.for_columns(D),
             "qkv_bias_R": ffi.NULL if qkv_bias_R is None else F32.read(qkv_bias_R, rows),
-            "o_units": o_units.for_columns(P, sizes.format, sizes.output_group),
+            "o_units": o_units.for_columns(P),
         }
         self.layer = layer
         self.norm_D: Pointer = self._kept["norm_D"]
         self.bias_D: Pointer = ffi.NULL if o_bias_D is None else F32.read(o_bias_D, D)
+        self.normed_parts = int(normed_parts)
+        self.quantized = bool((normed_parts | o_units.parts) & OperandParts.INT8)
         values = {**self._kept, "cache_offset": cache_offset, "layer": layer}
+        values |= {"normed_parts": self.normed_parts, "attended_parts": int(o_units.parts)}
         self.struct: Pointer = ffi.new("dm_attention_layer *", values)
 
 
@@ -185,6 +186,7 @@ class ExpertsLayer:
         norm_D: F32Array,
         router: MatrixList | None,
         addresses: U64Array,
+        formats: Sequence[ChunkFormat],
         owned: I64Array | None,
         experts: int,
         width: int,
@@ -198,6 +200,7 @@ class ExpertsLayer:
             norm_D: The norm's gain.
             router: One matrix [E, D]; None: a dense MLP, one expert that every token picks with weight 1.
             addresses: uint64 [E * chunks per expert], 0 where this host has no copy.
+            formats: Of each expert's chunks, or one for all.
             owned: int64, the numbers of this rank's chunks; None: a node's chunks are dealt out in each step.
             experts: E.
             width: Hidden units per chunk.
@@ -212,18 +215,26 @@ class ExpertsLayer:
             raise TypeError(f"layer {layer}: {len(addresses)} chunks of {experts} experts")
         if router is not None and (router.count, router.out_columns) != (1, experts):
             raise TypeError(f"layer {layer}: a router of {router.out_columns} rows for {experts} experts")
+        if len(formats) not in (1, experts):
+            raise TypeError(f"layer {layer}: {len(formats)} formats of {experts} experts")
         if holders is not None and holders.chunk_count > len(addresses):
             raise TypeError(f"layer {layer}: holders of {holders.chunk_count} chunks, not {len(addresses)}")
-        self._router, self.holders = router, holders
+        if router is not None and router.parts != OperandParts.FLOATS:
+            raise TypeError(f"layer {layer}: a quantized router")
+        self._router, self.holders, self._formats = router, holders, ChunkFormats(formats)
+        self._formats.set_read_costs(sizes.workers.read_cost, sizes.model_dim, width)
+        self.normed_parts = int(self._formats.normed_parts)
+        self.quantized = bool(self.normed_parts & OperandParts.INT8)
         self._own_C = np.zeros(len(addresses), np.uint8)
         if owned is not None:
             self._own_C[owned] = 1
         self._kept = {
             "norm_D": F32.read(norm_D, sizes.model_dim),
-            "router": ffi.NULL if router is None else router.for_columns(sizes.model_dim, sizes.router_format, 0),
+            "router": ffi.NULL if router is None else router.for_columns(sizes.model_dim),
             "chunks": ffi.cast("void **", U64.read(addresses, len(addresses))),
             "own_C": ffi.NULL if owned is None else U8.read(self._own_C, len(addresses)),
             "holders": ffi.NULL if holders is None else holders.struct,
+            "formats": self._formats.struct,
         }
         self.norm_D: Pointer = self._kept["norm_D"]
         self.addresses = addresses
@@ -231,6 +242,8 @@ class ExpertsLayer:
             "experts": experts,
             "chunks_per_expert": len(addresses) // experts,
             "width": width,
+            "format_step": self._formats.step,
+            "normed_parts": self.normed_parts,
             "layer": layer,
         }
         self.struct: Pointer = ffi.new("dm_experts_layer *", {**self._kept, **numbers})
@@ -244,8 +257,8 @@ class LayerKernels(Context):
 
         The view's tokens are the first T rows of the buffers.
         """
-        if view.tokens > buffers.max_tokens:
-            raise TypeError(f"{view.tokens} tokens in buffers of {buffers.max_tokens}")
+        if view.tokens > buffers.max_tokens or layer.quantized > buffers.quantized:
+            raise TypeError(f"{view.tokens} tokens in buffers of {buffers.max_tokens}, quantized={buffers.quantized}")
         lib.dm_attention_half(self._context, buffers.struct, buffers.sizes, layer.struct, view.struct, view.tokens)
 
     def compute_experts(self, buffers: LayerBuffers, layer: ExpertsLayer, tokens: int) -> None:
@@ -268,5 +281,6 @@ class LayerKernels(Context):
     def _check_room(buffers: LayerBuffers, layer: ExpertsLayer, tokens: int) -> None:
         fits = layer.chunk_count <= buffers.chunk_capacity and layer.experts <= buffers.experts
         fits = fits and buffers.picks.fits(layer.experts, layer.holders)
+        fits = fits and layer.quantized <= buffers.quantized
         if not fits or tokens > buffers.max_tokens or layer.layer >= buffers.layers:
             raise TypeError(f"{tokens} tokens and {layer.chunk_count} chunks do not fit the buffers")

@@ -23,7 +23,7 @@ from dist_moe.kernels.arrays import (
 )
 from dist_moe.kernels.buffers import MatrixList, Operand
 from dist_moe.kernels.context import Context
-from dist_moe.kernels.formats import WeightFormat, packed_bytes
+from dist_moe.kernels.formats import OperandParts, WeightFormat, packed_bytes
 from dist_moe.kernels.library import ffi, lib
 from dist_moe.kernels.pack_kernels import row_stride, strided
 
@@ -79,7 +79,7 @@ class MatrixKernels(Context):
     def quantize(self, operand: Operand, fault_T: I32Array, tokens: int, layer: int) -> None:
         """Fill the operand's int8 part from x_TC (rule 5); an operand without one is left alone."""
         if operand.quantized:
-            x = operand.for_format(WeightFormat.Q8, tokens)
+            x = operand.for_parts(OperandParts.INT8, tokens)
             lib.dm_quantize(self._context, x, I32.write(fault_T, tokens), tokens, layer)
 
     def add_exact(
@@ -99,16 +99,14 @@ class MatrixKernels(Context):
 
     # ---- matrices ----
 
-    def matmul(
-        self, out_TR: F32Array, matrices: MatrixList, operand: Operand, tokens: int, fmt: WeightFormat, group: int
-    ) -> None:
+    def matmul(self, out_TR: F32Array, matrices: MatrixList, operand: Operand, tokens: int) -> None:
         """Columns out_column... of out_TR = matrix @ operand, for every matrix; other columns are left alone."""
         stride = out_TR.shape[1]
         if matrices.out_columns > stride:
             raise TypeError(f"matrices fill {matrices.out_columns} columns, the output has {stride}")
-        out, x = F32.write(out_TR, tokens, stride), operand.for_format(fmt, tokens)
-        weights = matrices.for_columns(operand.columns, fmt, group)
-        lib.dm_matmul(self._context, out, weights, x, matrices.count, tokens, stride, fmt, group)
+        out, x = F32.write(out_TR, tokens, stride), operand.for_parts(matrices.parts, tokens)
+        weights = matrices.for_columns(operand.columns)
+        lib.dm_matmul(self._context, out, weights, x, matrices.count, tokens, stride)
 
     def add_bias(self, out_TR: F32Array, first_column: int, bias_R: F32Array, tokens: int | None = None) -> None:
         """Add a bias to columns [first_column, first_column + len(bias_R)) of `tokens` rows of out_TR."""
@@ -124,19 +122,15 @@ class MatrixKernels(Context):
         operand: Operand,
         tokens: int,
         head_dim: int,
-        fmt: WeightFormat,
-        group: int,
         layer: int,
     ) -> None:
         """o_proj: the exact int64 sum over units of unit @ its head's columns of the operand (rule 7).
 
-        Unit u is a packed [D, P] and reads columns [u * P, (u + 1) * P); `group` is at most P, 0 stands for P.
+        Unit u is a packed [D, P] in groups of at most P and reads columns [u * P, (u + 1) * P).
         """
         columns = sums_TD.shape[1]
         if operand.columns != units.count * head_dim or not units.row_counts <= {columns}:
             raise TypeError(f"{units.count} units [{columns}, {head_dim}] cannot read {operand.columns} columns")
         sums, fault = I64.write(sums_TD, tokens, columns), I32.write(fault_T, tokens)
-        weights, x = units.for_columns(head_dim, fmt, group), operand.for_format(fmt, tokens)
-        lib.dm_unit_sums(
-            self._context, sums, fault, weights, x, units.count, tokens, columns, head_dim, fmt, group, layer
-        )
+        weights, x = units.for_columns(head_dim), operand.for_parts(units.parts, tokens)
+        lib.dm_unit_sums(self._context, sums, fault, weights, x, units.count, tokens, columns, head_dim, layer)

@@ -45,7 +45,7 @@ class PickKernels:
         """The chunks that a rank computes in such a step.
 
         Returns:
-            uint64 [n, 3]: each chunk's address, the first of its entries and how many, as in `ChunkList`.
+            uint64 [n, 4]: each chunk's address, its format's, the first of its entries and how many (`ChunkList`).
         """
         who, _kept = _workers(picks, layer, workers)
         chunks = ChunkList(layer.chunk_count)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from dist_moe.errors import EnvironmentMismatch
 from dist_moe.kernels.arrays import I32, I64, U8, F32Array, I32Array, I64Array, U8Array
 from dist_moe.kernels.buffers import KvView, Operand
+from dist_moe.kernels.formats import OperandParts
 from dist_moe.kernels.layer_kernels import AttentionLayer, ExpertsLayer, LayerBuffers, LayerKernels
 from dist_moe.kernels.library import lib
 
@@ -21,8 +22,9 @@ class TokenKernels(LayerKernels):
     def norm_tokens(self, buffers: LayerBuffers, half: AttentionLayer | ExpertsLayer, own: range) -> None:
         """The operand `normed` of a half, of some tokens: norm of their residual, as the weights read it."""
         assert own.stop <= buffers.max_tokens
-        norm_D, layer = half.norm_D, half.layer
-        lib.dm_norm_tokens(self._context, buffers.struct, buffers.sizes, norm_D, own.start, len(own), layer)
+        assert half.quantized <= buffers.quantized
+        norm_D, parts, layer = half.norm_D, half.normed_parts, half.layer
+        lib.dm_norm_tokens(self._context, buffers.struct, buffers.sizes, norm_D, parts, own.start, len(own), layer)
 
     def route_tokens(self, buffers: LayerBuffers, layer: ExpertsLayer, own: range) -> None:
         """The experts that some tokens pick, and their weights (rule 11); nothing for a dense MLP."""
@@ -66,12 +68,13 @@ class TokenKernels(LayerKernels):
 
 
 class OperandRows:
-    """Some tokens' operands as bytes: int8 and scales, or floats."""
+    """Some tokens' operands as bytes: floats, or int8 and scales, or both."""
 
-    def __init__(self, operand: Operand) -> None:
-        """Of this operand."""
-        self._operand = operand
-        self._row_bytes = int(lib.dm_operand_row_bytes(operand.struct, operand.quantized))
+    def __init__(self, operand: Operand, parts: OperandParts | int) -> None:
+        """These parts of this operand."""
+        self._operand, self._parts = operand, int(parts)
+        self._struct = operand.for_parts(OperandParts(parts), operand.max_tokens)
+        self._row_bytes = int(lib.dm_operand_row_bytes(self._struct, self._parts))
 
     def bound(self, count: int) -> int:
         """The bytes of so many rows."""
@@ -80,16 +83,15 @@ class OperandRows:
     def pack(self, out: U8Array, row_N: I32Array) -> int:
         """Write rows row_N (int32 [N]) to `out`; returns how many bytes."""
         size = self._check(out, row_N)
-        operand = self._operand
-        lib.dm_pack_operand_rows(U8.write(out, size), operand.struct, I32.read(row_N, 0), len(row_N), operand.quantized)
+        rows = I32.read(row_N, 0)
+        lib.dm_pack_operand_rows(U8.write(out, size), self._struct, rows, len(row_N), self._parts)
         return size
 
     def unpack(self, packed: U8Array, row_N: I32Array) -> None:
         """The inverse."""
         size = self._check(packed, row_N)
-        operand = self._operand
         source = U8.read(packed, size)
-        lib.dm_unpack_operand_rows(operand.struct, source, I32.read(row_N, 0), len(row_N), operand.quantized)
+        lib.dm_unpack_operand_rows(self._struct, source, I32.read(row_N, 0), len(row_N), self._parts)
 
     def _check(self, data: U8Array, row_N: I32Array) -> int:
         size = self.bound(len(row_N))

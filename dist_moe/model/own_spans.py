@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from dist_moe.parallel.plan import Plan
 from dist_moe.store.reader import Store
-from dist_moe.store.units import UnitKind, unit_bytes
+from dist_moe.store.unit_parts import unit_sizes
+from dist_moe.store.units import UnitKind
 
 _GAP_BYTES = 4096  # tensors are padded to less; nobody skips less than a page
 
@@ -88,12 +89,13 @@ def pieces(spans: Iterable[Span], most_bytes: int) -> Iterator[Span]:
 
 def _spans(store: Store, kind: UnitKind, layer: int, wanted: Iterable[int] | npt.NDArray[np.int64]) -> list[Span]:
     """The runs of bytes in which some units of one kind and layer lie."""
-    manifest = store.manifest
-    count = unit_bytes(store.config, manifest.format, manifest.group_size, kind, layer)
-    addresses = np.sort(store.unit_addresses(kind, layer)[np.fromiter(wanted, np.int64)].astype(np.int64))
-    addresses = addresses[addresses > 0]
-    if not len(addresses):
+    indices = np.fromiter(wanted, np.int64)
+    addresses = store.unit_addresses(kind, layer)[indices].astype(np.int64)
+    here = np.flatnonzero(addresses > 0)
+    order = here[np.argsort(addresses[here])]
+    if not len(order):
         return []
-    breaks = np.flatnonzero(np.diff(addresses) != count) + 1
-    runs = np.split(addresses, breaks)
-    return [Span(int(run[0]), len(run) * count) for run in runs]
+    first_n, stop_n = addresses[order], addresses[order] + unit_sizes(store.manifest, kind, layer)[indices[order]]
+    breaks = np.flatnonzero(first_n[1:] != stop_n[:-1]) + 1
+    firsts, lasts = first_n[[0, *breaks]], stop_n[[*(breaks - 1), -1]]
+    return [Span(first, stop - first) for first, stop in zip(firsts.tolist(), lasts.tolist(), strict=True)]

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dist_moe.kernels import LayerSizes, WeightFormat, Workers
+from dist_moe.kernels import LayerSizes, OperandParts, WeightFormat, Workers
 from dist_moe.model_config import ModelConfig
 from dist_moe.parallel.plan import CHUNK_READ_COST_TOKENS, JobPlan, Plan
 from dist_moe.store.reader import Store
-from dist_moe.store.units import output_group
 
 
 @dataclass(frozen=True)
@@ -20,14 +19,10 @@ class Share:
     config: ModelConfig
     job: JobPlan
     plan: Plan
-    format: WeightFormat
-    group_size: int
+    format: WeightFormat  # of most weights
+    quantized: bool  # whether any matrix of the model reads int8 activations
+    head_parts: OperandParts  # what lm_head reads of its operand
     sizes: LayerSizes
-
-    @property
-    def quantized(self) -> bool:
-        """Whether matrices read int8 activations."""
-        return self.format.quantized
 
 
 def make_share(store: Store, job: JobPlan, rank: int) -> Share:
@@ -41,13 +36,10 @@ def make_share(store: Store, job: JobPlan, rank: int) -> Share:
         head_dim=config.head_dim,
         experts_per_token=config.experts_per_token,
         workers=Workers(plan.node, plan.local_rank, plan.local_ranks, CHUNK_READ_COST_TOKENS, job.speeds),
-        format=manifest.format,
-        group=manifest.group_size,
-        output_group=output_group(config, manifest.group_size),
-        router_format=manifest.router_format,
         norm_topk_prob=config.norm_topk_prob,
         eps=config.eps,
         score_scale=config.score_scale,
         kv_of_h=np.array(kv_of_h, dtype=np.int32),
     )
-    return Share(config, job, plan, manifest.format, manifest.group_size, sizes)
+    head_parts = manifest.matrix_format("lm_head", 0).part
+    return Share(config, job, plan, manifest.format, manifest.formats.quantized, head_parts, sizes)

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from dist_moe.kernels import KvView, LayerBuffers, OperandRows, RoutingRows, SumRows
+from dist_moe.kernels import KvView, LayerBuffers, OperandParts, OperandRows, RoutingRows, SumRows
 from dist_moe.kernels.native import Kernels
+from dist_moe.model.share import Share
 from dist_moe.model.stopwatch import Part, Stopwatch
 from dist_moe.model.weights import LayerWeights
 from dist_moe.model.workspace import Workspace
@@ -28,6 +29,7 @@ class TokenPass:
         self,
         kernels: Kernels,
         exchange: TokenExchange,
+        share: Share,
         workspace: Workspace,
         buffers: LayerBuffers,
         stopwatch: Stopwatch,
@@ -37,6 +39,7 @@ class TokenPass:
         Args:
             kernels: What computes.
             exchange: Of tokens.
+            share: This rank's.
             workspace: All buffers.
             buffers: Those of a layer, as kernels take them.
             stopwatch: Told where time goes.
@@ -44,8 +47,10 @@ class TokenPass:
         self._kernels, self._exchange = kernels, exchange
         self._workspace, self._buffers = workspace, buffers
         self._stopwatch = stopwatch
-        self._normed = OperandRows(workspace.normed)
-        self._head = OperandRows(workspace.head)
+        floats, int8 = OperandParts.FLOATS, OperandParts.INT8
+        parts = (floats, int8, floats | int8) if share.quantized else (floats,)
+        self._normed = {int(read): OperandRows(workspace.normed, read) for read in parts}
+        self._head = OperandRows(workspace.head, share.head_parts)
         self._routing = RoutingRows(workspace.ids_TK, workspace.weights_TK)
 
     def owners(self, tokens: int) -> Owners:
@@ -57,7 +62,7 @@ class TokenPass:
         kernels, buffers, layer, mark = self._kernels, self._buffers, half.attention, self._stopwatch.mark
         kernels.norm_tokens(buffers, layer, owners.own)
         mark(Part.ATTENTION)
-        self._exchange.gather(self._normed, owners)
+        self._exchange.gather(self._normed[layer.normed_parts], owners)
         mark(Part.EXCHANGE)
         kernels.attend(buffers, layer, cache)
         mark(Part.ATTENTION)
@@ -79,7 +84,7 @@ class TokenPass:
         kernels.group_tokens(buffers, layer, owners.count)
         wanted = self._wanted(owners)
         mark(Part.EXPERTS)
-        self._exchange.dispatch(self._normed, owners, wanted)
+        self._exchange.dispatch(self._normed[layer.normed_parts], owners, wanted)
         mark(Part.EXCHANGE)
         kernels.compute_experts(buffers, layer, owners.count)
         mark(Part.EXPERTS)

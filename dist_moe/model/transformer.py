@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from dist_moe.kernels import NO_FAULT, Kernels, KvFormat, KvView, Picks, hash_floats
+from dist_moe.kernels import NO_FAULT, Kernels, KvFormat, KvView, OperandParts, Picks, hash_floats
 from dist_moe.model.kv_cache import KvCache
 from dist_moe.model.share import make_share
 from dist_moe.model.step import MAX_LOGIT_ROWS, Step
@@ -76,7 +76,9 @@ class Transformer:
         nodes = len(self.share.sizes.workers.speeds)
         self._picks = Picks(nodes, max(layer.experts for layer in experts), [layer.holders for layer in experts])
         self._buffers = self._workspace.of_a_layer(self.share.sizes, self._picks)
-        self._token_pass = TokenPass(kernels, TokenExchange(exchange), self._workspace, self._buffers, self.stopwatch)
+        self._token_pass = TokenPass(
+            kernels, TokenExchange(exchange), self.share, self._workspace, self._buffers, self.stopwatch
+        )
         self._owners: Owners | None = None  # of the last step's tokens, if it was partitioned
         self._tokens = 0  # of the last step
         self._step: Step | None = None
@@ -85,6 +87,16 @@ class Transformer:
     def fault_T(self) -> npt.NDArray[np.int32]:
         """The last step's fault of each token on this rank, NO_FAULT if there is none."""
         return self._workspace.fault_T[: self._tokens]
+
+    @property
+    def normed_TD(self) -> Floats:
+        """What the matrices of the last half of a layer read before it is quantized, f32 [T, D]; for an observer."""
+        return self._workspace.normed.x_TC[: self._tokens]
+
+    @property
+    def attended_TC(self) -> Floats:
+        """What o_proj read, f32 [T, local heads * P], likewise."""
+        return self._workspace.attended.x_TC[: self._tokens]
 
     @property
     def picked_TK(self) -> npt.NDArray[np.int32]:
@@ -176,7 +188,8 @@ class Transformer:
         progress.phase = Phase.ATTENTION
         self._token_pass.attention(weights, owners, cache)
         if layer == self.config.layers - 1:  # the last that all ranks hold alike
-            self._hash_state(buffers.normed.scale_TG[:T] if self.share.quantized else buffers.normed.x_TC[:T])
+            is_int8 = weights.attention.normed_parts & OperandParts.INT8
+            self._hash_state(buffers.normed.scale_TG[:T] if is_int8 else buffers.normed.x_TC[:T])
         self._observe(layer, "attention", buffers.x_TD[:T])
         progress.phase = Phase.EXPERTS
         self._token_pass.experts(weights, owners)
@@ -204,11 +217,11 @@ class Transformer:
         fault_N.fill(NO_FAULT)
         logits_Nv = buffers.logits_Nv[:N]
         self.kernels.rmsnorm(buffers.head.x_TC[:N], x_ND, self.weights.final_norm_D, self.config.eps)
-        if share.quantized:
+        if share.head_parts & OperandParts.INT8:
             self.kernels.quantize(buffers.head, fault_N, N, self.config.layers)
         if self._owners is not None:
             self._gather_head(self._owners.among(rows), fault_N)
-        self.kernels.matmul(logits_Nv, self.weights.vocabulary, buffers.head, N, share.format, share.group_size)
+        self.kernels.matmul(logits_Nv, self.weights.vocabulary, buffers.head, N)
         self.add_faults(rows, fault_N)
         self.stopwatch.mark(Part.LM_HEAD)
         return logits_Nv

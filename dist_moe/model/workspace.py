@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dist_moe.kernels import GROUP, ChunkList, LayerBuffers, LayerSizes, Operand, Picks, aligned_empty
+from dist_moe.kernels import CHUNK_WORDS, GROUP, ChunkList, LayerBuffers, LayerSizes, Operand, Picks, aligned_empty
 from dist_moe.model.share import Share
 from dist_moe.model.step import MAX_LOGIT_ROWS
 from dist_moe.model_config import ModelConfig
@@ -118,7 +118,7 @@ def workspace_bytes(config: ModelConfig, plan: Plan, *, quantized: bool, max_tok
     floats = T * (D + (h + 2 * g) * P + 2 * (P // 2) + E + K) + T * K + N * (D + plan.vocabulary_rows)
     ints = T + T * K + (E + 1) + T * K + N
     operands = _operand_bytes(T, D, quantized) + _operand_bytes(T, h * P, quantized) + _operand_bytes(N, D, quantized)
-    return 4 * (floats + ints) + 8 * T * D + 24 * max_chunks + 16 * config.layers + operands
+    return 4 * (floats + ints) + 8 * T * D + 8 * CHUNK_WORDS * max_chunks + 16 * config.layers + operands
 
 
 def _operand_bytes(vectors: int, columns: int, quantized: bool) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from dist_moe.checkpoint.source import Source
 from dist_moe.errors import UsageError
 from dist_moe.store.decoded import DecodedStore, Floats, Scales, Slice
+from dist_moe.store.formats import format_words
 
 
 @dataclass
@@ -185,7 +186,5 @@ def _group_errors(scales: Scales, error_RC: np.ndarray, source_RC: np.ndarray) -
 
 
 def _label(decoded: DecodedStore, name: str, errors: Errors) -> str:
-    fmt, group = decoded.format(name), decoded.manifest.group_size
-    if not errors.scales:
-        return fmt.label
-    return f"{fmt.label}, {f'groups of {group}' if group else 'whole rows'}"
+    found = decoded.format(name)
+    return format_words(found) if errors.scales else found.format.label

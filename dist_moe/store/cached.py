@@ -16,7 +16,7 @@ from dist_moe.store.manifest import MANIFEST_NAME, PROGRESS_NAME, Manifest, read
 from dist_moe.store.state import remove_store, remove_texts
 
 # What `store.models` calls a directory: the model, the format (or that it is the text of a GGUF file), a fingerprint.
-_NAME = re.compile(r".+-([a-z0-9]+)-[0-9a-f]{12}")
+_NAME = re.compile(r"(.+?)-((?:f32|bf16|q8|q4)(?:-mixed)?|text)-[0-9a-f]{12}")
 _TEXT = "text"
 
 State = Literal["complete", "incomplete", "damaged"]
@@ -106,7 +106,7 @@ def _is_ours(directory: Path) -> bool:
 def _format_of(directory: Path) -> str:
     found = _NAME.fullmatch(directory.name)
     assert found is not None
-    return found[1]
+    return found[2]
 
 
 def _describe(directory: Path) -> CachedModel:
@@ -114,7 +114,7 @@ def _describe(directory: Path) -> CachedModel:
     sizes = [path.lstat().st_size for path in directory.iterdir()]
     return CachedModel(
         name=directory.name,
-        source=manifest.source_name if manifest else directory.name.rsplit("-", 2)[0],
+        source=manifest.source_name if manifest else _NAME.sub(r"\1", directory.name),
         format=_format_of(directory),
         bytes=sum(sizes),
         used_s=directory.stat().st_mtime,

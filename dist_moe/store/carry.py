@@ -10,6 +10,8 @@ from dist_moe.checkpoint.source import Blocks, Source
 from dist_moe.kernels.arrays import Array, U8Array
 from dist_moe.kernels.formats import GROUP, WeightFormat
 from dist_moe.kernels.packing import ZERO_CODES, pack_codes
+from dist_moe.store.formats import ModelFormats
+from dist_moe.store.units import output_group
 
 # The smallest format that keeps every value of a source's type.
 EXACT_FORMAT = {
@@ -71,18 +73,20 @@ def _codes(blocks: Blocks, fmt: WeightFormat) -> Array:
     return np.concatenate(halves, axis=2) + np.uint8(128 - 8)
 
 
-def conversion_notes(source: Source, fmt: WeightFormat, group_size: int) -> list[str]:
+def conversion_notes(source: Source, formats: ModelFormats) -> list[str]:
     """What becomes of each type of matrix in a source that has a format of its own, one line each; else nothing."""
     if source.preferred_dtype() is None:
         return []
     names = defaultdict(list)
     for name in matrices(source):
-        names[source.source_dtype(name)].append(name)
+        dtype, own = source.source_dtype(name), formats.of_name(name)
+        group = output_group(source.config, own.group) if name.endswith(".o") else own.group
+        names[dtype, own.format, is_carried(dtype, own.format, group)].append(name)
     lines = []
-    for dtype, found in sorted(names.items(), key=lambda item: -len(item[1])):
+    for (dtype, fmt, carried), found in sorted(names.items(), key=lambda item: -len(item[1])):
         listed = ", ".join(found[:_SHOWN]) + (" ..." if len(found) > _SHOWN else "")
         what = f"{len(found)} matrices of type {dtype.upper()} ({listed})"
-        if is_carried(dtype, fmt, group_size):
+        if carried:
             lines.append(f"{what}: integers and scales kept bit for bit as {fmt.label}")
         elif dtype in NEAREST_FORMAT and fmt != WeightFormat.F32:
             better = "" if fmt == WeightFormat.Q8 else ", --quant q8 loses less"

@@ -53,7 +53,10 @@ def convert(source: Source, destination: Path, options: StoreOptions, progress: 
         PlaceError: The destination holds something else, is locked, or cannot be written.
         StoreError: The destination holds another store, or weights are not finite.
     """
-    return write_store(source, lambda plan, kernels: Packer(source, plan, kernels), destination, options, progress)
+    importance = options.importance
+    return write_store(
+        source, lambda plan, kernels: Packer(source, plan, kernels, importance), destination, options, progress
+    )
 
 
 def write_store(

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from dist_moe.checkpoint.names import Location, locations
 from dist_moe.kernels import Kernels
-from dist_moe.kernels.formats import WeightFormat
+from dist_moe.kernels.formats import MatrixFormat, WeightFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.store.manifest import Manifest
 from dist_moe.store.matrices import MatrixPiece, MatrixPlace, matrix_pieces, matrix_place, piece_scales, piece_values
@@ -91,13 +91,13 @@ class DecodedStore:
         """[rows, columns] or [n]."""
         return self._places[name].tensor_shape
 
-    def format(self, name: str) -> WeightFormat:
-        """How the store keeps a tensor."""
-        manifest = self.manifest
-        if self._matrix(name) is not None:
-            return manifest.format
+    def format(self, name: str) -> MatrixFormat:
+        """How the store keeps a tensor; group 0 of what has no scales."""
+        manifest, place = self.manifest, self._matrix(name)
+        if place is not None:
+            return manifest.matrix_format(place.key, place.layer, place.expert)
         formats = {"router": manifest.router_format, "embedding": manifest.embedding_format}
-        return formats.get(name.split(".")[-1], WeightFormat.F32)
+        return MatrixFormat(formats.get(name.split(".")[-1], WeightFormat.F32), 0)
 
     def require(self, name: str) -> None:
         """Raise StoreError unless all of a tensor is on this machine; it says what brings the rest."""
@@ -132,18 +132,20 @@ class DecodedStore:
         return matrix_place(self.manifest.config, self.manifest.group_size, name)
 
     def _slice(self, name: str, sealed: Sealed, piece: MatrixPiece) -> Slice:
-        fmt, (all_rows, all_columns) = self.format(name), self.shape(name)
-        padded_RC = piece_values(self._kernels, sealed.data, piece, fmt)
+        all_rows, all_columns = self.shape(name)
+        padded_RC = piece_values(self._kernels, sealed.data, piece)
         rows, columns = len(range(all_rows)[piece.rows]), len(range(all_columns)[piece.columns])
         values_RC = padded_RC[:rows, :columns]
         padding = (
             int(np.count_nonzero(padded_RC) - np.count_nonzero(values_RC)) if values_RC.size < padded_RC.size else 0
         )
-        scales = Scales(piece_scales(sealed.data, piece)[:rows], piece.group) if fmt.quantized else None
+        scales = None
+        if piece.format.format.quantized:
+            scales = Scales(piece_scales(sealed.data, piece)[:rows], piece.format.group)
         return Slice(piece.rows, piece.columns, values_RC, scales, padding)
 
     def _common_slices(self, name: str) -> Iterator[Slice]:
-        sealed, shape, fmt = self._commons[name], self.shape(name), self.format(name)
+        sealed, shape, fmt = self._commons[name], self.shape(name), self.format(name).format
         check_sealed(sealed)
         if name.endswith(".router"):
             values_RC = np.empty(shape, np.float32)

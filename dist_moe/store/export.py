@@ -122,7 +122,7 @@ def _write_safetensors(
     decoded: DecodedStore, names: Sequence[str], path: Path, fmt: WeightFormat, progress: Callable[[int], object]
 ) -> Path:
     tensors = {decoded.tensor(name): (fmt.label.upper(), decoded.shape(name)) for name in names}
-    tags = {"format": "pt", "source": decoded.manifest.source_name, "weights": decoded.manifest.format.label}
+    tags = {"format": "pt", "source": decoded.manifest.source_name, "weights": decoded.manifest.label}
     value_bytes = 4 if fmt == WeightFormat.F32 else 2
     layout = file_layout(tensors, tags, alignment=value_bytes)  # nothing between the tensors
     with NewFile(path) as file:

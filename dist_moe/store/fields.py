@@ -26,6 +26,10 @@ class Fields:
             raise self._error(f"has no {key!r}")
         return self._values.pop(key)
 
+    def __contains__(self, key: str) -> bool:
+        """Whether a key is there that need not be."""
+        return key in self._values
+
     def integer(self, key: str, low: int, high: int) -> int:
         """A whole number in [low, high]."""
         value = self.take(key)

@@ -18,6 +18,7 @@ from dist_moe.checkpoint.safetensors_file import SafetensorsFile
 from dist_moe.checkpoint.source import file_format, require_gguf
 from dist_moe.errors import StoreError
 from dist_moe.store.checksum import checksum_text
+from dist_moe.store.formats import label_words
 from dist_moe.store.layout import CHECKSUM_SUFFIX, weight_files
 from dist_moe.store.manifest import MANIFEST_NAME, Manifest, StoreFile, read_manifest
 from dist_moe.store.placement import indices_of
@@ -202,11 +203,11 @@ def _tensor_report(weights: SafetensorsFile, name: str, tags: dict[str, str]) ->
     if tags and name + CHECKSUM_SUFFIX in weights.names():
         values = np.ascontiguousarray(weights.raw(name + CHECKSUM_SUFFIX)).view(np.uint64)
         checksum = f"{values[0]:016x}" if len(values) == 1 else checksum_text(values)
-    kind = name.split(".")[-1] if tags else "tensors"
+    kind = _kind(name) if tags else "tensors"
     return TensorReport(
         name=name,
         kind=kind,
-        format=_format(kind, weights.dtype(name), tags),
+        format=_format(name, kind, weights.dtype(name), tags),
         shape=tuple(weights.shape(name)),
         tensor_bytes=weights.entry(name).nbytes,
         units=_units(name, kind, tags),
@@ -214,11 +215,18 @@ def _tensor_report(weights: SafetensorsFile, name: str, tags: dict[str, str]) ->
     )
 
 
-def _format(kind: str, dtype: str, tags: dict[str, str]) -> str:
+def _kind(name: str) -> str:
+    """The last part of a tensor's name, but for the formats that follow it where a store has several."""
+    return next((part for part in name.split(".") if part in _UNIT_KEYS), name.split(".")[-1])
+
+
+def _format(name: str, kind: str, dtype: str, tags: dict[str, str]) -> str:
     if kind == "router" and tags:
         return tags.get("router", dtype)
     if kind not in _UNIT_KEYS or not tags:
         return dtype
+    if not name.endswith(kind):
+        return " and ".join(label_words(label) for label in name.split(".")[-1].split("-"))
     weights, group = tags.get("weights", dtype), tags.get("group_size", "0")
     if weights not in ("q8", "q4"):
         return weights
@@ -230,7 +238,9 @@ def _units(name: str, kind: str, tags: dict[str, str]) -> list[tuple[int, int]] 
         return None
     units = json.loads(tags["units"])
     runs = units[kind]
-    if kind == "chunks":
+    if kind == "chunks" and "chunks" in tags:
+        runs = json.loads(tags["chunks"])[name]
+    elif kind == "chunks":
         layer = int(name.split(".")[1])
         runs = next(part["runs"] for part in units[kind] if part["first_layer"] <= layer < part["stop_layer"])
     return [(first, stop) for first, stop in runs]

@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from dist_moe.checkpoint.safetensors_file import FileLayout, file_layout
-from dist_moe.kernels.formats import packed_bytes
+from dist_moe.kernels.formats import ScaleChoice, packed_bytes
 from dist_moe.store.manifest import COMMON_NAME, NUMERICS_VERSION, Manifest
-from dist_moe.store.placement import PLACED, Indices, indices_of, shard_name
+from dist_moe.store.placement import PLACED, Indices, indices_of, runs_of, shard_name
 from dist_moe.store.placement_json import shard_to_json
-from dist_moe.store.units import UnitKind, tensor_name, unit_bytes
+from dist_moe.store.unit_parts import unit_bytes, unit_tensor_name
+from dist_moe.store.units import UnitKind
 
 CHECKSUM_SUFFIX = ".xxh3"
 
@@ -48,12 +51,22 @@ def unit_tensors(manifest: Manifest, shard: int) -> Iterator[UnitTensor]:
     for layer in range(manifest.config.layers):
         kinds += [("head", layer), ("kv_head", layer), ("chunk", layer)]
     for kind, layer in [*kinds, ("vocabulary", 0)]:
-        indices = indices_of(units.runs(kind, layer))
-        row_bytes = unit_bytes(manifest.config, manifest.format, manifest.group_size, kind, layer)
-        if len(indices):
-            yield UnitTensor(
-                kind, layer, indices, TensorSpec(tensor_name(kind, layer), "U8", (len(indices), row_bytes))
-            )
+        for name, indices in _by_tensor(manifest, kind, layer, indices_of(units.runs(kind, layer))).items():
+            row_bytes = unit_bytes(manifest, kind, layer, int(indices[0]))
+            yield UnitTensor(kind, layer, indices, TensorSpec(name, "U8", (len(indices), row_bytes)))
+
+
+def _by_tensor(manifest: Manifest, kind: UnitKind, layer: int, indices: Indices) -> dict[str, Indices]:
+    """Units by the tensor that holds them, the one of the first unit first."""
+    if not len(indices):
+        return {}
+    if kind != "chunk" or manifest.formats.uniform_format is not None:
+        return {unit_tensor_name(manifest, kind, layer, 0): indices}
+    chunks = manifest.layer_chunks_per_expert(layer)
+    experts = np.unique(indices // chunks).tolist()
+    names = {expert: unit_tensor_name(manifest, kind, layer, expert * chunks) for expert in experts}
+    name_n = np.array([names[expert] for expert in (indices // chunks).tolist()])
+    return {name: indices[name_n == name] for name in dict.fromkeys(names.values())}
 
 
 def shard_specs(manifest: Manifest, shard: int) -> list[TensorSpec]:
@@ -106,7 +119,7 @@ def file_metadata(manifest: Manifest, name: str) -> dict[str, str]:
         "numerics_version": str(NUMERICS_VERSION),
         "source": manifest.source_name,
         "source_fingerprint": manifest.source_fingerprint,
-        "weights": manifest.format.label,
+        "weights": manifest.label,
         "group_size": str(manifest.group_size),
         "router": manifest.router_format.label,
         "embedding": manifest.embedding_format.label,
@@ -115,6 +128,12 @@ def file_metadata(manifest: Manifest, name: str) -> dict[str, str]:
         shard = shard_number(manifest, name)
         units = json.dumps(shard_to_json(manifest.shards[shard]), separators=(",", ":"))
         tags |= {"experts": manifest.experts, "node": str(shard + 1), "nodes": str(manifest.nodes), "units": units}
+        if manifest.formats.uniform_format is None:
+            chunks = {
+                tensor.spec.name: tensor.indices for tensor in unit_tensors(manifest, shard) if tensor.kind == "chunk"
+            }
+            runs = {tensor: runs_of(indices.tolist()) for tensor, indices in chunks.items()}
+            tags["chunks"] = json.dumps(runs, separators=(",", ":"))
     return tags
 
 
@@ -123,7 +142,11 @@ def shard_command(manifest: Manifest, directory: Path) -> str:
     words = ["dist-moe", "shard", manifest.source_name]
     placed = manifest.experts == PLACED
     words += ["--placement", str(directory)] if placed else ["--nodes", str(manifest.nodes)]
-    words += ["--quant", manifest.format.label, "--group-size", str(manifest.group_size)]
+    if manifest.formats.uniform_format is None:
+        words += ["--recipe", str(directory)]
+    else:
+        words += ["--quant", manifest.format.label, "--group-size", str(manifest.group_size)]
+    words += [] if manifest.scales == ScaleChoice.ABSMAX else ["--scales", manifest.scales.label]
     words += [*([] if placed else ["--experts", manifest.experts]), "-o", str(directory)]
     return shlex.join(words)
 

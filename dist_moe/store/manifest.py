@@ -12,19 +12,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dist_moe.errors import StoreError, UsageError
+from dist_moe.errors import StoreError
 from dist_moe.kernels.formats import MatrixFormat, ScaleChoice, WeightFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.store.checksum import checksum_text
 from dist_moe.store.fields import Fields
+from dist_moe.store.formats import ModelFormats
+from dist_moe.store.formats_json import read_formats
 from dist_moe.store.model_json import model_from_json, model_to_json
 from dist_moe.store.placement import EXPERT_LAYOUTS, PLACED, Placement, ShardUnits, unit_counts
 from dist_moe.store.placement_json import LARGEST_WEIGHT, shard_from_json, shard_to_json
-from dist_moe.store.units import GROUP_SIZES, check_format, chunks_per_expert, layer_chunk_width, output_group
+from dist_moe.store.units import GROUP_SIZES, chunks_per_expert, layer_chunk_width, output_group
 
 FORMAT_VERSION = 1
 PLACED_FORMAT_VERSION = 2  # of stores that were cut as a placement says; the others stay readable for old programs
 SCALES_FORMAT_VERSION = 3  # of stores whose scales are not the default ones
+MIXED_FORMAT_VERSION = 4  # of stores whose matrices are of several formats or groups
 NUMERICS_VERSION = 1  # equals DM_NUMERICS_VERSION; a test compares them
 MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = ".progress.json"  # while a store is being written: a manifest that lists the finished files
@@ -54,8 +57,8 @@ class Manifest:
     config: ModelConfig
     source_name: str
     source_fingerprint: str
-    format: WeightFormat  # of q, k, v, o, experts, dense MLPs and lm_head
-    group_size: int  # weights per scale, 0 for whole rows; decides chunk widths in every format
+    formats: ModelFormats  # of q, k, v, o, experts, dense MLPs and lm_head
+    group_size: int  # weights per scale, 0 for whole rows; the largest of several; decides chunk widths in every format
     router_format: WeightFormat  # f32 or bf16
     embedding_format: WeightFormat  # f32 or bf16
     experts: str  # "whole", "sliced" or "placed": how the shards were cut
@@ -65,13 +68,26 @@ class Manifest:
     files: tuple[StoreFile, ...]
     node_weights: tuple[int, ...] = ()  # of a placement: work of each shard's node in the same time
     scales: ScaleChoice = ScaleChoice.ABSMAX  # how those of q8 and q4 were chosen
+    importance: str = ""  # fingerprint of what weighted the error of each column in the search for scales
 
     @property
     def format_version(self) -> int:
         """The lowest one that can say all this."""
+        if self.formats.uniform_format is None:
+            return MIXED_FORMAT_VERSION
         if self.scales != ScaleChoice.ABSMAX:
             return SCALES_FORMAT_VERSION
         return PLACED_FORMAT_VERSION if self.experts == PLACED else FORMAT_VERSION
+
+    @property
+    def format(self) -> WeightFormat:
+        """Of all matrices, or of most of the experts' weights."""
+        return self.formats.main
+
+    @property
+    def label(self) -> str:
+        """The weights in a word: "q4", or "q4-mixed" where only most are."""
+        return self.formats.label
 
     @property
     def placement(self) -> Placement:
@@ -83,12 +99,17 @@ class Manifest:
         """How a matrix is packed.
 
         Args:
-            key: "q", "k", "v", "o", "gate", "up", "down" or "lm_head"; gate and up of an expert are packed alike.
+            key: As for `ModelFormats.matrix`.
             layer: Its layer; of lm_head anything.
-            expert: Of gate, up and down; a dense MLP is expert 0.
+            expert: Of gate, up and down.
+
+        Returns:
+            Its format and group; group 0 where there are no scales.
         """
-        group = output_group(self.config, self.group_size) if key == "o" else self.group_size
-        return MatrixFormat(self.format, group)
+        found = self.formats.matrix(key, layer, expert)
+        if key == "o" and found.format.quantized:
+            return MatrixFormat(found.format, output_group(self.config, found.group))
+        return found
 
     def layer_chunk_width(self, layer: int) -> int:
         """Hidden units of each of a layer's chunks."""
@@ -135,7 +156,7 @@ def parse_manifest(text: str, where: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{where}: is not valid JSON ({error}); {_ADVICE}") from None
     entry = Fields(value, where, _ADVICE)
-    format_version = _check_version(entry, where, "format_version", FORMAT_VERSION, SCALES_FORMAT_VERSION)
+    format_version = _check_version(entry, where, "format_version", FORMAT_VERSION, MIXED_FORMAT_VERSION)
     _check_version(entry, where, "numerics_version", NUMERICS_VERSION, NUMERICS_VERSION)
     found = entry.text("checksum", _CHECKSUM)
     expected = checksum_text(_dump({key: item for key, item in value.items() if key != "checksum"}).encode())
@@ -183,15 +204,20 @@ def _dump(value: dict[str, Any]) -> str:
 
 def _body(manifest: Manifest) -> dict[str, Any]:
     weights = {"node_weights": list(manifest.node_weights)} if manifest.node_weights else {}
-    scales = {} if manifest.scales == ScaleChoice.ABSMAX else {"scales": manifest.scales.label}
+    mixed = manifest.formats.uniform_format is None
+    scales = {} if manifest.scales == ScaleChoice.ABSMAX and not mixed else {"scales": manifest.scales.label}
+    formats = {"formats": manifest.formats.to_json()} if mixed else {}
+    importance = {"importance": manifest.importance} if manifest.importance else {}
     return {
         "format_version": manifest.format_version,
         "numerics_version": NUMERICS_VERSION,
         "package_version": manifest.package_version,
         "source": {"name": manifest.source_name, "fingerprint": manifest.source_fingerprint},
-        "weights": manifest.format.label,
+        "weights": manifest.label,
         "group_size": manifest.group_size,
+        **formats,
         **scales,
+        **importance,
         "router": manifest.router_format.label,
         "embedding": manifest.embedding_format.label,
         "experts": manifest.experts,
@@ -204,25 +230,22 @@ def _body(manifest: Manifest) -> dict[str, Any]:
 
 
 def _from_json(entry: Fields, format_version: int) -> Manifest:
-    searched = format_version == SCALES_FORMAT_VERSION
     layouts = {FORMAT_VERSION: EXPERT_LAYOUTS, PLACED_FORMAT_VERSION: (PLACED,)}
     experts = entry.choice("experts", layouts.get(format_version, (*EXPERT_LAYOUTS, PLACED)))
     placed = experts == PLACED
     source = entry.object("source")
     config = model_from_json(entry.object("model"))
-    weights = WeightFormat.parse(entry.choice("weights", [format.label for format in WeightFormat]))
     group_size = entry.integer("group_size", 0, max(GROUP_SIZES))
-    try:
-        check_format(config, weights, group_size)
-    except UsageError as error:
-        entry.require(False, str(error))
+    formats = read_formats(entry, config, group_size, mixed=format_version == MIXED_FORMAT_VERSION)
     nodes = entry.integer("nodes", 1, 8191)
     counts = unit_counts(config, group_size)
+    scales = _scales(entry, format_version)
+    searched = scales == ScaleChoice.MSE
     manifest = Manifest(
         config=config,
         source_name=source.text("name"),
         source_fingerprint=source.text("fingerprint"),
-        format=weights,
+        formats=formats,
         group_size=group_size,
         router_format=WeightFormat.parse(entry.choice("router", ("f32", "bf16"))),
         embedding_format=WeightFormat.parse(entry.choice("embedding", ("f32", "bf16"))),
@@ -232,7 +255,8 @@ def _from_json(entry: Fields, format_version: int) -> Manifest:
         package_version=entry.text("package_version"),
         files=tuple(_file(file) for file in entry.objects("files")),
         node_weights=tuple(entry.integers("node_weights", 1, LARGEST_WEIGHT)) if placed else (),
-        scales=ScaleChoice.parse(entry.choice("scales", (ScaleChoice.MSE.label,))) if searched else ScaleChoice.ABSMAX,
+        scales=scales,
+        importance=entry.text("importance") if searched and "importance" in entry else "",
     )
     source.done()
     entry.done()
@@ -243,6 +267,13 @@ def _from_json(entry: Fields, format_version: int) -> Manifest:
     names = [file.name for file in manifest.files]
     entry.require(len(names) == len(set(names)), "names a file twice")
     return manifest
+
+
+def _scales(entry: Fields, format_version: int) -> ScaleChoice:
+    if format_version < SCALES_FORMAT_VERSION:
+        return ScaleChoice.ABSMAX
+    choices = (ScaleChoice.MSE,) if format_version == SCALES_FORMAT_VERSION else tuple(ScaleChoice)
+    return ScaleChoice.parse(entry.choice("scales", [choice.label for choice in choices]))
 
 
 def _file(entry: Fields) -> StoreFile:

@@ -13,17 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_moe.kernels import Kernels
-from dist_moe.kernels.formats import TILE_ROWS, VOCABULARY_BLOCK, WeightFormat, packed_bytes
+from dist_moe.kernels.formats import TILE_ROWS, MatrixFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.store.manifest import Manifest
-from dist_moe.store.units import (
-    UnitKind,
-    chunks_per_expert,
-    head_row_bytes,
-    layer_chunk_width,
-    output_group,
-    unit_count,
-)
+from dist_moe.store.unit_parts import unit_parts
+from dist_moe.store.units import UnitKind, chunks_per_expert, unit_count
 
 _ALL = slice(None)
 _IN_LAYER = re.compile(r"layers\.(\d+)\.(?:experts\.(\d+)\.)?(q|k|v|o|gate|up|down)")
@@ -38,6 +32,7 @@ class MatrixPlace:
     kind: UnitKind
     layer: int
     units: range  # together they hold the matrix
+    expert: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class MatrixPiece:
     columns: slice
     height: int
     width: int
-    group: int
+    format: MatrixFormat
 
 
 def matrix_place(config: ModelConfig, group_size: int, name: str) -> MatrixPlace | None:
@@ -64,43 +59,33 @@ def matrix_place(config: ModelConfig, group_size: int, name: str) -> MatrixPlace
     if key in _KINDS:
         return MatrixPlace(key, _KINDS[key], layer, range(unit_count(config, group_size, _KINDS[key], layer)))
     count = chunks_per_expert(config, group_size, layer)
-    return MatrixPlace(key, "chunk", layer, range(expert * count, (expert + 1) * count))
+    return MatrixPlace(key, "chunk", layer, range(expert * count, (expert + 1) * count), expert)
 
 
 def matrix_pieces(manifest: Manifest, place: MatrixPlace) -> Iterator[MatrixPiece]:
     """The matrix, unit by unit in ascending order."""
-    config, group, fmt = manifest.config, manifest.group_size, manifest.format
-    dim, head_dim, key = config.model_dim, config.head_dim, place.key
+    limits = {"vocabulary": manifest.config.vocabulary, "chunk": manifest.config.layer_hidden(place.layer)}
+    parts = unit_parts(manifest, place.kind, place.layer, place.units.start)
+    part = next(part for part in parts if part.key == place.key)
+    sideways = place.key in ("o", "down")
+    step = part.columns if sideways else part.rows
     for position, unit in enumerate(place.units):
-        if place.kind == "vocabulary":
-            step, limit, part = VOCABULARY_BLOCK, config.vocabulary, 0
-        elif place.kind == "chunk":
-            step, limit = layer_chunk_width(config, group, place.layer), config.layer_hidden(place.layer)
-            part = ("gate", "up", "down").index(key) * packed_bytes(fmt, step, dim, group)
-        else:
-            step, limit = head_dim, head_dim * len(place.units)
-            part = head_row_bytes(config, fmt, group) if key in "ov" else 0
-        span = slice(position * step, min((position + 1) * step, limit))
-        sideways = key in ("o", "down")
-        height, width = (dim, step) if sideways else (step, dim)
-        own_group = output_group(config, group) if key == "o" else group
-        end = part + packed_bytes(fmt, height, width, own_group)
+        span = slice(position * step, min((position + 1) * step, limits.get(place.kind, step * len(place.units))))
         rows, columns = (_ALL, span) if sideways else (span, _ALL)
-        yield MatrixPiece(unit, slice(part, end), rows, columns, height, width, own_group)
+        yield MatrixPiece(unit, part.bytes, rows, columns, part.rows, part.columns, part.format)
 
 
-def piece_values(
-    kernels: Kernels, unit: npt.NDArray[np.uint8], piece: MatrixPiece, fmt: WeightFormat
-) -> npt.NDArray[np.float32]:
+def piece_values(kernels: Kernels, unit: npt.NDArray[np.uint8], piece: MatrixPiece) -> npt.NDArray[np.float32]:
     """The values [height, width] of a piece with its padding, float32, from the bytes of its unit."""
     packed_RC = np.empty((piece.height, piece.width), np.float32)
-    kernels.unpack(packed_RC, unit[piece.packed], fmt, piece.group)
+    kernels.unpack(packed_RC, unit[piece.packed], piece.format.format, piece.format.group)
     return packed_RC
 
 
 def piece_scales(unit: npt.NDArray[np.uint8], piece: MatrixPiece) -> npt.NDArray[np.float16]:
     """The scales [height, groups] of a q8 or q4 piece: tile by tile [groups][16], before the integers."""
-    groups = -(-piece.width // piece.group) if piece.group else 1
+    group = piece.format.group
+    groups = -(-piece.width // group) if group else 1
     tile_tb = unit[piece.packed].reshape(-(-piece.height // TILE_ROWS), -1)
     scale_tjr = np.ascontiguousarray(tile_tb[:, : groups * TILE_ROWS * 2]).view(np.float16)
     return scale_tjr.reshape(-1, groups, TILE_ROWS).swapaxes(1, 2).reshape(-1, groups)[: piece.height]

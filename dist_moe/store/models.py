@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from dist_moe.checkpoint.hub import is_hub_id
 from dist_moe.checkpoint.source import Source, file_format, open_source
 from dist_moe.demo import demo_model_directory
 from dist_moe.errors import PlaceError, UsageError
-from dist_moe.kernels import WeightFormat
+from dist_moe.kernels import ScaleChoice, WeightFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.store.cached import note_use
 from dist_moe.store.carry import DEFAULT_FORMAT, conversion_notes, default_format
@@ -175,8 +176,8 @@ def pack(source: ModelSource, options: StoreOptions, progress: Progress) -> Path
                 note_use(source.path)
             return source.path
         model = open_source(source.path)
-        directory = packed_directory(model, options.format)
-        for line in conversion_notes(model, options.format, options.group_size):
+        directory = packed_directory(model, options)
+        for line in conversion_notes(model, options.model_formats(model.config)):
             logger.info("%s: %s", source.path, line)
         convert(model, directory, options, progress)
         note_use(directory)
@@ -186,10 +187,15 @@ def pack(source: ModelSource, options: StoreOptions, progress: Progress) -> Path
     return directory
 
 
-def packed_directory(model: Source, fmt: WeightFormat) -> Path:
+def packed_directory(model: Source, options: StoreOptions) -> Path:
     """Where the cache directory has, or will have, the store of a model."""
+    formats = options.model_formats(model.config)
     key = f"{model.path.resolve()}\n{_versions(model.fingerprint())}"
-    return _cached(source_name(model.path), fmt.label, key)
+    if formats.uniform_format is None:
+        key += f"\n{json.dumps(formats.to_json())}"
+    if formats.quantized and options.scales != ScaleChoice.ABSMAX:
+        key += f"\n{options.scales.label} {options.importance.fingerprint if options.importance else ''}"
+    return _cached(source_name(model.path), formats.label, key)
 
 
 def _write_texts(source: Path) -> Path:
@@ -217,9 +223,9 @@ def _versions(fingerprint: str) -> str:
 def _require_format(store: Path, wanted: WeightFormat | None, option: str) -> None:
     if wanted is None:
         return
-    found = read_manifest(store / MANIFEST_NAME).format
-    if found != wanted:
+    found = read_manifest(store / MANIFEST_NAME).label
+    if found != wanted.label:
         raise UsageError(
-            f"{option}{wanted.label}: {store} is a store of {found.label} weights, which a run does not change: "
+            f"{option}{wanted.label}: {store} is a store of {found} weights, which a run does not change: "
             f"leave {option.strip()} out, or give what it was made from"
         )

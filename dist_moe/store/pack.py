@@ -15,11 +15,13 @@ import numpy.typing as npt
 
 from dist_moe.checkpoint.source import MappedSource, Source
 from dist_moe.kernels import Kernels, PackMatrix, aligned_empty
-from dist_moe.kernels.formats import VOCABULARY_BLOCK, packed_bytes
+from dist_moe.kernels.formats import VOCABULARY_BLOCK, MatrixFormat, WeightFormat, packed_bytes
 from dist_moe.store.carry import is_carried, pack_blocks
+from dist_moe.store.importance import Importance, column_importance
 from dist_moe.store.layout import TensorSpec
 from dist_moe.store.manifest import Manifest
-from dist_moe.store.units import UnitKind, head_row_bytes, output_group, unit_bytes
+from dist_moe.store.unit_parts import UnitPart, unit_bytes, unit_parts
+from dist_moe.store.units import UnitKind
 
 Floats = npt.NDArray[np.float32]
 Packed = npt.NDArray[np.uint8]
@@ -48,9 +50,12 @@ class UnitPacker(Protocol):
 class Packer:
     """Packs the units of one store. `nonfinite` counts the weights that cannot be packed, per source tensor."""
 
-    def __init__(self, source: Source, manifest: Manifest, kernels: Kernels) -> None:
-        """Take the checkpoint, the plan of the store and the kernels that pack."""
+    def __init__(
+        self, source: Source, manifest: Manifest, kernels: Kernels, importance: Importance | None = None
+    ) -> None:
+        """Take the checkpoint, the plan of the store, the kernels that pack, and what weights the scales' error."""
         self._source = source
+        self._importance = importance
         self._manifest = manifest
         self._config = manifest.config
         self._kernels = kernels
@@ -58,15 +63,15 @@ class Packer:
         self._down_DF: Floats | None = None
         self._scale_D: Floats | None = None
         self._matrices: list[PackMatrix] = []
+        self._formats: list[WeightFormat] = []  # of the matrices
         self._names: list[str] = []  # of the matrices; "" for what is not counted
         self._counted = True
         self.nonfinite = Counter[str]()
 
     def units(self, kind: UnitKind, layer: int, indices: Sequence[int], counted: Sequence[bool]) -> Iterator[Packed]:
-        """The packed units in order, uint8 [unit bytes] each; `counted` says which of them enter `nonfinite`."""
-        manifest = self._manifest
-        size = unit_bytes(self._config, manifest.format, manifest.group_size, kind, layer)
-        step = max(1, _LIST_BYTES // size)
+        """The packed units in order, of equal formats, uint8 [unit bytes]; `counted`: which enter `nonfinite`."""
+        size = unit_bytes(self._manifest, kind, layer, indices[0]) if indices else 0
+        step = max(1, _LIST_BYTES // max(1, size))
         for first in range(0, len(indices), step):
             numbers = indices[first : first + step]
             packed: Packed = aligned_empty((len(numbers), size), np.uint8)
@@ -76,15 +81,17 @@ class Packer:
             yield from packed
 
     def _add_unit(self, unit: Packed, kind: UnitKind, layer: int, index: int) -> None:
-        if kind == "head":
-            self._pack_head(unit, layer, index)
-        elif kind == "kv_head":
-            self._pack_kv_head(unit, layer, index)
-        elif kind == "chunk":
-            self._pack_chunk(unit, layer, index)
-        else:
+        parts = unit_parts(self._manifest, kind, layer, index)
+        if kind == "chunk":
+            self._pack_chunk(unit, parts, layer, index)
+        elif kind == "vocabulary":
             rows = slice(index * VOCABULARY_BLOCK, min((index + 1) * VOCABULARY_BLOCK, self._config.vocabulary))
-            self._pack_slice("lm_head", unit, self._manifest.group_size, rows, height=VOCABULARY_BLOCK)
+            self._pack_slice("lm_head", unit, parts[0].format, rows, height=VOCABULARY_BLOCK)
+        else:
+            own = slice(index * self._config.head_dim, (index + 1) * self._config.head_dim)
+            for part in parts:
+                rows, columns = (_ALL, own) if part.key == "o" else (own, _ALL)
+                self._pack_slice(f"layers.{layer}.{part.key}", unit[part.bytes], part.format, rows, columns)
 
     def common(self, spec: TensorSpec) -> Iterator[npt.NDArray[Any]]:
         """One tensor of the common file in pieces."""
@@ -110,75 +117,64 @@ class Packer:
         self._count(spec.name, values.size - int(np.count_nonzero(np.isfinite(values))))
         return (values.view(np.uint32) >> 16).astype("<u2") if spec.dtype == "BF16" else values
 
-    def _pack_head(self, unit: Packed, layer: int, head: int) -> None:
-        name, cut = f"layers.{layer}.", self._row_bytes()
-        columns = slice(head * self._config.head_dim, (head + 1) * self._config.head_dim)
-        group_size = self._manifest.group_size
-        self._pack_slice(name + "q", unit[:cut], group_size, columns)
-        self._pack_slice(name + "o", unit[cut:], output_group(self._config, group_size), columns=columns)
-
-    def _pack_kv_head(self, unit: Packed, layer: int, head: int) -> None:
-        name, cut = f"layers.{layer}.", self._row_bytes()
-        rows = slice(head * self._config.head_dim, (head + 1) * self._config.head_dim)
-        for key, half in (("k", unit[:cut]), ("v", unit[cut:])):
-            self._pack_slice(name + key, half, self._manifest.group_size, rows)
-
-    def _pack_chunk(self, unit: Packed, layer: int, index: int) -> None:
-        manifest, model_dim = self._manifest, self._config.model_dim
-        width = manifest.layer_chunk_width(layer)
-        expert, chunk = divmod(index, manifest.layer_chunks_per_expert(layer))
+    def _pack_chunk(self, unit: Packed, parts: Sequence[UnitPart], layer: int, index: int) -> None:
+        expert, chunk = divmod(index, self._manifest.layer_chunks_per_expert(layer))
         name = f"layers.{layer}.experts.{expert}."
+        *rows_parts, down = parts
+        width = down.columns
         hidden = slice(chunk * width, min((chunk + 1) * width, self._config.layer_hidden(layer)))
-        cut = packed_bytes(manifest.format, width, model_dim, manifest.group_size)
-        for key, part in (("gate", unit[:cut]), ("up", unit[cut : 2 * cut])):
-            self._pack_slice(name + key, part, manifest.group_size, hidden, height=width)
-        if self._carry(name + "down", unit[2 * cut :], manifest.group_size, _ALL, hidden):
+        for part in rows_parts:
+            self._pack_slice(name + part.key, unit[part.bytes], part.format, hidden, height=width)
+        if self._carry(name + "down", unit[down.bytes], down.format, _ALL, hidden):
             return
-        self._open_down(name + "down")
+        self._open_down(name + "down", down.format)
         down_Dw = self._stored(name + "down", _ALL, hidden)
         if down_Dw is None and self._down_DF is not None:
             down_Dw = self._down_DF[:, hidden]
         if down_Dw is None:
             down_Dw = self._source.read(name + "down", columns=hidden)
-        self._add(name + "down", unit[2 * cut :], down_Dw, (model_dim, width), manifest.group_size, self._scale_D)
+        shape = (down.rows, width)
+        self._add(name + "down", unit[down.bytes], down_Dw, shape, down.format, hidden, self._scale_D)
 
-    def _open_down(self, name: str) -> None:
+    def _open_down(self, name: str, own: MatrixFormat) -> None:
         """Decode a down matrix once for all of its chunks, if it is small, and find the scales of its whole rows."""
         if name == self._down_name:
             return
-        fmt = self._manifest.format
         rows, columns = self._source.shape(name)
         self._down_name, self._scale_D = name, None
         self._down_DF = None
         if self._stored(name, _ALL) is None and rows * columns * 4 <= _WHOLE_DOWN_BYTES:
             self._down_DF = self._source.read(name)
-        if fmt.quantized and self._manifest.group_size == 0:
+        if own.format.quantized and own.group == 0:
             self._scale_D = np.empty(rows, np.float32)
+            importance_F = column_importance(self._importance, name, columns)
             step = max(1, _BLOCK_BYTES // (4 * columns))
             for first in range(0, rows, step):
                 block = slice(first, min(first + step, rows))
                 values = self._source.read(name, block) if self._down_DF is None else self._down_DF[block]
-                self._kernels.row_scales(self._scale_D[block], values, fmt, self._manifest.scales)
+                self._kernels.row_scales(self._scale_D[block], values, own.format, self._manifest.scales, importance_F)
 
     def _pack_slice(
-        self, name: str, packed: Packed, group: int, rows: slice = _ALL, columns: slice = _ALL, height: int = 0
+        self, name: str, packed: Packed, own: MatrixFormat, rows: slice = _ALL, columns: slice = _ALL, height: int = 0
     ) -> None:
         """Pack a slice of a matrix, zero-padded to `height` rows."""
-        if self._carry(name, packed, group, rows, columns, height):
+        if self._carry(name, packed, own, rows, columns, height):
             return
         values_RC = self._stored(name, rows, columns)
         if values_RC is None:
             values_RC = self._source.read(name, rows, None if columns == _ALL else columns)
         given, wide = values_RC.shape
-        self._add(name, packed, values_RC, (max(height, given), wide), group)
+        self._add(name, packed, values_RC, (max(height, given), wide), own, columns)
 
-    def _carry(self, name: str, packed: Packed, group: int, rows: slice, columns: slice, height: int = 0) -> bool:
+    def _carry(
+        self, name: str, packed: Packed, own: MatrixFormat, rows: slice, columns: slice, height: int = 0
+    ) -> bool:
         """Pack a slice bit for bit if the source has it in this format."""
-        if not is_carried(self._source.source_dtype(name), self._manifest.format, group):
+        if not is_carried(self._source.source_dtype(name), own.format, own.group):
             return False
         blocks = self._source.blocks(name, rows, columns)
         if blocks is not None:
-            self._count(name, pack_blocks(packed, blocks, self._manifest.format, height))
+            self._count(name, pack_blocks(packed, blocks, own.format, height))
         return blocks is not None
 
     def _stored(self, name: str, rows: slice, columns: slice | None = None) -> npt.NDArray[Any] | None:
@@ -191,23 +187,26 @@ class Packer:
         packed: Packed,
         weights_RC: npt.NDArray[Any],
         shape: tuple[int, int],
-        group: int,
+        own: MatrixFormat,
+        columns: slice,
         scale_R: Floats | None = None,
     ) -> None:
-        """Enter a matrix into the list, to be filled up with zeros to a shape."""
-        self._matrices.append(PackMatrix(packed, weights_RC, *shape, group, scale_R))
+        """Enter some columns of a matrix into the list, to be filled up with zeros to a shape."""
+        importance_C = column_importance(self._importance, name, self._source.shape(name)[1], columns, shape[1])
+        self._matrices.append(PackMatrix(packed, weights_RC, *shape, own.group, scale_R, importance_C))
+        self._formats.append(own.format)
         self._names.append(name if self._counted else "")
 
     def _pack_list(self) -> None:
-        counts = self._kernels.pack_matrices(self._matrices, self._manifest.format, self._manifest.scales)
-        for name, count in zip(self._names, counts, strict=True):
-            if count and name:
-                self.nonfinite[name] += count
-        self._matrices, self._names = [], []
+        for fmt in dict.fromkeys(self._formats):
+            some = [place for place, own in enumerate(self._formats) if own == fmt]
+            matrices = [self._matrices[place] for place in some]
+            counts = self._kernels.pack_matrices(matrices, fmt, self._manifest.scales)
+            for place, count in zip(some, counts, strict=True):
+                if count and self._names[place]:
+                    self.nonfinite[self._names[place]] += count
+        self._matrices, self._formats, self._names = [], [], []
 
     def _count(self, name: str, nonfinite: int) -> None:
         if nonfinite and self._counted:
             self.nonfinite[name] += nonfinite
-
-    def _row_bytes(self) -> int:
-        return head_row_bytes(self._config, self._manifest.format, self._manifest.group_size)

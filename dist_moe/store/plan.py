@@ -13,20 +13,23 @@ from dist_moe.checkpoint.gguf_names import model_name
 from dist_moe.errors import UsageError
 from dist_moe.kernels.formats import ScaleChoice, WeightFormat
 from dist_moe.model_config import ModelConfig
+from dist_moe.store.formats import ModelFormats, check_formats
+from dist_moe.store.importance import Importance
 from dist_moe.store.manifest import Manifest
 from dist_moe.store.placement import EXPERT_LAYOUTS, PLACED, Placement, ShardUnits, check_placement, place
-from dist_moe.store.units import check_format
 
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """How to make a store. The first six decide its bytes."""
+    """How to make a store. The first eight decide its bytes."""
 
     nodes: int = 1
     format: WeightFormat = WeightFormat.Q4
     group_size: int = 32  # weights per scale, 0 for whole rows
+    formats: ModelFormats | None = None  # of each matrix, in place of format; of group_size, too, if one is quantized
     experts: str = "whole"  # or "sliced"
     scales: ScaleChoice = ScaleChoice.ABSMAX  # of q8 and q4; f32 and bf16 have none
+    importance: Importance | None = None  # of the columns of matrices whose scales are searched for (mse)
     placement: Placement | None = None  # takes the place of nodes and experts
     force: bool = False  # replace a store that stands there
     allow_nonfinite: bool = False  # pack NaN and infinite weights, too
@@ -34,6 +37,10 @@ class StoreOptions:
     replace_damaged: bool = False  # a store of our own cache: what cannot be used there is packed again
     full_check: bool = False  # of large files that are there already: every byte instead of the header
     threads: int = 0  # of the kernels that pack; 0 takes every CPU that this process may use
+
+    def model_formats(self, config: ModelConfig) -> ModelFormats:
+        """The format of each matrix of a model."""
+        return self.formats or ModelFormats.uniform(config, self.format, self.group_size)
 
 
 class WeightSource(Protocol):
@@ -68,14 +75,21 @@ def plan_store(source: WeightSource, options: StoreOptions) -> Manifest:
     """
     config = source.config
     _check_nodes(config, options)
-    check_format(config, options.format, options.group_size)
+    formats = options.model_formats(config)
+    group_size = options.group_size if formats.group_size is None else formats.group_size
+    check_formats(config, formats, group_size)
+    searched = formats.quantized and options.scales == ScaleChoice.MSE
+    if options.importance is not None and not searched:
+        raise UsageError(
+            "--importance weights the search for scales: give --quant q4 or q8 with --scales mse, or leave it out"
+        )
     routers = {source.source_dtype(name) for name in source.names() if name.endswith(".router")}
     uncut = Manifest(
         config=config,
         source_name=source_name(source.path),
         source_fingerprint=source.fingerprint(),
-        format=options.format,
-        group_size=options.group_size,
+        formats=formats,
+        group_size=group_size,
         router_format=_exact_format(routers),
         embedding_format=_exact_format({source.source_dtype("embedding")}),
         experts=options.experts,
@@ -83,6 +97,8 @@ def plan_store(source: WeightSource, options: StoreOptions) -> Manifest:
         shards=(),
         package_version=dist_moe.__version__,
         files=(),
+        scales=ScaleChoice.MSE if searched else ScaleChoice.ABSMAX,
+        importance="" if options.importance is None else options.importance.fingerprint,
     )
     return cut(uncut, options)
 
@@ -105,7 +121,6 @@ def cut(manifest: Manifest, options: StoreOptions) -> Manifest:
         package_version=dist_moe.__version__,
         files=(),
         node_weights=() if placement is None else placement.node_weights,
-        scales=options.scales if options.format.quantized else ScaleChoice.ABSMAX,
     )
 
 

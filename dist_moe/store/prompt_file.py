@@ -51,8 +51,9 @@ def rope_label(config: ModelConfig) -> str:
 def identity(manifest: Manifest, kv: str) -> dict[str, str]:
     """All that decides the bits of K and V besides the tokens; not how the store was cut into files."""
     model = {key: value for key, value in model_to_json(manifest.config).items() if key not in _ROPE_FIELDS}
-    weights = f"{manifest.format.label}, groups of {manifest.group_size}"
-    formats = [weights, manifest.router_format.label, manifest.embedding_format.label, model]
+    weights = f"{manifest.label}, groups of {manifest.group_size}"
+    packed = weights if manifest.formats.uniform_format else manifest.formats.to_json()
+    formats = [packed, manifest.router_format.label, manifest.embedding_format.label, model]
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -72,14 +72,14 @@ class Store:
         mark = mark_used(directory / MANIFEST_NAME)
         if mark is not None:
             weakref.finalize(self, os.close, mark)
-        self._tensors: dict[str, list[_Held]] = {}
+        self._tensors: dict[str, list[_Held]] = {}  # by kind and layer, of whatever formats
         self._addresses: dict[str, npt.NDArray[np.uint64]] = {}
         for name, weights in files.items():
             if name == COMMON_NAME:
                 continue
             for tensor in unit_tensors(manifest, shard_number(manifest, name)):
                 rows = weights.raw(tensor.spec.name).view(np.uint8)
-                self._tensors.setdefault(tensor.spec.name, []).append(_Held(name, tensor, rows))
+                self._tensors.setdefault(tensor_name(tensor.kind, tensor.layer), []).append(_Held(name, tensor, rows))
 
     @classmethod
     def open(

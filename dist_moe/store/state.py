@@ -163,6 +163,8 @@ def _differences(found: Manifest, plan: Manifest) -> str:
     texts = [f"{key} {theirs[key]}, not {ours[key]}" for key in named if theirs[key] != ours[key]]
     if found.scales != plan.scales:
         texts.append(f"scales {found.scales.label}, not {plan.scales.label}")
+    if found.importance != plan.importance:
+        texts.append(f"importance {found.importance or 'none'}, not {plan.importance or 'none'}")
     if theirs["source"] != ours["source"] or theirs["model"] != ours["model"] or not texts:
         texts.append(
             f"source {found.source_name} in another version"

@@ -11,14 +11,14 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dist_moe.errors import UsageError
 from dist_moe.kernels import WeightFormat, aligned_empty
-from dist_moe.kernels.formats import ALIGNMENT, TILE_ROWS, VOCABULARY_BLOCK, packed_bytes
+from dist_moe.kernels.formats import ALIGNMENT, TILE_ROWS
 from dist_moe.model_config import ModelConfig, round_up
 from dist_moe.store.convert import Conversion, Progress, write_store
 from dist_moe.store.layout import TensorSpec
@@ -26,7 +26,8 @@ from dist_moe.store.manifest import Manifest
 from dist_moe.store.model_json import model_to_json
 from dist_moe.store.pack import Packed
 from dist_moe.store.plan import StoreOptions
-from dist_moe.store.units import UnitKind, output_group, unit_bytes
+from dist_moe.store.unit_parts import UnitPart, unit_parts
+from dist_moe.store.units import UnitKind
 
 VERSION = 1  # of the numbers below: another one gives other stores
 SEED = 20261121
@@ -36,15 +37,6 @@ _PIECE_ROWS = 2048  # of the embedding
 # Root mean square of what a matrix makes of a vector of root mean square 1.
 _OUTPUT_RMS = {"rows": 1.0, "output": 0.5, "down": 1.0, "vocabulary": 3.0, "router": 2.0, "embedding": 1.0}
 _CODE_RMS = {WeightFormat.Q8: 73.6, WeightFormat.Q4: 4.64}  # of uniform codes
-
-
-class _Matrix(NamedTuple):
-    """One packed matrix of a unit."""
-
-    rows: int
-    columns: int
-    group: int
-    rms: float  # of a weight
 
 
 @dataclass(frozen=True)
@@ -104,7 +96,7 @@ class SyntheticPacker:
         self._config = manifest.config
         words = np.random.PCG64(SEED).random_raw(_BLOCK_BYTES // 8).astype("<u8")
         block = words.view(np.uint8)
-        self._codes = np.maximum(block, 1) if manifest.format == WeightFormat.Q8 else block  # q8 has no -128
+        self._codes = {WeightFormat.Q8: np.maximum(block, 1), WeightFormat.Q4: block}  # q8 has no -128
         signed = words.view("<i2")[: _BLOCK_BYTES // 8]
         self._uniform = signed.astype(np.float32) * np.float32(3**0.5 / 32768)  # root mean square 1
         # 3/4 to 5/4, either sign: codes have a mean of -1/2, which signs keep from adding up.
@@ -121,16 +113,10 @@ class SyntheticPacker:
             yield self._unit(kind, layer, index)
 
     def _unit(self, kind: UnitKind, layer: int, index: int) -> Packed:
-        manifest = self._manifest
-        unit: Packed = aligned_empty(
-            unit_bytes(self._config, manifest.format, manifest.group_size, kind, layer), np.uint8
-        )
-        at = 0
-        for part, matrix in enumerate(self._matrices(kind, layer)):
-            size = packed_bytes(manifest.format, matrix.rows, matrix.columns, matrix.group)
-            self._fill(unit[at : at + size], matrix, f"{kind} {layer} {index} {part}")
-            at += size
-        assert at == len(unit)
+        parts = unit_parts(self._manifest, kind, layer, index)
+        unit: Packed = aligned_empty(parts[-1].bytes.stop, np.uint8)
+        for number, part in enumerate(parts):
+            self._fill(unit[part.bytes], part, self._rms(part.key, layer), f"{kind} {layer} {index} {number}")
         return unit
 
     def common(self, spec: TensorSpec) -> Iterator[npt.NDArray[Any]]:
@@ -148,33 +134,26 @@ class SyntheticPacker:
         else:
             yield np.full(spec.shape, 0.0 if spec.name.endswith("bias") else 1.0, "<f4")
 
-    def _matrices(self, kind: UnitKind, layer: int) -> list[_Matrix]:
-        config, group = self._config, self._manifest.group_size
-        D, P = config.model_dim, config.head_dim
-        rows = _OUTPUT_RMS["rows"] / D**0.5
-        if kind == "head":
-            output = _OUTPUT_RMS["output"] / (config.heads * P) ** 0.5
-            return [_Matrix(P, D, group, rows), _Matrix(D, P, output_group(config, group), output)]
-        if kind == "kv_head":
-            return [_Matrix(P, D, group, rows)] * 2
-        if kind == "vocabulary":
-            return [_Matrix(VOCABULARY_BLOCK, D, group, _OUTPUT_RMS["vocabulary"] / D**0.5)]
-        width = self._manifest.layer_chunk_width(layer)
-        down = _OUTPUT_RMS["down"] / config.layer_hidden(layer) ** 0.5
-        return [*[_Matrix(width, D, group, rows)] * 2, _Matrix(D, width, group, down)]
+    def _rms(self, key: str, layer: int) -> float:
+        """Of the weights of a matrix."""
+        config = self._config
+        inputs: dict[str, int] = {"o": config.heads * config.head_dim, "down": config.layer_hidden(layer)}
+        outputs = {"o": "output", "down": "down", "lm_head": "vocabulary"}
+        rms: float = _OUTPUT_RMS[outputs.get(key, "rows")] / inputs.get(key, config.model_dim) ** 0.5
+        return rms
 
-    def _fill(self, packed: Packed, matrix: _Matrix, name: str) -> None:
-        fmt = self._manifest.format
+    def _fill(self, packed: Packed, part: UnitPart, rms: float, name: str) -> None:
+        fmt, group = part.format.format, part.format.group
         if not fmt.quantized:
             values = self._cut(self._uniform, len(packed) // (4 if fmt == WeightFormat.F32 else 2), name)
-            values = values * np.float32(matrix.rms)
+            values = values * np.float32(rms)
             packed[:] = (values.astype("<f4") if fmt == WeightFormat.F32 else _bf16(values)).view(np.uint8)
             return
-        packed[:] = self._cut(self._codes, len(packed), name)
-        tiles = -(-matrix.rows // TILE_ROWS)
-        values_per_tile = TILE_ROWS * (-(-matrix.columns // matrix.group) if matrix.group else 1)
+        packed[:] = self._cut(self._codes[fmt], len(packed), name)
+        tiles = -(-part.rows // TILE_ROWS)
+        values_per_tile = TILE_ROWS * (-(-part.columns // group) if group else 1)
         scales = self._cut(self._scales, tiles * values_per_tile, name + " scales").reshape(tiles, -1)
-        halves = (scales * np.float32(matrix.rms / _CODE_RMS[fmt])).astype("<f2")
+        halves = (scales * np.float32(rms / _CODE_RMS[fmt])).astype("<f2")
         bytes_t = packed.reshape(tiles, -1)
         bytes_t[:, : 2 * values_per_tile] = halves.view(np.uint8)
         bytes_t[:, 2 * values_per_tile : round_up(2 * values_per_tile, ALIGNMENT)] = 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from dist_moe.errors import UsageError
-from dist_moe.kernels.formats import GROUP, VOCABULARY_BLOCK, WeightFormat, chunk_bytes, packed_bytes
+from dist_moe.kernels.formats import GROUP, VOCABULARY_BLOCK, WeightFormat
 from dist_moe.model_config import ModelConfig, chunk_width, round_up
 
 UnitKind = Literal["head", "kv_head", "chunk", "vocabulary"]
@@ -52,23 +52,6 @@ def unit_count(config: ModelConfig, group_size: int, kind: UnitKind, layer: int)
     if kind == "chunk":
         return config.layer_experts(layer) * chunks_per_expert(config, group_size, layer)
     return -(-config.vocabulary // VOCABULARY_BLOCK)
-
-
-def head_row_bytes(config: ModelConfig, fmt: WeightFormat, group_size: int) -> int:
-    """Bytes of the rows [P, D] of one head's q, k or v: where the second half of a head or kv_head unit begins."""
-    return packed_bytes(fmt, config.head_dim, config.model_dim, group_size)
-
-
-def unit_bytes(config: ModelConfig, fmt: WeightFormat, group_size: int, kind: UnitKind, layer: int) -> int:
-    """Bytes of one unit, a multiple of 64."""
-    if kind == "head":
-        output = packed_bytes(fmt, config.model_dim, config.head_dim, output_group(config, group_size))
-        return head_row_bytes(config, fmt, group_size) + output
-    if kind == "kv_head":
-        return 2 * head_row_bytes(config, fmt, group_size)
-    if kind == "chunk":
-        return chunk_bytes(fmt, config.model_dim, layer_chunk_width(config, group_size, layer), group_size)
-    return packed_bytes(fmt, VOCABULARY_BLOCK, config.model_dim, group_size)
 
 
 def unit_label(kind: UnitKind, layer: int) -> str:

@@ -63,7 +63,10 @@ def parse(words: list[str]) -> None:
     """Let click read the words, without doing what they ask for."""
     context = click.Context(cli, info_name=PROGRAM)
     command = cli.get_command(context, words[0])
-    while isinstance(command, click.Group):
+    # A group that stands for a command of its own, as verify does, has options instead.
+    while isinstance(command, click.Group) and not (
+        command.invoke_without_command and (len(words) == 1 or words[1].startswith("-"))
+    ):
         words = words[1:]
         command = command.get_command(context, words[0])
     if command is None:

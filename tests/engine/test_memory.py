@@ -27,7 +27,8 @@ from dist_moe.parallel.probe import LinkCosts
 from dist_moe.parallel.world import AgreedError, World
 from dist_moe.store.placement import indices_of
 from dist_moe.store.reader import Store
-from dist_moe.store.units import UNIT_KINDS, unit_bytes
+from dist_moe.store.unit_parts import unit_bytes
+from dist_moe.store.units import UNIT_KINDS
 from helpers.plans import job_of
 from helpers.start_record import RECORD
 from helpers.tiny_model import TinyModel, random_ids
@@ -93,7 +94,7 @@ def test_all_ranks_of_one_host_need_the_store_once(store: Store, ranks: int, lay
     manifest, config = store.manifest, store.config
     need = host_need(manifest, plans_of(store, ranks, layout), [1] * ranks, DEMAND)
     units_bytes = sum(
-        len(store.present_units(kind, layer)) * unit_bytes(config, manifest.format, manifest.group_size, kind, layer)
+        len(store.present_units(kind, layer)) * unit_bytes(manifest, kind, layer, 0)
         for kind in UNIT_KINDS
         for layer in range(config.layers if kind != "vocabulary" else 1)
     )
@@ -123,7 +124,7 @@ def test_a_host_counts_what_its_own_shards_hold(make_store, source: Path, layout
     for node, numbers in enumerate(shards):
         units_bytes = sum(
             len(set().union(*(indices_of(manifest.shards[shard].runs(kind, layer)).tolist() for shard in numbers)))
-            * unit_bytes(manifest.config, manifest.format, manifest.group_size, kind, layer)
+            * unit_bytes(manifest, kind, layer, 0)
             for kind in UNIT_KINDS
             for layer in range(manifest.config.layers if kind != "vocabulary" else 1)
         )
@@ -144,7 +145,7 @@ def test_layers_that_are_placed_differently_are_counted_each(store: Store, layou
     plans = job.of_node(1)
     chunk_bytes = sum(
         len(set().union(*(plan.readable_chunks(layer).tolist() for plan in plans)))
-        * unit_bytes(config, manifest.format, manifest.group_size, "chunk", layer)
+        * unit_bytes(manifest, "chunk", layer, 0)
         for layer in range(config.layers)
     )
     without = [replace(plan, _readable=(NONE,) * config.layers) for plan in plans]

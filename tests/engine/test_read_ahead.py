@@ -18,7 +18,8 @@ from dist_moe.model.own_spans import OwnSpans, Span, dealt, joined, own_spans, p
 from dist_moe.parallel.plan import EXPERT_LAYOUTS, Plan
 from dist_moe.parallel.world import AgreedError, World
 from dist_moe.store.reader import Store
-from dist_moe.store.units import chunks_per_expert, unit_bytes
+from dist_moe.store.unit_parts import unit_bytes
+from dist_moe.store.units import chunks_per_expert
 from helpers.plans import plan_of
 from helpers.start_record import RECORD
 from helpers.tiny_model import TinyModel
@@ -50,7 +51,7 @@ def unit_bytes_of(store: Store, plan: Plan, routed_layers: int) -> set[int]:
         if layer == 0:
             wanted["vocabulary"] = plan.vocabulary_blocks
         for kind, indices in wanted.items():
-            count = unit_bytes(config, manifest.format, manifest.group_size, kind, layer)
+            count = unit_bytes(manifest, kind, layer, 0)
             for address in store.unit_addresses(kind, layer)[np.array(indices, np.int64)].tolist():
                 found.update(range(address, address + count, 64))
     return found
@@ -137,7 +138,7 @@ def test_the_ranks_of_a_host_read_each_byte_once(
         monkeypatch.undo()
         monkeypatch.setattr(read_ahead, "PIECE_BYTES", 1 << 14)
     kv_heads = sum(len(plan_of(store, rank, ranks, layout).kv_heads) for rank in range(ranks)) - store.config.kv_heads
-    kv_bytes = unit_bytes(store.config, store.manifest.format, store.manifest.group_size, "kv_head", 0)
+    kv_bytes = unit_bytes(store.manifest, "kv_head", 0, 0)
     twice = len(everything) - len(set(everything))
     assert twice <= kv_heads * store.config.layers * kv_bytes // 64 + 64 * ranks
 

@@ -10,7 +10,7 @@ import pytest
 
 from dist_moe.engine.routing_facts import RoutingFacts
 from dist_moe.engine.routing_load import LoadCounter, layer_loads, total_load
-from dist_moe.kernels import ExpertsLayer, Kernels, LayerSizes, Picks, WeightFormat, Workers
+from dist_moe.kernels import ChunkFormat, ExpertsLayer, Kernels, LayerSizes, MatrixFormat, Picks, WeightFormat, Workers
 from dist_moe.parallel.chunk_owners import sliced_owners, whole_owners
 from dist_moe.parallel.plan import CHUNK_READ_COST_TOKENS as READ_COST
 
@@ -24,6 +24,7 @@ FACTS = RoutingFacts(
     ranks=2,
     layout="whole",
 )
+Q4 = ChunkFormat(MatrixFormat(WeightFormat.Q4, 32), MatrixFormat(WeightFormat.Q4, 32))
 SIZES = LayerSizes(
     model_dim=32,
     heads=1,
@@ -31,10 +32,6 @@ SIZES = LayerSizes(
     head_dim=32,
     experts_per_token=3,
     workers=Workers(node=0, rank=0, ranks=1, read_cost=READ_COST),
-    format=WeightFormat.Q4,
-    group=32,
-    output_group=32,
-    router_format=WeightFormat.BF16,
     norm_topk_prob=True,
     eps=np.float32(1e-6),
     score_scale=np.float32(1),
@@ -66,13 +63,14 @@ def work_of_ranks(layout: str, tokens_E: np.ndarray, ranks: int) -> list[int]:
             norm_D=np.ones(32, np.float32),
             router=None,
             addresses=np.arange(60, dtype=np.uint64) * 64,
+            formats=[Q4],
             owned=owned,
             experts=12,
             width=32,
         )
         offset_E1 = np.concatenate([[0], np.cumsum(tokens_E)]).astype(np.int32)
         words = Kernels.pick_chunks(Picks(1, 12), layer, offset_E1, Workers(0, rank, ranks, READ_COST)).astype(np.int64)
-        work.append(int((words[:, 2][words[:, 2] > 0] + READ_COST).sum()))
+        work.append(int((words[:, 3][words[:, 3] > 0] + READ_COST).sum()))
     return work
 
 

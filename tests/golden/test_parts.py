@@ -12,10 +12,13 @@ import pytest
 
 from dist_moe.kernels import (
     NO_FAULT,
+    ChunkFormat,
+    ChunkFormats,
     ChunkList,
     Kernels,
     KvFormat,
     KvView,
+    MatrixFormat,
     MatrixList,
     Operand,
     WeightFormat,
@@ -28,6 +31,7 @@ from dist_moe.model_config import chunk_width, round_up
 
 HERE = Path(__file__).parent
 F32 = WeightFormat.F32
+PLAIN = MatrixFormat(F32, 0)
 RELATIVE = 2e-6  # of the largest value: a module is some 100 roundings of 6e-8 that mostly cancel
 
 
@@ -65,7 +69,7 @@ def operand_of(x):
 
 def multiply(k, weights, x):
     out = np.full((len(x), len(weights)), np.nan, np.float32)
-    k.matmul(out, MatrixList([(pack(k, weights), len(weights), 0)]), operand_of(x), len(x), F32, 0)
+    k.matmul(out, MatrixList([(pack(k, weights), len(weights), 0, PLAIN)]), operand_of(x), len(x))
     return out
 
 
@@ -101,9 +105,9 @@ def whole_attention(k, w, x_TD, bias):
     k.norm_rope(rows_TR, H * P, G, w.knorm_P, cos_TP, sin_TP, np.float32(w.eps))
     heads = rows_TR.reshape(T, -1, P)
     out_TC = attend(k, heads[:, :H], heads[:, H : H + G], heads[:, H + G :])
-    units = MatrixList([(pack(k, w.wo_DHP[:, h]), D, 0) for h in range(H)])
+    units = MatrixList([(pack(k, w.wo_DHP[:, h]), D, 0, PLAIN) for h in range(H)])
     sums_TD, fault_T, y_TD = np.empty((T, D), np.int64), faults(T), np.zeros((T, D), np.float32)
-    k.unit_sums(sums_TD, fault_T, units, operand_of(out_TC), T, P, F32, 0, 0)
+    k.unit_sums(sums_TD, fault_T, units, operand_of(out_TC), T, P, 0)
     k.add_exact(y_TD, fault_T, sums_TD, w.bo_D if bias else None, 0)
     assert (fault_T == NO_FAULT).all()
     return y_TD
@@ -129,9 +133,9 @@ def mixture(k, w, x_TD, ids_TK, weights_TK):
             experts.append(e)
     listed = ChunkList(len(chunks))
     addresses = np.array([address_of(chunk) for chunk in chunks], np.uint64)
-    listed.set(addresses, offset_E1[experts], np.diff(offset_E1)[experts])
+    listed.set(addresses, ChunkFormats([ChunkFormat(PLAIN, PLAIN)]), offset_E1[experts], np.diff(offset_E1)[experts])
     sums_TD, fault_T, y_TD = np.empty((T, D), np.int64), faults(T), np.zeros((T, D), np.float32)
-    k.experts(sums_TD, fault_T, listed, len(chunks), token_N, weight_N, operand_of(x_TD), T, width, F32, 0, 0)
+    k.experts(sums_TD, fault_T, listed, len(chunks), token_N, weight_N, operand_of(x_TD), T, width, 0)
     k.add_exact(y_TD, fault_T, sums_TD, None, 0)
     assert (fault_T == NO_FAULT).all()
     return y_TD

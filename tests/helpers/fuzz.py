@@ -32,6 +32,7 @@ from dist_moe.store.layout import weight_files, weight_layout
 from dist_moe.store.manifest import MANIFEST_NAME
 from dist_moe.store.plan import StoreOptions, plan_store
 from dist_moe.store.reader import Store
+from dist_moe.store.recipe_file import parse_recipe
 from helpers.tiny_gguf import write_gguf
 from helpers.tiny_model import TinyModel
 from helpers.tiny_qw3w import write_qw3w
@@ -40,6 +41,7 @@ from helpers.tiny_store import run_convert
 SECONDS = 10
 MORE_BYTES = 1 << 29
 SMALL = TinyModel(layers=1, dense_layers=(), experts=2, experts_per_token=1, expert_hidden=32, vocabulary=40)
+MIXED = 'format = "q4"\n[[rule]]\nexperts = "1"\nformat = "q8"\n[[rule]]\nkind = "o"\nformat = "bf16"\n'
 # Numbers that programs stumble over.
 EXTREMES = (
     0,
@@ -257,9 +259,19 @@ def config(directory: Path) -> Target:
 
 def manifest(directory: Path) -> Target:
     """The manifest of a store: its bytes, or its JSON under a checksum that fits."""
+    return _manifest(directory, 'format = "q4"')
+
+
+def mixed_manifest(directory: Path) -> Target:
+    """The same of a store whose matrices have several formats."""
+    return _manifest(directory, MIXED)
+
+
+def _manifest(directory: Path, recipe: str) -> Target:
     source = open_source(SMALL.write(directory / "model"))
     path = directory / "store" / MANIFEST_NAME
-    run_convert(source, path.parent, nodes=2)  # type: ignore[arg-type]
+    formats = parse_recipe(recipe, "").formats(source.config)
+    run_convert(source, path.parent, nodes=2, formats=formats)  # type: ignore[arg-type]
 
     def mutate(random: Random, data: bytes) -> bytes:
         if random.integers(0, 4) == 0:
@@ -276,7 +288,14 @@ def manifest(directory: Path) -> Target:
     return Target(path.read_bytes(), mutate, path, use)
 
 
-TARGETS = {"safetensors": safetensors, "config": config, "gguf": gguf, "qw3w": qw3w, "manifest": manifest}
+TARGETS = {
+    "safetensors": safetensors,
+    "config": config,
+    "gguf": gguf,
+    "qw3w": qw3w,
+    "manifest": manifest,
+    "mixed-manifest": mixed_manifest,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,20 +8,10 @@ from __future__ import annotations
 import numpy as np
 
 from dist_moe.kernels import KvFormat, reference
+from dist_moe.kernels.reference_scales import fma
 
 BLOCK = 64
 F32 = np.float32
-
-
-def fma(a, b, c):
-    """a * b + c rounded once: the f64 sum is rounded to odd, then f32 is right (Boldo and Melquiond 2008)."""
-    product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
-    product, addend = np.broadcast_arrays(product, np.asarray(c, np.float64))
-    total = product + addend
-    shadow = total - product
-    error = (product - (total - shadow)) + (addend - shadow)
-    inexact = (error != 0) & (total.view(np.int64) % 2 == 0)
-    return np.where(inexact, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total).astype(F32)
 
 
 def exp(x):

@@ -43,10 +43,10 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
-def placement_of(checkpoint: Checkpoint, nodes: int = 3) -> Placement:
+def placement_of(checkpoint: Checkpoint, nodes: int = 3, group_size: int = 32) -> Placement:
     """Heads and blocks in turn, every second chunk on two nodes, chunk 0 on all."""
     config = checkpoint.config
-    counts = unit_counts(config, 32)
+    counts = unit_counts(config, group_size)
     groups = config.heads_per_kv_head
 
     def owned(units: int, node: int) -> list[int]:

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from dist_moe.kernels import (
     LARGEST_SPEED,
+    ChunkFormat,
     ChunkHolders,
     ExpertsLayer,
     Kernels,
     LayerSizes,
+    MatrixFormat,
     Picks,
     WeightFormat,
     Workers,
@@ -26,6 +28,7 @@ from helpers.node_assignment import FEW_TOKENS, assign
 
 Bools = npt.NDArray[np.bool_]
 Int64s = npt.NDArray[np.int64]
+Q4 = ChunkFormat(MatrixFormat(WeightFormat.Q4, 32), MatrixFormat(WeightFormat.Q4, 32))
 
 
 def layer_of(held_NC: Bools, experts: int, owned: Int64s | None = None) -> tuple[ExpertsLayer, Picks]:
@@ -38,10 +41,6 @@ def layer_of(held_NC: Bools, experts: int, owned: Int64s | None = None) -> tuple
         head_dim=32,
         experts_per_token=1,
         workers=Workers(0, 0, 1, READ_COST),
-        format=WeightFormat.Q4,
-        group=32,
-        output_group=32,
-        router_format=WeightFormat.BF16,
         norm_topk_prob=True,
         eps=np.float32(1e-6),
         score_scale=np.float32(1),
@@ -55,6 +54,7 @@ def layer_of(held_NC: Bools, experts: int, owned: Int64s | None = None) -> tuple
         norm_D=np.ones(32, np.float32),
         router=None,
         addresses=np.arange(chunks, dtype=np.uint64) * 64,
+        formats=[Q4],
         owned=owned,
         experts=experts,
         width=32,
@@ -130,7 +130,7 @@ def test_the_ranks_of_all_nodes_share_the_work(ranks: int, keep: bool) -> None:
             if keep:
                 Kernels.assign_nodes(picks, layer, offsets(tokens_E), workers, True)
             words = Kernels.pick_chunks(picks, layer, offsets(tokens_E), workers).astype(np.int64)
-            found += [(number // 64, entry) for number, first, n in words for entry in range(first, first + n)]
+            found += [(number // 64, entry) for number, _format, first, n in words for entry in range(first, first + n)]
     expert_N = np.repeat(np.arange(16), tokens_E)
     assert sorted(found) == sorted((int(e) * 4 + c, n) for n, e in enumerate(expert_N) for c in range(4))
 

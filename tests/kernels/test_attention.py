@@ -6,7 +6,7 @@ T tokens, S positions, h query heads, g KV heads, P head dim, R columns of a row
 import numpy as np
 import pytest
 
-from dist_moe.kernels import NO_FAULT, KvFormat, KvView, MatrixList, Operand, WeightFormat, kv_block_bytes, reference
+from dist_moe.kernels import NO_FAULT, KvFormat, KvView, MatrixList, Operand, kv_block_bytes, reference
 
 U = 2.0**-24  # half an ulp of f32 at 1
 EXP_ULPS = 2  # half ulps of our exp; test_sampling.py checks it
@@ -233,7 +233,7 @@ def test_a_rank_without_heads(kernels, bench, same_bits):
     kernels.kv_store(view, fault_T, rows_TR, 0, 0, 0, 32, LAYER)
     out_TC, none_h = bench.empty((2, 0), np.float32), np.zeros(0, np.int32)
     kernels.attention(out_TC, fault_T, rows_TR, view, none_h, np.float32(1), 0, 32, LAYER)
-    kernels.matmul(rows_TR, MatrixList([]), Operand(2, 64, True), 2, WeightFormat.Q4, 32)
+    kernels.matmul(rows_TR, MatrixList([]), Operand(2, 64, True), 2)
     assert (fault_T == NO_FAULT).all()
     same_bits(rows_TR, before_TR)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dist_moe.errors import UsageError
-from dist_moe.kernels import Kernels, MatrixList, SamplingParameters, WeightFormat, isa_levels
+from dist_moe.kernels import Kernels, MatrixFormat, MatrixList, SamplingParameters, WeightFormat, isa_levels
 
 # The control register that turns flush-to-zero on: code to read and to write it, and its bits that round towards zero,
 # flush denormals and mask all exceptions.
@@ -73,7 +73,7 @@ class Work:
         self.x_TC[::2] *= np.float32(1e-38)
         self.operand = bench.operand(kernels, self.x_TC, quantized=False)
         packed = bench.packed(kernels, bench.floats(self.R, self.C), WeightFormat.F32, 0)
-        self.matrices = MatrixList([(packed, self.R, 0)])
+        self.matrices = MatrixList([(packed, self.R, 0, MatrixFormat(WeightFormat.F32, 0))])
         self.logits_TV, self.temperature_T = bench.floats(40, self.V, scale=30), bench.of(np.ones(40, np.float32))
         self.how = SamplingParameters(temperature=1.0, seed=1)
 
@@ -82,7 +82,7 @@ class Work:
         out_TR, normed_TC = empty((self.T, self.R), np.float32), empty((self.T, self.C), np.float32)
         max_TB, sum_TB = empty((40, 2), np.float32), empty((40, 2), np.float32)
         ids_TN, best_TN = empty((40, self.V), np.int32), empty((40, self.V), np.float32)
-        kernels.matmul(out_TR, self.matrices, self.operand, self.T, WeightFormat.F32, 0)
+        kernels.matmul(out_TR, self.matrices, self.operand, self.T)
         kernels.rmsnorm(normed_TC, self.x_TC, self.gain_C, np.float32(1e-6))
         kernels.vocabulary_blocks(max_TB, sum_TB, fault_T, self.logits_TV, self.temperature_T, self.V, 0)
         kernels.top_logits(ids_TN, best_TN, self.logits_TV, self.V, 0)

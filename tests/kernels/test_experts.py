@@ -6,7 +6,16 @@ T tokens, D model dim, E experts, K experts per token, F hidden units of a chunk
 import numpy as np
 import pytest
 
-from dist_moe.kernels import NO_FAULT, ChunkList, WeightFormat, address_of, chunk_bytes, packed_bytes, reference
+from dist_moe.kernels import (
+    NO_FAULT,
+    ChunkFormat,
+    ChunkFormats,
+    ChunkList,
+    MatrixFormat,
+    WeightFormat,
+    address_of,
+    reference,
+)
 
 U = 2.0**-24  # half an ulp of f32 at 1
 EXP_ULPS = 2  # half ulps of our exp; test_sampling.py checks it
@@ -66,23 +75,22 @@ def test_grouping_by_expert(kernels, bench, T, E, K):
 
 
 class Experts:
-    """Random chunks, and a random choice of tokens with weights for each."""
+    """Random chunks of these formats in turn, and a random choice of tokens with weights for each."""
 
-    def __init__(self, bench, kernels, fmt, group, T, D, width, chunks):
-        self.bench, self.fmt, self.group, self.T, self.D, self.width = bench, fmt, group, T, D, width
+    def __init__(self, bench, kernels, formats, T, D, width, chunks):
+        self.bench, self.T, self.D, self.width = bench, T, D, width
         self.x_TD = bench.floats(T, D)
-        shapes = [(width, D), (width, D), (D, width)]
-        self.sizes = [packed_bytes(fmt, *shape, group) for shape in shapes]
+        self.formats = [formats[c % len(formats)] for c in range(chunks)]
         self.matrices, self.chunks, self.tokens, self.weights = [], [], [], []
-        for c in range(chunks):
-            parts = [
-                bench.packed(kernels, bench.floats(*shape, scale=shape[1] ** -0.5), fmt, group) for shape in shapes
-            ]
+        for c, fmt in enumerate(self.formats):
+            places = [((width, D), fmt.gate_up)] * 2 + [((D, width), fmt.down)]
+            values = [bench.floats(*shape, scale=shape[1] ** -0.5) for shape, _ in places]
+            how = [(matrix.format, matrix.group) for _, matrix in places]
+            parts = [bench.packed(kernels, *one) for one in zip(values, *zip(*how, strict=True), strict=True)]
             self.matrices.append(
-                [reference.unpack_matrix(p, *s, fmt, group) for p, s in zip(parts, shapes, strict=True)]
+                [reference.unpack_matrix(p, *s, *h) for p, (s, _), h in zip(parts, places, how, strict=True)]
             )
             self.chunks.append(bench.of(np.concatenate(parts)))
-            assert len(self.chunks[-1]) == chunk_bytes(fmt, D, width, group)
             # The last chunk serves nobody, the first everybody.
             count = T if c == 0 else 0 if c == chunks - 1 and c else int(bench.rng.integers(1, T + 1))
             self.tokens.append(np.sort(bench.rng.permutation(T)[:count]))
@@ -99,25 +107,36 @@ class Experts:
         weight_N = self.bench.of(np.concatenate([np.zeros(0), *(w for _, w in runs)]).astype(np.float32))
         counts = np.array([len(t) for t, _ in runs], np.int64)
         listed = ChunkList(len(chosen) + 1)
-        listed.set(
-            np.array([address_of(self.chunks[c]) for c in chosen], np.uint64), np.cumsum(counts) - counts, counts
-        )
+        addresses = np.array([address_of(self.chunks[c]) for c in chosen], np.uint64)
+        formats = ChunkFormats([self.formats[c] for c in chosen])
+        listed.set(addresses, formats, np.cumsum(counts) - counts, counts)
         x_TD = self.x_TD if only is None else self.x_TD[only : only + 1]
-        operand = self.bench.operand(kernels, x_TD, self.fmt.quantized)
+        operand = self.bench.operand(kernels, x_TD, any(fmt.gate_up.format.quantized for fmt in self.formats))
         sums_TD, fault_T = self.bench.empty(x_TD.shape, np.int64), self.bench.faults(len(x_TD))
         lists = listed, len(chosen), token_N, weight_N, operand, len(x_TD)
-        kernels.experts(sums_TD, fault_T, *lists, self.width, self.fmt, self.group, 0)
+        kernels.experts(sums_TD, fault_T, *lists, self.width, 0)
         assert (fault_T == NO_FAULT).all()
         return sums_TD
 
 
+def alike(fmt, group):
+    """All matrices of all chunks."""
+    return [ChunkFormat(MatrixFormat(fmt, group), MatrixFormat(fmt, group))]
+
+
+F32, BF16 = MatrixFormat(WeightFormat.F32, 0), MatrixFormat(WeightFormat.BF16, 0)
+Q8, Q8_ROW = MatrixFormat(WeightFormat.Q8, 64), MatrixFormat(WeightFormat.Q8, 0)
+Q4, Q4_32 = MatrixFormat(WeightFormat.Q4, 128), MatrixFormat(WeightFormat.Q4, 32)
+MIXED = [ChunkFormat(*pair) for pair in ((Q4, Q8), (F32, Q4_32), (Q8_ROW, BF16), (BF16, F32), (Q4_32, Q4), (BF16, Q8))]
+
 GROUP_SIZES = [(32, 5, 64, 32), (32, 17, 33, 96), (64, 1, 130, 64), (128, 3, 64, 128), (0, 33, 48, 96)]
 CASES = [
-    (WeightFormat.F32, 0, 5, 33, 32),
-    (WeightFormat.F32, 64, 1, 130, 96),
-    (WeightFormat.BF16, 0, 3, 48, 128),
-    *((WeightFormat.Q8, *sizes) for sizes in GROUP_SIZES),
-    *((WeightFormat.Q4, *sizes) for sizes in GROUP_SIZES),
+    (alike(WeightFormat.F32, 0), 5, 33, 32),
+    (alike(WeightFormat.F32, 64), 1, 130, 96),
+    (alike(WeightFormat.BF16, 0), 3, 48, 128),
+    *((alike(WeightFormat.Q8, group), *sizes) for group, *sizes in GROUP_SIZES),
+    *((alike(WeightFormat.Q4, group), *sizes) for group, *sizes in GROUP_SIZES),
+    *((MIXED, *sizes) for sizes in [(5, 33, 32), (17, 130, 96), (1, 64, 128), (70, 100, 64)]),
 ]
 
 
@@ -149,36 +168,42 @@ def rounding_error(hidden_TF, error_TF):
     return scale_TF * near_TF + steps_TF * scale_TF * relative_TF
 
 
-@pytest.mark.parametrize(("fmt", "group", "T", "D", "width"), CASES)
-def test_expert_values(portable, bench, fmt, group, T, D, width):
-    case = Experts(bench, portable, fmt, group, T, D, width, chunks=4)
-    operand = bench.operand(portable, case.x_TD, fmt.quantized)
-    x_TD = case.x_TD.astype(np.float64)
-    if fmt.quantized:
-        x_TD = reference.dequantize(operand.q_TC, operand.scale_TG, D)
+@pytest.mark.parametrize(("formats", "T", "D", "width"), CASES)
+def test_expert_values(portable, bench, formats, T, D, width):
+    case = Experts(bench, portable, formats, T, D, width, chunks=max(4, len(formats) + 1))
+    operand = bench.operand(portable, case.x_TD, quantized=True)
+    int8_TD = reference.dequantize(operand.q_TC, operand.scale_TG, D)
     expected_TD, bound_TD = np.zeros((T, D)), np.zeros((T, D))
-    for (gate_FD, up_FD, down_DF), tokens, weights in zip(case.matrices, case.tokens, case.weights, strict=True):
+    for c, (tokens, weights) in enumerate(zip(case.tokens, case.weights, strict=True)):
         if not len(tokens):
             continue
-        x, weight_T = x_TD[tokens], weights.astype(np.float64)[:, None]
-        expected_TD[tokens] += reference.expert_chunk(x, gate_FD, up_FD, down_DF, weights, fmt.quantized)
-        chain = (-(-D // 32) + 1) if fmt.quantized else D
+        (gate_FD, up_FD, down_DF), fmt = case.matrices[c], case.formats[c]
+        reads_int8, quantized = fmt.gate_up.format.quantized, fmt.down.format.quantized
+        x, weight_T = (
+            (int8_TD if reads_int8 else case.x_TD.astype(np.float64))[tokens],
+            weights.astype(np.float64)[:, None],
+        )
+        expected_TD[tokens] += reference.expert_chunk(x, gate_FD, up_FD, down_DF, weights, quantized)
+        chain = (-(-D // 32) + 1) if reads_int8 else D
         hidden_TF, error_TF = reference.hidden_units(x, gate_FD, up_FD), hidden_error(x, gate_FD, up_FD, chain)
-        if fmt.quantized:
+        if quantized:
             error_TF = rounding_error(hidden_TF, error_TF)
-        down_chain = (width // 32 + 1) if fmt.quantized else width
+        down_chain = (width // 32 + 1) if quantized else width
         size_TD = np.abs(hidden_TF) @ np.abs(down_DF).T
         bound_TD[tokens] += weight_T * (error_TF @ np.abs(down_DF).T + (down_chain + 1) * U * size_TD) * 1.02
         bound_TD[tokens] += 2.0**-33
     error_TD = np.abs(case.sums(portable) * 2.0**-32 - expected_TD)
     assert (error_TD <= bound_TD).all()
     # Roundings mostly cancel: the worst case must be near for one step of int8, and far for 300 roundings of 2^-24.
-    assert error_TD.max() < (0.02 if fmt.quantized else 4e-6) * np.abs(expected_TD).max()
+    assert (
+        error_TD.max()
+        < (0.02 if any(fmt.down.format.quantized for fmt in formats) else 4e-6) * np.abs(expected_TD).max()
+    )
 
 
-@pytest.mark.parametrize(("fmt", "group", "T", "D", "width"), CASES)
-def test_expert_bits_batches_and_partitions(portable, kernels, bench, same_bits, fmt, group, T, D, width):
-    case = Experts(bench, portable, fmt, group, T, D, width, chunks=5)
+@pytest.mark.parametrize(("formats", "T", "D", "width"), CASES)
+def test_expert_bits_batches_and_partitions(portable, kernels, bench, same_bits, formats, T, D, width):
+    case = Experts(bench, portable, formats, T, D, width, chunks=5)
     whole_TD = case.sums(kernels)
     same_bits(whole_TD, case.sums(portable))
     for parts in ([[0, 1], [2, 3, 4]], [[3], [], [4, 0], [2, 1]]):
@@ -188,12 +213,12 @@ def test_expert_bits_batches_and_partitions(portable, kernels, bench, same_bits,
         same_bits(case.sums(kernels, only=t)[0], whole_TD[t])
 
 
-@pytest.mark.parametrize("fmt", list(WeightFormat))
+@pytest.mark.parametrize("formats", [*(alike(fmt, 32) for fmt in WeightFormat), MIXED])
 @pytest.mark.parametrize("T", [130, 70])  # sums beyond a core's cache, sums within it
-def test_uneven_experts_and_many_tokens(portable, kernels, bench, same_bits, fmt, T):
+def test_uneven_experts_and_many_tokens(portable, kernels, bench, same_bits, formats, T):
     """Chunks of 1 to 130 tokens, in any order and taken more than once; rows that do not follow each other."""
     D, width = 2064, 32
-    case = Experts(bench, portable, fmt, 32, T, D, width, chunks=6)
+    case = Experts(bench, portable, formats, T, D, width, chunks=6)
     for c, count in enumerate((T, 1, 63, 64, 65, 0)):
         case.tokens[c] = np.sort(bench.rng.permutation(T)[:count])
         case.weights[c] = bench.rng.uniform(0.05, 1, count).astype(np.float32)
@@ -206,13 +231,13 @@ def test_uneven_experts_and_many_tokens(portable, kernels, bench, same_bits, fmt
 def test_hidden_units_beyond_one_batch(kernels, portable, bench, same_bits):
     """Many tokens of many chunks: their hidden units are kept a few megabytes at a time."""
     repeats = 9
-    case = Experts(bench, portable, WeightFormat.F32, 0, 4160, 66, 32, chunks=1)
+    case = Experts(bench, portable, alike(WeightFormat.F32, 0), 4160, 66, 32, chunks=1)
     many_TD = case.sums(kernels, [0] * repeats)
     same_bits(many_TD, case.sums(kernels) * repeats)
 
 
 def test_no_chunks_give_zeros(kernels, bench):
-    case = Experts(bench, kernels, WeightFormat.Q4, 32, 2, 33, 32, chunks=1)
+    case = Experts(bench, kernels, alike(WeightFormat.Q4, 32), 2, 33, 32, chunks=1)
     assert not case.sums(kernels, []).any()
 
 
@@ -224,9 +249,9 @@ def test_silu_far_from_zero(portable, bench):
         gate_FD[i, 0], up_FD[i, 0], down_DF[i, i] = value, 1, 1
     parts = [bench.packed(portable, bench.of(m.astype(np.float32)), fmt, 0) for m in (gate_FD, up_FD, down_DF)]
     chunk, listed = bench.of(np.concatenate(parts)), ChunkList(1)
-    listed.set(np.array([address_of(chunk)], np.uint64), np.array([0]), np.array([1]))
+    listed.set(np.array([address_of(chunk)], np.uint64), ChunkFormats(alike(fmt, 0)), np.array([0]), np.array([1]))
     operand = bench.operand(portable, bench.of(np.eye(1, 6, dtype=np.float32)), quantized=False)
     sums_TD, fault_T = bench.empty((1, 6), np.int64), bench.faults(1)
     token_N, weight_N = bench.of(np.zeros(1, np.int32)), bench.of(np.ones(1, np.float32))
-    portable.experts(sums_TD, fault_T, listed, 1, token_N, weight_N, operand, 1, 32, fmt, 0, 0)
+    portable.experts(sums_TD, fault_T, listed, 1, token_N, weight_N, operand, 1, 32, 0)
     assert (sums_TD[0] * 2.0**-32).tolist() == [200, 90, 0, 0, 0, 0]

@@ -8,10 +8,13 @@ import pytest
 
 from dist_moe.kernels import (
     NO_FAULT,
+    ChunkFormat,
+    ChunkFormats,
     ChunkList,
     FaultKind,
     KvFormat,
     KvView,
+    MatrixFormat,
     MatrixList,
     Operand,
     WeightFormat,
@@ -24,6 +27,10 @@ T, BAD = 3, 1
 NOT_NUMBERS = [np.nan, -np.nan, np.inf, -np.inf]
 TOO_LARGE = [2.0**18, -(2.0**18), 1e30]
 OTHERS = [t for t in range(T) if t != BAD]
+
+
+def alike(fmt):
+    return ChunkFormats([ChunkFormat(MatrixFormat(fmt, 32), MatrixFormat(fmt, 32))])
 
 
 def only_token_1(fault_T, kind):
@@ -122,16 +129,16 @@ def test_contributions_of_heads(kernels, bench, same_bits, value):
     unit = bench.packed(kernels, bench.of(np.eye(D, dtype=np.float32)), WeightFormat.F32, 0)
     operand, sums_TD, fault_T = Operand(T, 2 * P, False), bench.empty((2, T, D), np.int64), bench.faults(T)
     operand.x_TC[...] = bench.floats(T, 2 * P)
-    units = MatrixList([(unit, D, 0), (unit, D, 0)])
-    kernels.unit_sums(sums_TD[0], fault_T, units, operand, T, P, WeightFormat.F32, 0, LAYER)
+    units = MatrixList([(unit, D, 0, MatrixFormat(WeightFormat.F32, 0))] * 2)
+    kernels.unit_sums(sums_TD[0], fault_T, units, operand, T, P, LAYER)
     assert (fault_T == NO_FAULT).all()
     operand.x_TC[BAD, P + 16] = value
-    kernels.unit_sums(sums_TD[1], fault_T, units, operand, T, P, WeightFormat.F32, 0, LAYER)
+    kernels.unit_sums(sums_TD[1], fault_T, units, operand, T, P, LAYER)
     assert only_token_1(fault_T, FaultKind.CONTRIBUTION)
     same_bits(sums_TD[1][OTHERS], sums_TD[0][OTHERS])
     fault_T = bench.faults(T)
     operand.x_TC[BAD, P + 16] = -np.nextafter(np.float32(2.0**18), np.float32(0))  # the largest one allowed
-    kernels.unit_sums(sums_TD[1], fault_T, units, operand, T, P, WeightFormat.F32, 0, LAYER)
+    kernels.unit_sums(sums_TD[1], fault_T, units, operand, T, P, LAYER)
     assert (fault_T == NO_FAULT).all()
 
 
@@ -142,11 +149,11 @@ def test_contributions_of_experts(kernels, bench, same_bits, value):
     gate_FD[0, 0] = down_DF[2, 0] = 1
     parts = [bench.packed(kernels, bench.of(m), fmt, 0) for m in (gate_FD, gate_FD, down_DF)]
     chunk, listed = bench.of(np.concatenate(parts)), ChunkList(2)
-    listed.set(np.full(2, address_of(chunk), np.uint64), np.array([0, 1]), np.array([1, 2]))
+    listed.set(np.full(2, address_of(chunk), np.uint64), alike(fmt), np.array([0, 1]), np.array([1, 2]))
     token_N, weight_N = bench.of(np.array([0, 1, 2], np.int32)), bench.of(np.array([1, 1, 1], np.float32))
     operand, sums_TD, fault_T = Operand(T, D, False), bench.empty((2, T, D), np.int64), bench.faults(T)
     operand.x_TC[...] = 2
-    arguments = (listed, 2, token_N, weight_N, operand, T, 32, fmt, 0, LAYER)
+    arguments = (listed, 2, token_N, weight_N, operand, T, 32, LAYER)
     kernels.experts(sums_TD[0], fault_T, *arguments)
     assert (fault_T == NO_FAULT).all()
     weight_N[1] = value
@@ -161,11 +168,11 @@ def test_hidden_units_of_quantized_experts(kernels, bench, same_bits, scale):
     D, fmt = 64, WeightFormat.Q8
     parts = [bench.packed(kernels, bench.floats(*s), fmt, 32) for s in ((32, D), (32, D), (D, 32))]
     chunk, listed = bench.of(np.concatenate(parts)), ChunkList(1)
-    listed.set(np.array([address_of(chunk)], np.uint64), np.array([0]), np.array([T]))
+    listed.set(np.array([address_of(chunk)], np.uint64), alike(fmt), np.array([0]), np.array([T]))
     operand = bench.operand(kernels, bench.floats(T, D), quantized=True)
     token_N, weight_N = bench.of(np.arange(T, dtype=np.int32)), bench.of(np.ones(T, np.float32))
     sums_TD, fault_T = bench.empty((2, T, D), np.int64), bench.faults(T)
-    arguments = (listed, 1, token_N, weight_N, operand, T, 32, fmt, 32, LAYER)
+    arguments = (listed, 1, token_N, weight_N, operand, T, 32, LAYER)
     kernels.experts(sums_TD[0], fault_T, *arguments)
     assert (fault_T == NO_FAULT).all()
     operand.scale_TG[BAD] = scale

@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 
 from dist_moe.errors import UsageError
-from dist_moe.kernels import KvFormat, WeightFormat, chunk_bytes, kv_block_bytes, packed_bytes, reference
-from dist_moe.kernels._native import lib
+from dist_moe.kernels import (
+    ChunkFormat,
+    KvFormat,
+    MatrixFormat,
+    WeightFormat,
+    chunk_bytes,
+    kv_block_bytes,
+    packed_bytes,
+    reference,
+)
+from dist_moe.kernels._native import ffi, lib
 
 QUANTIZED = [WeightFormat.Q8, WeightFormat.Q4]
 SIZES = [(1, 1), (1, 33), (16, 32), (17, 31), (33, 64), (48, 128), (31, 130), (130, 48)]
@@ -28,7 +37,10 @@ def test_sizes_are_those_of_the_header(fmt):
             for columns in (1, 2, 31, 32, 33, 128, 2048, 2049):
                 assert packed_bytes(fmt, rows, columns, group) == lib.dm_packed_bytes(fmt, rows, columns, group)
                 assert packed_bytes(fmt, rows, columns, group) % 64 == 0
-        assert chunk_bytes(fmt, 2048, 96, group) == lib.dm_chunk_bytes(fmt, 2048, 96, group)
+        for down, down_group in ((fmt, group), (WeightFormat.Q8, 64), (WeightFormat.BF16, 0)):
+            struct = ffi.new("dm_chunk_format *", (fmt, down, group, down_group, 1))
+            chunk = ChunkFormat(MatrixFormat(fmt, group), MatrixFormat(down, down_group))
+            assert chunk_bytes(chunk, 2048, 96) == lib.dm_chunk_bytes(struct, 2048, 96)
     # DESIGN section 4: 4 bits per weight and one f16 per 32 of them.
     assert packed_bytes(WeightFormat.Q4, 768, 2048, 32) == 768 * 2048 // 2 + 768 * 64 * 2
 

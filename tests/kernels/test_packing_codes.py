@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dist_moe.kernels import MatrixList, WeightFormat, packed_bytes, reference
+from dist_moe.kernels import MatrixFormat, MatrixList, WeightFormat, packed_bytes, reference
 from dist_moe.kernels.packing import pack_codes
 
 
@@ -47,5 +47,5 @@ def test_the_code_that_our_quantizer_leaves_out_is_exact(portable, kernels, benc
     x_TC = np.where(np.arange(T)[:, None] % 2, 127.0, -127.0) * np.ones((1, 64))
     operand = bench.operand(kernels, bench.of(x_TC.astype(np.float32)), True)
     out_TR = bench.empty((T, 32), np.float32)
-    kernels.matmul(out_TR, MatrixList([(packed, 32, 0)]), operand, T, WeightFormat.Q8, 32)
+    kernels.matmul(out_TR, MatrixList([(packed, 32, 0, MatrixFormat(WeightFormat.Q8, 32))]), operand, T)
     assert np.array_equal(out_TR, x_TC @ q_RC.T)

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from dist_moe.kernels import ExpertsLayer, Kernels, LayerSizes, Picks, WeightFormat, Workers
+from dist_moe.kernels import (
+    ChunkFormat,
+    ExpertsLayer,
+    Kernels,
+    LayerSizes,
+    MatrixFormat,
+    Picks,
+    WeightFormat,
+    Workers,
+    chunk_bytes,
+)
 from dist_moe.parallel.plan import CHUNK_READ_COST_TOKENS as READ_COST
 
 Int64s = npt.NDArray[np.int64]
+Q4 = ChunkFormat(MatrixFormat(WeightFormat.Q4, 32), MatrixFormat(WeightFormat.Q4, 32))
 SIZES = LayerSizes(
     model_dim=32,
     heads=1,
@@ -19,10 +31,6 @@ SIZES = LayerSizes(
     head_dim=32,
     experts_per_token=1,
     workers=Workers(node=0, rank=0, ranks=1, read_cost=READ_COST),
-    format=WeightFormat.Q4,
-    group=32,
-    output_group=32,
-    router_format=WeightFormat.BF16,
     norm_topk_prob=True,
     eps=np.float32(1e-6),
     score_scale=np.float32(1),
@@ -30,7 +38,17 @@ SIZES = LayerSizes(
 )
 
 
-def picked(tokens_E: Int64s, chunks_per_expert: int, rank: int, ranks: int, owned: Int64s | None = None) -> list[int]:
+F32 = ChunkFormat(MatrixFormat(WeightFormat.F32, 0), MatrixFormat(WeightFormat.F32, 0))
+
+
+def picked(
+    tokens_E: Int64s,
+    chunks_per_expert: int,
+    rank: int,
+    ranks: int,
+    owned: Int64s | None = None,
+    formats: Sequence[ChunkFormat] = (Q4,),
+) -> list[int]:
     """Numbers of the chunks that C picks; a chunk's address is its number times 64. Checks each one's entries."""
     experts = len(tokens_E)
     layer = ExpertsLayer(
@@ -39,6 +57,7 @@ def picked(tokens_E: Int64s, chunks_per_expert: int, rank: int, ranks: int, owne
         norm_D=np.ones(32, np.float32),
         router=None,
         addresses=np.arange(experts * chunks_per_expert, dtype=np.uint64) * 64,
+        formats=formats,
         owned=owned,
         experts=experts,
         width=32,
@@ -48,9 +67,21 @@ def picked(tokens_E: Int64s, chunks_per_expert: int, rank: int, ranks: int, owne
     words = Kernels.pick_chunks(Picks(1, experts), layer, offset_E1, workers).astype(np.int64)
     numbers = words[:, 0] // 64
     expert = numbers // chunks_per_expert
-    assert (words[:, 1] == offset_E1[expert]).all()
-    assert (words[:, 2] == tokens_E[expert]).all()
+    assert (words[:, 2] == offset_E1[expert]).all()
+    assert (words[:, 3] == tokens_E[expert]).all()
     return numbers.tolist()
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_a_chunk_counts_by_its_bytes_where_formats_differ(ranks: int) -> None:
+    """Reading is most of the work on a token: ranks read equally much, to one chunk."""
+    formats = [F32, F32, F32, Q4, Q4, Q4, Q4]
+    runs = [picked(np.ones(7, np.int64), 10, rank, ranks, formats=formats) for rank in range(ranks)]
+    assert sorted(chain(*runs)) == list(range(70))
+    read = [sum(chunk_bytes(formats[number // 10], 32, 32) for number in run) for run in runs]
+    assert max(read) - min(read) <= 2 * chunk_bytes(F32, 32, 32)
+    alike = [picked(np.ones(7, np.int64), 10, rank, ranks) for rank in range(ranks)]
+    assert max(map(len, alike)) - min(map(len, alike)) <= 1
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])

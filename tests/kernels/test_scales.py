@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dist_moe.kernels import Kernels, PackMatrix, ScaleChoice, WeightFormat, packed_bytes, reference
+from dist_moe.kernels.reference_scales import least_error_scales
 
 QUANTIZED = [WeightFormat.Q8, WeightFormat.Q4]
 GROUPS = [32, 64, 128, 0]
@@ -18,6 +19,14 @@ def pack(kernels, bench, weights, fmt, group, scales, importance=None):
     matrix = PackMatrix(packed, weights, *weights.shape, group, None, importance)
     assert kernels.pack_matrices([matrix], fmt, scales) == [0]
     return packed
+
+
+def scales_of(packed, fmt, group):
+    """The f16 scales [R, groups] of a matrix of SHAPE."""
+    rows, columns = SHAPE
+    tiles, groups = -(-rows // 16), -(-columns // group) if group else 1
+    scales = packed.reshape(tiles, -1)[:, : groups * 32].copy().view(np.float16)
+    return scales.reshape(tiles, groups, 16).swapaxes(1, 2).reshape(-1, groups)[:rows].copy()
 
 
 def errors(weights, packed, fmt, group, importance=None):
@@ -39,6 +48,27 @@ def test_mse_is_never_worse_in_any_group(portable, bench, fmt, group, weighted):
     mse = errors(weights, packed, fmt, group, importance)
     assert (mse <= absmax * (1 + 1e-5)).all()  # the kernels compare sums of float32
     assert mse.sum() < absmax.sum() * (0.9 if fmt == WeightFormat.Q4 else 1)
+
+
+@pytest.mark.parametrize("scale", [0.02, 1e-6, 3e5])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("fmt", QUANTIZED)
+def test_mse_is_its_definition_to_the_bit(portable, bench, fmt, group, weighted, scale):
+    """Also of ties, zeros, scales that are denormal or overflow in the search, and columns of no importance."""
+    weights = bench.floats(*SHAPE, scale=scale)
+    weights[3, :40] = 0
+    weights[5] = np.rint(weights[5] / scale) * scale
+    if scale > 1:
+        np.clip(weights, -65504 * 7.9, 65504 * 7.9, out=weights)
+    importance = bench.of(np.abs(bench.floats(1, SHAPE[1])[0])) if weighted else None
+    if importance is not None:
+        importance[64:128] = 0
+    scale_RG = least_error_scales(weights, fmt, group, importance)
+    packed = pack(portable, bench, weights, fmt, group, ScaleChoice.MSE, importance)
+    assert np.array_equal(scales_of(packed, fmt, group).view(np.uint16), scale_RG.view(np.uint16))
+    _, values = reference.quantize_weights(weights, scale_RG, fmt, group)
+    assert np.array_equal(reference.unpack_matrix(packed, *SHAPE, fmt, group), values)
 
 
 @pytest.mark.parametrize("fmt", QUANTIZED)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from dist_moe.errors import EnvironmentMismatch
-from dist_moe.kernels import Kernels, Operand, OperandRows, RoutingRows, SumRows
+from dist_moe.kernels import Kernels, Operand, OperandParts, OperandRows, RoutingRows, SumRows
 
+FLOATS, INT8 = OperandParts.FLOATS, OperandParts.INT8
 T = 7
 ROWS = np.array([0, 2, 3, 6], np.int32)
 
@@ -20,18 +21,26 @@ def filled(operand: Operand, kernels: Kernels) -> Operand:
 
 
 @pytest.mark.parametrize("columns", [1, 32, 33, 96])
+@pytest.mark.parametrize("parts", [FLOATS, INT8, FLOATS | INT8])
 @pytest.mark.parametrize("quantized", [False, True])
-def test_operands_arrive_as_they_were(kernels: Kernels, columns: int, quantized: bool) -> None:
+def test_operands_arrive_as_they_were(kernels: Kernels, columns: int, quantized: bool, parts: OperandParts) -> None:
     source, target = filled(Operand(T, columns, quantized), kernels), Operand(T, columns, quantized)
-    rows = OperandRows(source)
+    if parts & INT8 and not quantized:
+        with pytest.raises(TypeError):
+            OperandRows(source, parts)
+        return
+    rows = OperandRows(source, parts)
     packed = np.empty(rows.bound(len(ROWS)) + 5, np.uint8)
     groups = -(-columns // 32)
-    assert rows.pack(packed, ROWS) == len(ROWS) * (36 * groups if quantized else 4 * columns)
-    OperandRows(target).unpack(packed, ROWS)
-    names = ("q_TC", "scale_TG", "sum_TG") if quantized else ("x_TC",)
-    for name in names:
+    assert rows.pack(packed, ROWS) == len(ROWS) * (
+        36 * groups * bool(parts & INT8) + 4 * columns * bool(parts & FLOATS)
+    )
+    OperandRows(target, parts).unpack(packed, ROWS)
+    for name, part in (("x_TC", FLOATS), ("q_TC", INT8), ("scale_TG", INT8), ("sum_TG", INT8)):
         expected, found = getattr(source, name), getattr(target, name)
-        assert (found[ROWS] == expected[ROWS]).all(), name
+        if not quantized and part == INT8:
+            continue
+        assert (found[ROWS] == expected[ROWS]).all() == bool(parts & part), name
         assert not found[[1, 4, 5]].any(), name
 
 
@@ -74,6 +83,6 @@ def test_routing_arrives_as_it_was() -> None:
 def test_rows_beyond_the_array_are_refused(kernels: Kernels) -> None:
     beyond = np.array([T], np.int32)
     with pytest.raises(TypeError):
-        OperandRows(Operand(T, 32, True)).pack(np.empty(999, np.uint8), beyond)
+        OperandRows(Operand(T, 32, True), INT8).pack(np.empty(999, np.uint8), beyond)
     with pytest.raises(TypeError):
         SumRows(np.zeros((T, 8), np.int64)).pack(np.empty(999, np.uint8), beyond)

@@ -9,11 +9,12 @@ import pytest
 from gguf.quants import GGMLQuantizationType, quantize
 
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.checkpoint.source import open_source
+from dist_moe.checkpoint.source import Source, open_source
 from dist_moe.errors import StoreError
 from dist_moe.kernels import reference
 from dist_moe.kernels.formats import WeightFormat, packed_bytes
 from dist_moe.store.carry import conversion_notes, default_format
+from dist_moe.store.formats import ModelFormats
 from dist_moe.store.reader import Store
 from helpers.tiny_gguf import DENSE, MOE, WIDE, gguf_tensors, write_gguf
 from helpers.tiny_model import TinyModel
@@ -150,19 +151,25 @@ def test_scales_that_are_not_finite_are_counted_and_refused(tmp_path: Path) -> N
     check_matrices(store, values)
 
 
+def notes(source: Source, fmt: WeightFormat, group: int = 32) -> list[str]:
+    return conversion_notes(source, ModelFormats.uniform(source.config, fmt, group))
+
+
 def test_mixed_files_follow_the_majority_and_say_so(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     values = write_gguf(path, types={"output.weight": "Q8_0", "token_embd.weight": "F16"})
     source = open_source(path)
     assert default_format(source) == Q4
-    lines = conversion_notes(source, Q4, 32)
+    lines = notes(source, Q4)
     assert lines[0].startswith("56 matrices of type Q4_0 (layers.0.q, layers.0.k, layers.0.v ...): integers and scales")
     assert lines[1:] == [
         "1 matrices of type Q8_0 (lm_head): rounded to q4; --quant q8 --group-size 32 keeps every value"
     ]
-    assert all("kept bit for bit as q8" in line for line in conversion_notes(source, Q8, 32))
-    assert all("rounded to q4" in line for line in conversion_notes(source, Q4, 64))
-    assert all("kept exactly as f32" in line for line in conversion_notes(source, WeightFormat.F32, 64))
+    assert all("kept bit for bit as q8" in line for line in notes(source, Q8))
+    # No group crosses a head, so that o keeps groups of 32.
+    wide = [(line.split()[0], "kept bit for bit" in line, "rounded to q4" in line) for line in notes(source, Q4, 64)]
+    assert sorted(wide) == [("1", False, True), ("2", True, False), ("54", False, True)]
+    assert all("kept exactly as f32" in line for line in notes(source, WeightFormat.F32, 64))
     check_matrices(store_of(path, format=Q8), values)
 
 
@@ -172,11 +179,11 @@ def test_other_types_are_packed_as_their_values_would_be(tmp_path: Path, kind: s
     source = open_source(tmp_path / "m.gguf")
     assert default_format(source) == fmt
     better = ", --quant q8 loses less" if fmt == Q4 else ""
-    assert conversion_notes(source, fmt, 32) == [
+    assert notes(source, fmt) == [
         f"14 matrices of type {kind} (layers.0.q, layers.0.k, layers.0.v ...): decoded exactly, then rounded to "
         f"{fmt.label}; --quant f32 keeps every value{better}"
     ]
-    assert "every value kept exactly as f32" in conversion_notes(source, WeightFormat.F32, 32)[0]
+    assert "every value kept exactly as f32" in notes(source, WeightFormat.F32)[0]
     check_matrices(store_of(tmp_path / "m.gguf", format=WeightFormat.F32), values)
     (tmp_path / "m.store").rename(tmp_path / "f32.store")
     ours = store_of(tmp_path / "m.gguf")

@@ -60,8 +60,8 @@ def test_resealing_in_this_test_is_what_the_writer_does(manifest: Manifest) -> N
     assert sealed(json.loads(manifest.render())) == manifest.render()
 
 
-@pytest.mark.parametrize("version", [0, 4])
-@pytest.mark.parametrize(("key", "newest"), [("format_version", 3), ("numerics_version", 1)])
+@pytest.mark.parametrize("version", [0, 5])
+@pytest.mark.parametrize(("key", "newest"), [("format_version", 4), ("numerics_version", 1)])
 def test_another_version_is_named_with_ours_and_what_to_do(
     manifest: Manifest, key: str, newest: int, version: int
 ) -> None:

@@ -18,7 +18,10 @@ from dist_moe.kernels import WeightFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.split import contiguous
 from dist_moe.store.placement import indices_of, place, runs_of, shard_name
-from dist_moe.store.units import UNIT_KINDS, check_format, describe_unit, unit_bytes, unit_count
+from dist_moe.store.plan import StoreOptions, plan_store
+from dist_moe.store.synthetic import SyntheticModel
+from dist_moe.store.unit_parts import unit_parts
+from dist_moe.store.units import UNIT_KINDS, check_format, describe_unit, unit_count
 from helpers.tiny_model import TinyModel
 
 
@@ -31,8 +34,10 @@ def config_of(tmp_path: Path, **changes: object) -> ModelConfig:
 @pytest.mark.parametrize("group_size", [0, 32, 64, 128])
 def test_unit_sizes_keep_every_unit_and_its_parts_aligned(tmp_path: Path, fmt: WeightFormat, group_size: int) -> None:
     config = config_of(tmp_path, dense_layers=(), expert_hidden=256)
+    manifest = plan_store(SyntheticModel(config, "model"), StoreOptions(format=fmt, group_size=group_size))
     for kind in UNIT_KINDS:
-        assert unit_bytes(config, fmt, group_size, kind, 0) % 64 == 0
+        for part in unit_parts(manifest, kind, 0, 0):
+            assert part.bytes.start % 64 == part.bytes.stop % 64 == 0
 
 
 def test_unit_counts(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ PACKAGE = ROOT / "dist_moe"
 
 # A folder may import the folders named after it (and itself, and the top-level modules).
 ALLOWED = {
-    "cli": {"chat", "engine", "text", "store", "checkpoint", "parallel", "kernels", "demo", "model"},
+    "cli": {"chat", "verify", "engine", "text", "store", "checkpoint", "parallel", "kernels", "demo", "model"},
+    "verify": {"engine", "model", "parallel", "kernels", "store", "checkpoint"},
     "chat": {"engine", "text", "parallel"},
     "engine": {"model", "parallel", "kernels", "store", "text"},
     "model": {"kernels", "parallel", "store"},

@@ -1,9 +1,10 @@
 """Train the bundled demo model: a 2.1 M parameter Qwen3-MoE that tells short stories.
 
 One thread, AdamW with a cosine schedule, then on at the last rate until the consistency check passes. A run can be
-stopped and started again: it goes on from its last checkpoint.
+stopped and started again: it goes on from its last checkpoint. `--set` trains the same text at another shape.
 
     python tools/demo/train.py --work /tmp/demo-training --out dist_moe/demo/model
+    python tools/demo/train.py --work /tmp/wide-training --out /tmp/wide --set hidden_size=256 num_experts=8
 """
 
 from __future__ import annotations
@@ -48,11 +49,19 @@ MODEL = {
 }
 
 
-def new_model(tokenizer: Tokenizer, seed: int) -> Qwen3MoeForCausalLM:
+def setting(text: str) -> tuple[str, int | float]:
+    """A NAME=NUMBER of the command line: one entry of MODEL and its value; argparse reports what is neither."""
+    name, _, value = text.partition("=")
+    if name not in MODEL:
+        raise argparse.ArgumentTypeError(f"{name!r} is no setting of the model; it has {', '.join(MODEL)}")
+    return name, type(MODEL[name])(json.loads(value))
+
+
+def new_model(tokenizer: Tokenizer, shape: dict[str, int | float], seed: int) -> Qwen3MoeForCausalLM:
     """The untrained model, its experts computed by grouped matrix products."""
     torch.manual_seed(seed)
     end = tokenizer.token_to_id("<|endoftext|>")
-    config = Qwen3MoeConfig(**MODEL, bos_token_id=end, eos_token_id=tokenizer.token_to_id("<|im_end|>"))
+    config = Qwen3MoeConfig(**shape, bos_token_id=end, eos_token_id=tokenizer.token_to_id("<|im_end|>"))
     model = Qwen3MoeForCausalLM(config)
     model.set_experts_implementation("grouped_mm")
     return model
@@ -147,11 +156,12 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--check-every", type=int, default=12, help="pools between checks")
+    parser.add_argument("--set", type=setting, nargs="+", default=[], metavar="NAME=NUMBER", help="other shape")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
-    model = new_model(tokenizer, args.seed)
+    model = new_model(tokenizer, MODEL | dict(args.set), args.seed)
     optimizer = make_optimizer(model)
     state = {"pool": 0, "tokens": 0, "steps": 0, "seconds": 0.0}
     checkpoint = args.work / "checkpoint.pt"
