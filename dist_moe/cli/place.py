@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from dist_moe.cli.counting import CountProgress
 from dist_moe.cli.values import Number, OneOf, PathName, Whole, WholeList
 from dist_moe.errors import UsageError
 from dist_moe.files import NewFile, is_file, require_writable
@@ -140,7 +140,7 @@ def _place(wish: _Wish, node_weights: tuple[int, ...]) -> None:
 
     manifest = describe_model(wish.model or str(demo_model_directory()), wish.quant)
     routing = _routing(manifest, wish.profile_file, wish.zipf)
-    placement = place_model(manifest, routing, node_weights, parse_budget(wish.budget), _show_progress)
+    placement = place_model(manifest, routing, node_weights, parse_budget(wish.budget), CountProgress("placing layer"))
     found = simulate_straggling(manifest, routing, placement) if wish.simulate and routing is not None else []
     if wish.output is not None:
         with NewFile(Path(wish.output)) as file:
@@ -156,11 +156,12 @@ def _place(wish: _Wish, node_weights: tuple[int, ...]) -> None:
 
 def _packing(model: str | None) -> list[str]:
     """The command that obeys a placement; what has no weights to pack stands as a word for them."""
+    from dist_moe.checkpoint.qw3w_directory import is_qw3w_directory
     from dist_moe.store.manifest import MANIFEST_NAME
 
     if model is None:
         return ["dist-moe", "shard"]
-    if is_file(Path(model) / MANIFEST_NAME):
+    if is_file(Path(model) / MANIFEST_NAME) and not is_qw3w_directory(Path(model)):
         return ["dist-moe", "reshard", model]
     return ["dist-moe", "shard", "MODEL" if model.endswith(".toml") else model]
 
@@ -216,11 +217,6 @@ def _routing(manifest: Manifest, profile_file: str | None, zipf: float | None) -
     if profile_file is not None:
         return read_profile(Path(profile_file), config)
     return assumed_profile(layers, config.experts, config.experts_per_token, zipf or 0.0)
-
-
-def _show_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        click.echo(f"\rplacing layer {done} of {total}", nl=done == total, err=True)
 
 
 def _as_json(

@@ -20,8 +20,7 @@ from dist_moe.model.workspace import workspace_bytes
 from dist_moe.parallel import host_sums, token_exchange
 from dist_moe.parallel.plan import Plan
 from dist_moe.parallel.world import AgreedError, World
-from dist_moe.store.layout import weight_layout
-from dist_moe.store.manifest import COMMON_NAME, Manifest
+from dist_moe.store.manifest import Manifest
 from dist_moe.store.unit_parts import unit_sizes, units_bytes
 from dist_moe.store.units import chunks_per_expert
 
@@ -150,8 +149,7 @@ def host_need(manifest: Manifest, plans: Sequence[Plan], threads: Sequence[int],
     config = manifest.config
     always_bytes, chunk_bytes, picked_bytes = _weights(manifest, plans)
     embedding_bytes = config.vocabulary * config.model_dim * (2 if manifest.embedding_format.label == "bf16" else 4)
-    common = manifest.file(COMMON_NAME)
-    common_bytes = common.file_bytes if common else weight_layout(manifest, COMMON_NAME).file_bytes
+    common_bytes = manifest.common_file_bytes
     blocks = -(-demand.context // BLOCK_POSITIONS)
     kv_heads = sum(len(plan.kv_heads) for plan in plans)
     copied_bytes = 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -17,6 +18,7 @@ from dist_moe.engine.routing_profile import SEED, RoutingProfile
 from dist_moe.engine.work_simulation import Simulation
 from dist_moe.errors import UsageError
 from dist_moe.model_config import ModelConfig
+from dist_moe.parallel.cpu_limits import own_cores
 from dist_moe.parallel.holdings import Held
 from dist_moe.split import head_range_kv_heads, weighted
 from dist_moe.store.manifest import Manifest
@@ -183,18 +185,27 @@ def _place_layers(
     progress: Callable[[int, int], None],
 ) -> dict[int, Held]:
     """Per routed layer which node holds which expert, bool [N, E]; layers of equal routing are placed alike."""
-    known: dict[tuple[bytes, bytes, int], Held] = {}
+
+    def key_of(index: int) -> tuple[bytes, bytes, int]:
+        chunks = manifest.layer_chunks_per_expert(profile.layers[index])
+        return profile.counts_LE[index].tobytes(), profile.sets_LSK[index].tobytes(), chunks
+
+    def place(index: int) -> Held:
+        load_E, sets_SK = profile.load_E(index), profile.sets_LSK[index][:SEARCH_SAMPLES]
+        chunks = manifest.layer_chunks_per_expert(profile.layers[index])
+        simulation = Simulation(sets_SK, manifest.config.experts, chunks, weights, 1)
+        start_NE = pack(load_E, slots, weights)
+        return improve(start_NE, simulation.straggling_of_experts, np.random.default_rng(SEED))
+
+    keys = [key_of(index) for index in range(len(profile.layers))]
+    first = {key: index for index, key in reversed(list(enumerate(keys)))}
     held_of: dict[int, Held] = {}
-    for index, layer in enumerate(profile.layers):
-        progress(index, len(profile.layers))
-        chunks = manifest.layer_chunks_per_expert(layer)
-        key = (profile.counts_LE[index].tobytes(), profile.sets_LSK[index].tobytes(), chunks)
-        if key not in known:
-            load_E, sets_SK = profile.load_E(index), profile.sets_LSK[index][:SEARCH_SAMPLES]
-            simulation = Simulation(sets_SK, manifest.config.experts, chunks, weights, 1)
-            start_NE = pack(load_E, slots, weights)
-            known[key] = improve(start_NE, simulation.straggling_of_experts, np.random.default_rng(SEED))
-        held_of[layer] = known[key]
+    # Most of the time is spent in the kernels' simulation, which other threads do not wait for.
+    with ThreadPoolExecutor(len(own_cores())) as pool:
+        placed = {key: pool.submit(place, index) for key, index in first.items()}
+        for index, (layer, key) in enumerate(zip(profile.layers, keys, strict=True), 1):
+            held_of[layer] = placed[key].result()
+            progress(index, len(profile.layers))
     return held_of
 
 

@@ -20,6 +20,7 @@ from dist_moe.engine.startup import open_exchange
 from dist_moe.errors import UsageError
 from dist_moe.kernels import Kernels, WeightFormat
 from dist_moe.parallel.cores import may_spin, share_cores
+from dist_moe.parallel.world import World
 
 _READ_BYTES = 1 << 30
 _SAMPLE_BYTES = 1 << 28  # to choose the best way to read
@@ -54,12 +55,7 @@ def measure_hosts(job: Job, threads: int | None, fmt: WeightFormat, read: float 
         AgreedError: All ranks are on one host.
     """
     world = job.world
-    with world.together("measuring"):
-        if world.nodes == 1:
-            raise UsageError(
-                f"--net measured: all ranks are on {world.hosts[0]}; start with mpirun on the hosts that shall be "
-                "measured (mpirun -f hosts dist-moe plan ...), or take a net by its name"
-            )
+    _require_hosts(world, "--net measured", "plan", "take a net by its name")
     own = share_cores(world, job.launcher, threads=threads).threads
     link = open_exchange(world, may_spin(world, own, os.environ), os.environ).link_costs
     assert link is not None
@@ -82,12 +78,7 @@ def reading_weights(job: Job) -> list[tuple[str, float, int]]:
         AgreedError: All ranks are on one host.
     """
     world = job.world
-    with world.together("measuring"):
-        if world.nodes == 1:
-            raise UsageError(
-                f"--weights measured: all ranks are on {world.hosts[0]}; start with mpirun on the hosts that shall be "
-                "measured (mpirun -f hosts dist-moe place ...), or give numbers"
-            )
+    _require_hosts(world, "--weights measured", "place", "give numbers")
     with Kernels(share_cores(world, job.launcher, threads=None).threads) as kernels:
         texts = world.gather_texts(repr(_read_speed(kernels, 1 / world.local_size)))
     speeds = [
@@ -96,6 +87,16 @@ def reading_weights(job: Job) -> list[tuple[str, float, int]]:
     ]
     names = [world.hosts[world.node_of_rank.index(node)] for node in range(world.nodes)]
     return [(name, speed, round(10 * speed / min(speeds))) for name, speed in zip(names, speeds, strict=True)]
+
+
+def _require_hosts(world: World, option: str, command: str, other: str) -> None:
+    """Refuse to measure hosts where there is one; collective."""
+    with world.together("measuring"):
+        if world.nodes == 1:
+            raise UsageError(
+                f"{option}: all ranks are on {world.hosts[0]}; start with mpirun on the hosts that shall be measured "
+                f"(mpirun -f hosts dist-moe {command} ...), or {other}"
+            )
 
 
 def measure_machine(threads: int, fmt: WeightFormat, read: float | None, share: float = 1.0) -> tuple[Machine, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dist_moe.engine.memory import Demand, MemoryNeed, host_need
@@ -11,7 +11,7 @@ from dist_moe.engine.record import show_bytes
 from dist_moe.errors import UsageError
 from dist_moe.model.step import MAX_LOGIT_ROWS
 from dist_moe.parallel.cost import EXCHANGES, ExchangeKind
-from dist_moe.parallel.plan import plan_job
+from dist_moe.parallel.plan import JobPlan, Plan, plan_job
 from dist_moe.store.manifest import Manifest
 
 ANSWER_TOKENS = 256  # of the request whose time decides which way is best
@@ -140,13 +140,20 @@ def check_request(
         raise UsageError(f"--ctx {context}: the model has {most} positions; give at most that")
     if workload.prompt >= context:
         raise UsageError(f"--prompt {workload.prompt}: leaves no room to answer in {context} positions: raise --ctx")
-    needs = [least_need(manifest, replace(ranks, nodes=count), workload) for count in counts]
+    # The most nodes first: if the model fits on them, the others need not be looked at.
+    needs = (least_need(manifest, replace(ranks, nodes=count), workload) for count in reversed(counts))
     if not any(_fits(need, memory_bytes) for need in needs):
-        raise UsageError(_too_large(manifest, ranks, counts[-1], workload, memory_bytes, needs[-1]))
+        most_nodes = least_need(manifest, replace(ranks, nodes=counts[-1]), workload)
+        raise UsageError(_too_large(manifest, ranks, counts[-1], workload, memory_bytes, most_nodes))
 
 
 def make_report(
-    manifest: Manifest, machine: Nodes, counts: Sequence[int], workload: Workload, memory_bytes: int
+    manifest: Manifest,
+    machine: Nodes,
+    counts: Sequence[int],
+    workload: Workload,
+    memory_bytes: int,
+    progress: Callable[[int, int], None] = lambda _, __: None,
 ) -> PlanReport:
     """Predict every way on each number of nodes.
 
@@ -156,9 +163,10 @@ def make_report(
         counts: Numbers of nodes, ascending; `check_request` found that the model fits on some of them.
         workload: What to run.
         memory_bytes: What a node can hold; 0 is not known.
+        progress: Told (numbers of nodes that are done, all of them).
     """
     ways, best, too_small = [], [], []
-    for count in counts:
+    for done, count in enumerate(counts, 1):
         nodes = replace(machine, nodes=count)
         fits = [way for way in _ways(manifest, nodes, workload) if _fits(way.need, memory_bytes)]
         if fits:
@@ -166,6 +174,7 @@ def make_report(
             best.append(min(fits, key=lambda way: way.request_seconds))
         else:
             too_small.append((count, least_need(manifest, Ranks.of(nodes), workload).full_bytes))
+        progress(done, len(counts))
     return PlanReport(tuple(ways), tuple(best), tuple(too_small))
 
 
@@ -181,8 +190,25 @@ def node_need(manifest: Manifest, ranks: Ranks, layout: str, workload: Workload)
     node_of_rank = [node for node in range(ranks.nodes) for _ in range(ranks.per_node)]
     job = plan_job(manifest.config, manifest.group_size, layout, node_of_rank=node_of_rank)
     threads = [ranks.threads] * ranks.per_node
-    needs = (host_need(manifest, job.of_node(node), threads, demand) for node in range(ranks.nodes))
+    needs = (host_need(manifest, plans, threads, demand) for plans in _unlike_nodes(manifest, job))
     return max(needs, key=lambda need: need.full_bytes)
+
+
+def _unlike_nodes(manifest: Manifest, job: JobPlan) -> Iterable[Sequence[Plan]]:
+    """The plans of each node, but of nodes with equally many units of every kind only the first one's."""
+    plans_of = [list[Plan]() for _ in range(job.nodes)]
+    for plan in job.plans:
+        plans_of[plan.node].append(plan)
+    if manifest.formats.uniform_format is None:  # units of one kind are unequal
+        return plans_of
+    layers = range(manifest.config.layers)
+    found: dict[tuple[object, ...], Sequence[Plan]] = {}
+    for plans in plans_of:
+        ranks = tuple((plan.rank == 0, len(plan.heads), len(plan.kv_heads), plan.vocabulary_rows) for plan in plans)
+        kv_heads = {head for plan in plans for head in plan.kv_heads}
+        chunks = tuple(sum(len(plan.readable_chunks(layer)) for plan in plans) for layer in layers)
+        found.setdefault((ranks, len(kv_heads), chunks), plans)
+    return found.values()
 
 
 def _layouts(nodes: int) -> tuple[str, ...]:

@@ -10,11 +10,12 @@ from typing import TypeVar
 
 from dist_moe.errors import EnvironmentMismatch, StoreError, UsageError
 from dist_moe.kernels import NodeMemory, SumsCodec, WireFormat, catch_bus_errors, linger_after_crash
+from dist_moe.parallel.cost import LinkCosts
 from dist_moe.parallel.exchange import Exchange
 from dist_moe.parallel.host_exchange import HostExchange
 from dist_moe.parallel.host_sums import HostSums
 from dist_moe.parallel.node_exchange import NodeExchange
-from dist_moe.parallel.probe import DEFAULT_COSTS, LinkCosts, probe_links
+from dist_moe.parallel.probe import DEFAULT_COSTS, probe_links
 from dist_moe.parallel.world import World
 
 Made = TypeVar("Made")

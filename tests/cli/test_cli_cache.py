@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dist_moe.cli.shard import ShardProgress
+from dist_moe.cli.shard_progress import ShardProgress
 from dist_moe.engine.job import local_store
 from dist_moe.errors import DistMoeError, PlaceError
 from dist_moe.kernels import WeightFormat

@@ -213,6 +213,20 @@ def test_logits_on_a_full_disk(full_disk: tuple[Path, tuple[str, ...]], tmp_path
     assert "x.npy" not in done.stdout
 
 
+def test_rows_that_a_step_cannot_write_end_all_ranks_after_it(
+    full_disk: tuple[Path, tuple[str, ...]], tmp_path: Path
+) -> None:
+    small, words = full_disk
+    (tmp_path / "text.txt").write_text("Once upon a time there was a little dog. " * 30)
+    rest = ("perplexity", str(tmp_path / "text.txt"), "--kl-base", str(small / "base.npz"))
+    done = launching.run(*words, launching.mpirun_path(), "-n", "2", *PROGRAM, *rest)
+    assert done.code == 2, done.output
+    assert own_lines(done) == [
+        f"{small / 'base.npz'}: cannot be written (No space left on device): make room or choose another place"
+    ]
+    assert "Abort" not in done.output
+
+
 def test_a_full_stdout_is_one_line(tmp_path: Path) -> None:
     done = launching.run("sh", "-c", 'exec "$@" > /dev/full', "sh", *PROGRAM, "run", "-p", "Once", "-n", "3")
     assert done.code == 2, done.output

@@ -270,6 +270,20 @@ def test_bad_input_is_one_sentence(stores: dict[str, Path], tmp_path: Path, line
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_wrong_numbers_are_told_and_give_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    execute(["verify", "--level", "kernel"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("PASS: ")
+    monkeypatch.setattr(reference, "silu", lambda a: np.maximum(a, 0))
+    with pytest.raises(
+        (VerificationFailed, AgreedError), match="checks failed, first kernel, expert chunks, f32"
+    ) as caught:
+        execute(["verify", "--level", "kernel"])
+    assert caught.value.exit_code == 2
+    assert capsys.readouterr().out.splitlines()[-1].startswith("FAIL: ")
+
+
 def test_ranks_inside_a_job_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dist_moe.cli.verify.detect_launcher", lambda _: Launcher("mpich", 0, 2, 2))
     with pytest.raises(UsageError, match="was started by mpich already: leave --ranks out"):
