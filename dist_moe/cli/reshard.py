@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from dist_moe.cli.making_store import cut_options, default_directory, make_store, quiet_option, read_cut
+from dist_moe.cli.packing_ranks import pack_on_ranks
 from dist_moe.cli.values import PathName, Whole
 from dist_moe.errors import UsageError
-from dist_moe.parallel.launcher import detect_launcher
+
+if TYPE_CHECKING:
+    from dist_moe.store.convert import Origin
+    from dist_moe.store.manifest import Manifest
+    from dist_moe.store.team import Team
 
 
 @click.command("reshard")
@@ -30,22 +35,42 @@ def reshard(
     """Cut STORE into another number of shards, the same bytes as dist-moe shard makes from the source.
 
     All shards must be here; each unit is compared with its checksum. An interrupted run continues where it stopped when
-    it is repeated.
+    it is repeated. Under mpirun the ranks share the files; all hosts need STORE and -o on one shared file system.
     """
-    if not detect_launcher(os.environ).is_first:
-        return
     from dist_moe.store.placement import EXPERT_LAYOUTS
     from dist_moe.store.plan import StoreOptions
     from dist_moe.store.reader import Store
     from dist_moe.store.recut import recut
 
-    if placement is None and nodes is None:
-        raise UsageError("reshard needs --nodes N, or --placement FILE, to know how many shards to make")
-    placed = None if placement is None else read_cut(Path(placement), nodes, experts)
-    opened = Store.open(store)
-    manifest = opened.manifest
-    shards = len(placed.shards) if placed else nodes or 1
-    destination = Path(output or default_directory(manifest.source_name, manifest.label, shards, placed is not None))
-    own = manifest.experts if manifest.experts in EXPERT_LAYOUTS else "whole"
-    options = StoreOptions(nodes=shards, experts=experts or own, placement=placed, force=force, allow_nonfinite=True)
-    make_store(lambda progress: recut(opened, destination, options, progress), destination, shards, quiet)
+    def lead(team: Team, threads: int) -> None:
+        if placement is None and nodes is None:
+            raise UsageError("reshard needs --nodes N, or --placement FILE, to know how many shards to make")
+        placed = None if placement is None else read_cut(Path(placement), nodes, experts)
+        opened = Store.open(store)
+        manifest = opened.manifest
+        shards = len(placed.shards) if placed else nodes or 1
+        destination = Path(
+            output or default_directory(manifest.source_name, manifest.label, shards, placed is not None)
+        )
+        own = manifest.experts if manifest.experts in EXPERT_LAYOUTS else "whole"
+        options = StoreOptions(
+            nodes=shards,
+            experts=experts or own,
+            placement=placed,
+            force=force,
+            allow_nonfinite=True,
+            threads=threads,
+        )
+        make_store(lambda progress: recut(opened, destination, options, progress, team), destination, shards, quiet)
+
+    pack_on_ranks(lead, _open_origin, None)
+
+
+def _open_origin(path: Path, plan: Manifest) -> Origin:
+    """What the other ranks read, the same store as rank 0."""
+    from dist_moe.store.reader import Store
+    from dist_moe.store.recut import origin_of, require_same_weights
+
+    opened = Store.open(str(path))
+    require_same_weights(opened, plan)
+    return origin_of(opened)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,13 +10,14 @@ import click
 
 from dist_moe import files
 from dist_moe.cli.making_store import cut_options, default_directory, make_store, quiet_option, read_cut
+from dist_moe.cli.packing_ranks import checkpoint_opener, pack_on_ranks
 from dist_moe.cli.values import Number, OneOf, PathName, Whole
 from dist_moe.errors import UsageError
-from dist_moe.parallel.launcher import detect_launcher
 
 if TYPE_CHECKING:
     from dist_moe.checkpoint.source import Source
     from dist_moe.store.plan import StoreOptions
+    from dist_moe.store.team import Team
 
 
 AUTO = "auto"
@@ -74,7 +74,9 @@ AUTO = "auto"
     help="Pack a checkpoint with NaN or infinite weights: f32 keeps them, other formats store 0.",
 )
 @click.option(
-    "--threads", type=Whole(min=1), help="Threads that pack; the bytes do not depend on it.  [default: all CPUs]"
+    "--threads",
+    type=Whole(min=1),
+    help="Threads of each rank that pack; the bytes do not depend on it.  [default: this host's CPUs / its ranks]",
 )
 @click.option("--dry-run", is_flag=True, help="Print what the store would take, by part and by node; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print one JSON object.")
@@ -103,10 +105,9 @@ def shard(
 
     SRC is a Hugging Face directory, a GGUF file, a QW3W file with its config.json beside it, or the id of a model on
     the Hugging Face hub, such as Qwen/Qwen3-30B-A3B, which is downloaded into the hub's own cache first. A store runs
-    on any number of ranks. An interrupted run continues where it stopped when it is repeated.
+    on any number of ranks. An interrupted run continues where it stopped when it is repeated. Under mpirun the ranks
+    share the files, and threads share each file; all hosts need SRC and -o on one shared file system.
     """
-    if not detect_launcher(os.environ).is_first:
-        return
     from dist_moe.checkpoint.source import open_source
     from dist_moe.cli.calibrated_packing import require_new_recipe
     from dist_moe.cli.calibrated_packing import write_recipe as write_formats
@@ -115,34 +116,39 @@ def shard(
     from dist_moe.store.convert import convert
     from dist_moe.store.plan import plan_store, source_name
 
-    if as_json and not dry_run:
-        raise UsageError("--json: belongs to --dry-run; add it, or leave out --json")
-    if write_recipe is not None:
-        require_new_recipe(Path(write_recipe), force)
-    placed = None if placement is None else read_cut(Path(placement), nodes, experts)
-    path = source_path(source, quiet)
-    _refuse_store(path)
-    model = open_source(path)
-    shards = len(placed.shards) if placed else nodes or 1
-    options = replace(
-        packing_options(model, Packing(quant, recipe, group_size, scales, importance, target_bits, threads, quiet)),
-        nodes=shards,
-        experts=experts or "whole",
-        placement=placed,
-        force=force,
-        allow_nonfinite=allow_nonfinite,
-        threads=threads or 0,
-    )
-    formats = options.model_formats(model.config)
-    destination = Path(output or default_directory(source_name(path), formats.label, shards, placed is not None))
-    if write_recipe is not None:
-        write_formats(Path(write_recipe), formats, options.scale_choice(formats), f"of {source_name(path)}", force)
-    if dry_run:
-        show_sizes(plan_store(model, options), destination, as_json)
-        return
-    for line in conversion_notes(model, formats):
-        click.echo(line, err=True)
-    make_store(lambda progress: convert(model, destination, options, progress), destination, shards, quiet)
+    def lead(team: Team, own_threads: int) -> None:
+        if as_json and not dry_run:
+            raise UsageError("--json: belongs to --dry-run; add it, or leave out --json")
+        if write_recipe is not None:
+            require_new_recipe(Path(write_recipe), force)
+        placed = None if placement is None else read_cut(Path(placement), nodes, experts)
+        path = source_path(source, quiet)
+        _refuse_store(path)
+        model = open_source(path)
+        shards = len(placed.shards) if placed else nodes or 1
+        options = replace(
+            packing_options(
+                model, Packing(quant, recipe, group_size, scales, importance, target_bits, own_threads, quiet)
+            ),
+            nodes=shards,
+            experts=experts or "whole",
+            placement=placed,
+            force=force,
+            allow_nonfinite=allow_nonfinite,
+            threads=own_threads,
+        )
+        formats = options.model_formats(model.config)
+        destination = Path(output or default_directory(source_name(path), formats.label, shards, placed is not None))
+        if write_recipe is not None:
+            write_formats(Path(write_recipe), formats, options.scale_choice(formats), f"of {source_name(path)}", force)
+        if dry_run:
+            show_sizes(plan_store(model, options), destination, as_json)
+            return
+        for line in conversion_notes(model, formats):
+            click.echo(line, err=True)
+        make_store(lambda progress: convert(model, destination, options, progress, team), destination, shards, quiet)
+
+    pack_on_ranks(lead, checkpoint_opener(importance), threads, alone=dry_run)
 
 
 @dataclass(frozen=True)

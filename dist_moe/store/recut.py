@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy.typing as npt
 
-from dist_moe.errors import UsageError
+from dist_moe.errors import StoreError, UsageError
 from dist_moe.store.checksum import RunningChecksum
-from dist_moe.store.convert import Conversion, Progress, write_plan
+from dist_moe.store.convert import Conversion, Origin, Progress, write_plan
 from dist_moe.store.layout import TensorSpec, weight_files
 from dist_moe.store.manifest import Manifest
 from dist_moe.store.matrices import matrix_place
@@ -19,6 +19,7 @@ from dist_moe.store.pack import Packed
 from dist_moe.store.placement import indices_of
 from dist_moe.store.plan import StoreOptions, cut
 from dist_moe.store.reader import Store
+from dist_moe.store.team import Team
 from dist_moe.store.units import UNIT_KINDS, UnitKind, unit_count
 from dist_moe.store.verify import check_sealed
 
@@ -27,7 +28,9 @@ _PIECE_BYTES = 32 << 20
 _Unit = tuple[UnitKind, int, int]  # kind, layer (0 for the vocabulary), index
 
 
-def recut(store: Store, destination: Path, options: StoreOptions, progress: Progress) -> Conversion:
+def recut(
+    store: Store, destination: Path, options: StoreOptions, progress: Progress, team: Team | None = None
+) -> Conversion:
     """Make a store of another store's units, or finish an interrupted one; byte for byte as if made from the source.
 
     Only how many weights of a tensor were not finite may be listed with another file of the new store.
@@ -37,6 +40,7 @@ def recut(store: Store, destination: Path, options: StoreOptions, progress: Prog
         destination: The directory of the new store; created if need be.
         options: `nodes`, `experts` or `placement`, and `force`; the weights' formats stay as they are.
         progress: Told about every piece that is written.
+        team: The ranks that share the files, on their leader; None: this process alone.
 
     Raises:
         UsageError: The model cannot be cut like that, or the destination is the store itself.
@@ -47,7 +51,26 @@ def recut(store: Store, destination: Path, options: StoreOptions, progress: Prog
         raise UsageError(f"{destination}: is the store that is read; name another directory with -o")
     plan = cut(store.manifest, options)
     _require_all(store)
-    return write_plan(plan, _text_files(store), lambda *_: StorePacker(store), destination, options, progress)
+    return write_plan(plan, _text_files(store), origin_of(store), destination, options, progress, team)
+
+
+def origin_of(store: Store) -> Origin:
+    """A store whose units become another one."""
+    return Origin(store.directory, lambda *_: StorePacker(store))
+
+
+def require_same_weights(store: Store, plan: Manifest) -> None:
+    """Make sure that a store holds the weights that a plan was made of; StoreError if not."""
+    own = store.manifest
+    same = (own.source_fingerprint, own.formats, own.scales, own.importance) == (
+        plan.source_fingerprint,
+        plan.formats,
+        plan.scales,
+        plan.importance,
+    )
+    if not same:
+        raise StoreError(f"{store.directory}: is another store than rank 0 reads; give all hosts the same files")
+    _require_all(store)
 
 
 class StorePacker:
