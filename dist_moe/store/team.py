@@ -163,8 +163,7 @@ def require_same_directory(task: Task) -> None:
     while not (files.exists(lock) and lock.read_text(errors="replace") == task.token):
         if time.monotonic() >= until_s:
             raise PlaceError(
-                f"{task.directory}: is not the directory that rank 0 writes to; ranks that make a store "
-                "together need one directory on a file system that all their hosts share: name one with -o, or start one "
-                "rank"
+                f"{task.directory}: is not the directory that rank 0 writes to; ranks that make a store together need "
+                "one directory on a file system that all their hosts share: name one with -o, or start one rank"
             )
         time.sleep(_POLL_S)
