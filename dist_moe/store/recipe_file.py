@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import warnings
 import sys
+import warnings
 from importlib import resources
 from pathlib import Path
 from typing import Any
