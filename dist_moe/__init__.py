@@ -15,10 +15,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Engine": "engine.engine",
-    "Piece": "engine.pieces",
-    "Result": "engine.pieces",
-    "Usage": "engine.pieces",
-    "SamplingOptions": "engine.request",
+    "Piece": "engine.requests.pieces",
+    "Result": "engine.requests.pieces",
+    "Usage": "engine.requests.pieces",
+    "SamplingOptions": "engine.requests.request",
     "DistMoeError": "errors",
 }
 
