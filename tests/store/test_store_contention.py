@@ -23,6 +23,7 @@ from dist_moe.store.manifest import Manifest
 from dist_moe.store.pack import Packer
 from dist_moe.store.plan import StoreOptions
 from dist_moe.store.reader import Store
+from dist_moe.store.team import Team
 from helpers.tiny_store import contents, ignore, run_convert
 
 MakeStore = Callable[..., Path]
@@ -117,7 +118,8 @@ def test_a_waiting_conversion_reports_and_finds_the_work_done(tmp_path: Path, ch
         def make_packer(plan: Manifest, kernels: Kernels) -> Packer:
             return Packer(checkpoint, plan, kernels)
 
-        run = conversion._Run(make_packer, directory, StoreOptions(threads=1), plan, ignore, 10**6)
+        origin = conversion.Origin(checkpoint.path, make_packer)
+        run = conversion._Run(origin, directory, StoreOptions(threads=1), plan, ignore, 10**6, Team())
         run.write(checkpoint.text_files(), ())
         finished = (directory / "manifest.json").stat()
     thread.join(10)
