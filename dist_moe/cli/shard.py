@@ -178,6 +178,8 @@ def packing_options(model: Source, packing: Packing) -> StoreOptions:
         for name, value in (("--quant", packing.quant), ("--group-size", packing.group_size)):
             if value is not None:
                 raise UsageError(f"{name} {value}: --recipe auto chooses that; leave out {name} or --recipe")
+        if plain.scales != ScaleChoice.MSE.label:
+            raise UsageError(f"--scales {plain.scales}: --recipe auto weighs errors of mse; leave out --scales")
     options, calibration = with_importance(_uncalibrated_options(model, plain), model, Path(packing.importance))
     if not is_auto:
         _refuse_target(packing)

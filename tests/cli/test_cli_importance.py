@@ -64,6 +64,12 @@ def test_a_recipe_by_bits(shard: Shard, calibration: Path, tmp_path: Path, capsy
     assert weights_of(again) == weights_of(auto)
 
 
+def test_bits_for_bf16_throughout_need_no_scales(shard: Shard, calibration: Path) -> None:
+    auto = shard("auto", "--importance", str(calibration), "--recipe", "auto", "--target-bits", "16")
+    assert weights_of(auto) == weights_of(shard("bf16", "--quant", "bf16"))
+    assert not Store.open(auto).manifest.importance
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -72,6 +78,7 @@ def test_a_recipe_by_bits(shard: Shard, calibration: Path, tmp_path: Path, capsy
         (("--importance", "FILE", "--target-bits", "5"), "--target-bits 5: belongs to --recipe auto"),
         (("--importance", "FILE", "--recipe", "auto", "--quant", "q8"), "--quant q8: --recipe auto chooses that"),
         (("--importance", "FILE", "--recipe", "auto", "--group-size", "64"), "--group-size 64: --recipe auto chooses"),
+        (("--importance", "FILE", "--recipe", "auto", "--scales", "absmax"), "--scales absmax: --recipe auto weighs"),
         (("--importance", "FILE", "--recipe", "auto", "--target-bits", "4"), "this model needs 4.2[0-9]+ at least"),
         (("--importance", "FILE", "--quant", "bf16"), "--importance weights the search for scales"),
         (("--importance", "FILE", "--scales", "absmax"), "--importance weights the search for scales"),

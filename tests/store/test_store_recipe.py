@@ -118,6 +118,7 @@ def test_a_group_given_beside_a_recipe_replaces_its_default_and_no_rule(config: 
         ('format = "q4"\n[[rule]]\nexperts = "8-"\nformat = "q8"', "this model has no expert 8; give 0 to 7"),
         ('format = "q4"\n[[rule]]\nregex = "("\nformat = "q8"', r"rule 1: regex = '\(' is no regular expression"),
         ('format = "q4"\n[[rule]]\nregex = "q"\nformat = "q8"', "rule 1: fits no matrix of this model; names are"),
+        ('format = "q4"\n[[rule]]\nregex = ".*gate_up"\nformat = "q8"', r"layers.0.experts.0.gate \(or up, or down\)"),
         ('format = "q4"\n[[rule]]\nkind = "q"\nexperts = "0"\nformat = "q8"', "rule 1: fits no matrix"),
         (
             'format = "q4"\n[[rule]]\nregex = ".*gate"\nformat = "q8"',
