@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_moe.engine.startup import open_exchange
+from dist_moe.engine.start.startup import open_exchange
 from dist_moe.parallel.cores import may_spin
 from dist_moe.parallel.exchange import HEADER_WORDS, Exchange
 from dist_moe.parallel.launcher import detect_launcher

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dist_moe.engine.startup import open_exchange
+from dist_moe.engine.start.startup import open_exchange
 from dist_moe.parallel.cores import may_spin
 from dist_moe.parallel.exchange import Exchange
 from dist_moe.parallel.launcher import detect_launcher

@@ -6,7 +6,7 @@ Each group is one run of bench on a model of random weights, written once into D
 the machine's figures alone (bandwidth of the reading loop, arithmetic of our matmul in the L1 cache and of bare f32)
 and, over several hosts, what `dist-moe plan --net measured` found of the network just before; hosts are network
 namespaces (tests/helpers/cluster.py). Nothing is fitted to a case: what the kernels make of these figures are
-the constants in dist_moe/engine/prediction.py.
+the constants in dist_moe/engine/planning/prediction.py.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 
 from on_hosts import ARCHITECTURE, call, synthetic_bench, synthetic_store
 
-from dist_moe.engine.bench_bound import Machine
-from dist_moe.engine.prediction import Nodes, Predictor, Split
+from dist_moe.engine.measuring.bench_bound import Machine
+from dist_moe.engine.planning.prediction import Nodes, Predictor, Split
 from dist_moe.kernels import KvFormat
 from dist_moe.parallel.cost import PRESET_LINKS, ExchangeKind, LinkCosts
 from dist_moe.store.manifest import read_manifest

@@ -15,8 +15,8 @@ from dist_moe.parallel.cpu_limits import own_cores
 from dist_moe.parallel.launcher import detect_launcher
 
 if TYPE_CHECKING:
-    from dist_moe.engine.planning import Ranks, Workload
-    from dist_moe.engine.prediction import Nodes
+    from dist_moe.engine.planning.planning import Ranks, Workload
+    from dist_moe.engine.planning.prediction import Nodes
     from dist_moe.store.manifest import Manifest
 
 MOST_NODES = 1024
@@ -135,10 +135,10 @@ def plan(**values: object) -> None:
 
 def _plan_like_this(options: PlanOptions) -> str:
     """For nodes like this machine, but for what the options say."""
-    from dist_moe.engine.available_memory import available_memory
-    from dist_moe.engine.plan_machine import measure_machine
-    from dist_moe.engine.planning import Ranks
-    from dist_moe.engine.prediction import Nodes
+    from dist_moe.engine.planning.plan_machine import measure_machine
+    from dist_moe.engine.planning.planning import Ranks
+    from dist_moe.engine.planning.prediction import Nodes
+    from dist_moe.engine.start.available_memory import available_memory
     from dist_moe.parallel.cost import PRESET_LINKS
     from dist_moe.store.described import describe_model
 
@@ -154,9 +154,9 @@ def _plan_like_this(options: PlanOptions) -> str:
 
 def _plan_on_hosts(options: PlanOptions) -> None:
     """For the hosts of this job, all ranks of which measure."""
-    from dist_moe.engine.job import Job
-    from dist_moe.engine.plan_machine import measure_hosts
-    from dist_moe.engine.planning import Ranks
+    from dist_moe.engine.planning.plan_machine import measure_hosts
+    from dist_moe.engine.planning.planning import Ranks
+    from dist_moe.engine.start.job import Job
     from dist_moe.kernels import WeightFormat
     from dist_moe.store.described import describe_model
 
@@ -188,7 +188,7 @@ class _Asked:
 
 def _checked(options: PlanOptions, manifest: Manifest, ranks: Ranks, most_nodes: int, memory_bytes: int) -> _Asked:
     """What the options ask for; UsageError if it cannot run."""
-    from dist_moe.engine.planning import check_request
+    from dist_moe.engine.planning.planning import check_request
 
     asked = _Asked(_node_counts(options, manifest, most_nodes), _workload(options, manifest), memory_bytes)
     check_request(manifest, ranks, asked.counts, asked.workload, memory_bytes)
@@ -196,8 +196,8 @@ def _checked(options: PlanOptions, manifest: Manifest, ranks: Ranks, most_nodes:
 
 
 def _workload(options: PlanOptions, manifest: Manifest) -> Workload:
-    from dist_moe.engine.memory import Demand
-    from dist_moe.engine.planning import Workload
+    from dist_moe.engine.planning.planning import Workload
+    from dist_moe.engine.start.memory import Demand
     from dist_moe.kernels import KvFormat
 
     context = options.ctx or min(DEFAULT_CONTEXT, manifest.config.max_positions)
@@ -215,7 +215,7 @@ def _node_counts(options: PlanOptions, manifest: Manifest, most: int) -> range:
 
 def _report(options: PlanOptions, manifest: Manifest, nodes: Nodes, asked: _Asked) -> str:
     from dist_moe.cli.plan_output import Facts, render
-    from dist_moe.engine.planning import make_report
+    from dist_moe.engine.planning.planning import make_report
 
     progress = CountProgress("predicting number of nodes")
     report = make_report(manifest, nodes, asked.counts, asked.workload, asked.memory_bytes, progress)

@@ -18,9 +18,9 @@ from dist_moe.cli.options import ProfileOptions, model_options
 from dist_moe.cli.profile_file import write_profile
 from dist_moe.cli.text_files import read_text
 from dist_moe.cli.values import PathName, Whole
-from dist_moe.engine.routing_facts import routing_facts
-from dist_moe.engine.routing_profile import ProfileCounter
-from dist_moe.engine.routing_record import recorded_routing
+from dist_moe.engine.routing.routing_facts import routing_facts
+from dist_moe.engine.routing.routing_profile import ProfileCounter
+from dist_moe.engine.routing.routing_record import recorded_routing
 from dist_moe.engine.runtime import Runtime
 from dist_moe.engine.text_windows import pieces_of
 from dist_moe.errors import UsageError

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_moe.engine.agreement import StartRecord
-from dist_moe.engine.available_memory import AvailableMemory, available_memory, is_in_memory
-from dist_moe.engine.inventory import Inventory, holdings_of, plan_from_inventory
-from dist_moe.engine.memory import Demand, check_memory, has_room, host_need
-from dist_moe.engine.request import Request
+from dist_moe.engine.requests.request import Request
+from dist_moe.engine.start.agreement import StartRecord
+from dist_moe.engine.start.available_memory import AvailableMemory, available_memory, is_in_memory
+from dist_moe.engine.start.inventory import Inventory, holdings_of, plan_from_inventory
+from dist_moe.engine.start.memory import Demand, check_memory, has_room, host_need
 from dist_moe.kernels import KvFormat, Operand, SumsCodec, WireFormat
 from dist_moe.model.workspace import workspace_bytes
 from dist_moe.parallel import token_exchange

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.engine.bench_bound import step_work
-from dist_moe.engine.memory import Demand, host_need
-from dist_moe.engine.placement_report import node_facts
-from dist_moe.engine.placing import parse_budget, place_model, routed_layers
-from dist_moe.engine.routing_profile import assumed_profile
+from dist_moe.engine.measuring.bench_bound import step_work
+from dist_moe.engine.planning.placement_report import node_facts
+from dist_moe.engine.planning.placing import parse_budget, place_model, routed_layers
+from dist_moe.engine.routing.routing_profile import assumed_profile
+from dist_moe.engine.start.memory import Demand, host_need
 from dist_moe.kernels import KvFormat
 from dist_moe.model.own_spans import own_spans
 from dist_moe.model.step import Slice, Step

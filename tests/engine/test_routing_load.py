@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dist_moe.engine.routing_facts import RoutingFacts
-from dist_moe.engine.routing_load import LoadCounter, layer_loads, total_load
+from dist_moe.engine.routing.routing_facts import RoutingFacts
+from dist_moe.engine.routing.routing_load import LoadCounter, layer_loads, total_load
 from dist_moe.kernels import Kernels, Picks, Workers
 from dist_moe.parallel.chunk_owners import sliced_owners, whole_owners
 from dist_moe.parallel.plan import CHUNK_READ_COST_TOKENS as READ_COST

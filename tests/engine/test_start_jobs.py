@@ -163,7 +163,7 @@ def test_a_rank_that_runs_out_of_memory_ends_all(mpirun: MpiRun, tmp_path: Path,
     program = changed(
         tmp_path,
         rank,
-        "import numpy\nfrom dist_moe.engine.worker import Worker\n"
+        "import numpy\nfrom dist_moe.engine.steps.worker import Worker\n"
         "Worker.run = lambda *_: numpy.empty(1 << 60, numpy.uint8)",
     )
     done = mpirun(3, *program, "run", "-p", "Once", "-n", "4")
@@ -239,7 +239,7 @@ def test_a_rank_whose_disk_is_full_ends_all(mpirun: MpiRun, tmp_path: Path) -> N
     program = changed(
         tmp_path,
         2,
-        "import errno\nfrom dist_moe.engine.worker import Worker\n"
+        "import errno\nfrom dist_moe.engine.steps.worker import Worker\n"
         "def full(*_): raise OSError(errno.ENOSPC, 'No space left on device', '/scratch')\n"
         "Worker.run = full",
     )

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_moe.engine.startup import open_exchange
-from dist_moe.engine.worker import Worker
+from dist_moe.engine.start.startup import open_exchange
+from dist_moe.engine.steps.worker import Worker
 from dist_moe.kernels import NO_FAULT, Kernels, KvFormat, isa_levels
 from dist_moe.model.step import Slice, Step
 from dist_moe.model.transformer import Transformer

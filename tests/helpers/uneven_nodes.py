@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_moe.engine.inventory import plan_from_inventory, take_inventory
-from dist_moe.engine.startup import open_exchange
-from dist_moe.engine.worker import Worker
+from dist_moe.engine.start.inventory import plan_from_inventory, take_inventory
+from dist_moe.engine.start.startup import open_exchange
+from dist_moe.engine.steps.worker import Worker
 from dist_moe.kernels import Kernels, KvFormat
 from dist_moe.model.step import Step
 from dist_moe.model.transformer import Transformer

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dist_moe.engine.startup import open_exchange
+from dist_moe.engine.start.startup import open_exchange
 from dist_moe.errors import EnvironmentMismatch
 from dist_moe.kernels import SumsCodec, WireFormat
 from dist_moe.kernels.reference_sums import bf16_sums, finished_sums, q8_sums

@@ -166,8 +166,10 @@ def test_an_interrupted_store_goes_on_and_other_formats_are_refused(
         "shard-00002-of-00002.safetensors",
     )
     assert contents(tmp_path / "s") == contents(store.directory)
-    other = drawn(source.config, EVERY, seed=6)
-    with pytest.raises(StoreError, match="made with other options"):
+    first = formats.layers[0]
+    changed = replace(first, q=next(own for own in EVERY if own != first.q))
+    other = replace(formats, layers=(changed, *formats.layers[1:]))
+    with pytest.raises(StoreError, match=r"made with other options \(other formats of some matrices\)"):
         run_convert(source, tmp_path / "s", formats=other, nodes=2)
 
 

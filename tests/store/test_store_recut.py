@@ -152,7 +152,9 @@ def test_the_store_itself_is_never_overwritten(make_store: MakeStore) -> None:
 
 def test_another_store_is_replaced_only_by_force(tmp_path: Path, make_store: MakeStore) -> None:
     store, other = make_store("store"), make_store("other", nodes=2, format=WeightFormat.Q8)
-    with pytest.raises(StoreError, match=r"made with other options \(weights q8, not q4, nodes 2, not 3\)"):
+    with pytest.raises(
+        StoreError, match=r"made with other options \(weights q8, not q4, nodes 2, not 3, scales absmax, not mse\)"
+    ):
         run_recut(store, other, nodes=3)
     run_recut(store, other, nodes=3, force=True)
     assert contents(other) == contents(make_store("expected", nodes=3))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_moe.engine.options import EngineOptions
+from dist_moe.engine.start.options import EngineOptions
 from dist_moe.kernels import SumsCodec, WireFormat
 from dist_moe.parallel.cost import LinkCosts, sum_traffic
 from dist_moe.parallel.host_sums import FEWEST_SUMS, MOST_SUMS, HostSums

@@ -13,7 +13,7 @@ import pytest
 from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.cli.main import execute
 from dist_moe.cli.verify import Table, check_line
-from dist_moe.engine.startup import open_exchange
+from dist_moe.engine.start.startup import open_exchange
 from dist_moe.errors import EnvironmentMismatch, UsageError, VerificationFailed
 from dist_moe.kernels import Kernels, LayerBuffers, WeightFormat, isa_levels, reference
 from dist_moe.parallel.launcher import Launcher
