@@ -234,7 +234,8 @@ class _Meter:
                 rounded_RC -= values_RC
                 squares_C += np.einsum("rc,rc->c", rounded_RC, rounded_RC)
         input_C = self._importance.mean_energy(name)
-        return squares_nC @ input_C, float(weights_C @ input_C)
+        # No product of BLAS: its sums depend on its threads.
+        return (squares_nC * input_C).sum(axis=1), float((weights_C * input_C).sum())
 
 
 def matrix_bits(config: ModelConfig, name: str, shape: tuple[int, int], found: MatrixFormat) -> int:

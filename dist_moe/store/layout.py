@@ -147,6 +147,7 @@ def shard_command(manifest: Manifest, directory: Path) -> str:
     else:
         words += ["--quant", manifest.format.label, "--group-size", str(manifest.group_size)]
     words += [] if manifest.scales == ScaleChoice.ABSMAX else ["--scales", manifest.scales.label]
+    words += ["--importance", "CALIBRATION"] if manifest.importance else []
     words += [*([] if placed else ["--experts", manifest.experts]), "-o", str(directory)]
     return shlex.join(words)
 
@@ -154,7 +155,8 @@ def shard_command(manifest: Manifest, directory: Path) -> str:
 def source_note(manifest: Manifest) -> str:
     """What to put in place of the name in `shard_command`: stores do not keep paths of other machines."""
     demo = ", or nothing for the bundled demo" if manifest.source_name == "demo" else ""
-    return f"{manifest.source_name} is the source's name: give its path{demo}"
+    calibration = f", and for CALIBRATION the file of {manifest.importance}" if manifest.importance else ""
+    return f"{manifest.source_name} is the source's name: give its path{demo}{calibration}"
 
 
 def _checksums(spec: TensorSpec, count: int) -> TensorSpec:

@@ -124,7 +124,7 @@ def _regex(entries: dict[str, Any], where: str) -> re.Pattern[str] | None:
         if not isinstance(value, str):
             raise re.error("it is no text")
         return re.compile(value)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(f"{where}: regex = {value!r} is no regular expression ({error})") from None
 
 

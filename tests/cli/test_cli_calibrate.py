@@ -153,6 +153,12 @@ class TestFiles:
         with pytest.raises(UsageError, match="a calibration of version '9', expected 1"):
             read_calibration(tmp_path / "other")
 
+    def test_texts_that_are_no_list_are_refused(self, whole: Path, tmp_path: Path) -> None:
+        for texts in ("[" * 100_000, "{", "7"):
+            save_file(load_file(whole), tmp_path / "other", {**SafetensorsFile(whole).metadata, "texts": texts})
+            with pytest.raises(UsageError, match="the calibration is damaged"):
+                read_calibration(tmp_path / "other")
+
     def test_a_missing_file_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="there is no such file: make one with dist-moe calibrate"):
             read_calibration(tmp_path / "none")

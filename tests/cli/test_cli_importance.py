@@ -12,6 +12,7 @@ from dist_moe.cli.main import execute
 from dist_moe.demo import demo_model_directory
 from dist_moe.errors import UsageError
 from dist_moe.store.calibration_file import read_calibration, write_calibration
+from dist_moe.store.layout import shard_command, source_note
 from dist_moe.store.reader import Store
 from helpers.tiny_model import TinyModel
 
@@ -62,6 +63,23 @@ def test_a_recipe_by_bits(shard: Shard, calibration: Path, tmp_path: Path, capsy
     assert "layer  q" in said
     again = shard("again", *options, "--recipe", str(recipe))
     assert weights_of(again) == weights_of(auto)
+
+
+def test_a_recipe_of_many_bits_has_no_scales_to_weight(shard: Shard, calibration: Path) -> None:
+    found = Store.open(shard("most", "--importance", str(calibration), "--recipe", "auto", "--target-bits", "32"))
+    assert found.manifest.label == "bf16"
+    assert not found.manifest.importance
+
+
+def test_the_command_that_makes_a_store_again_names_its_calibration(shard: Shard, calibration: Path) -> None:
+    made = shard("made", "--quant", "q4", "--importance", str(calibration), "--nodes", "2")
+    manifest = Store.open(made).manifest
+    words = shard_command(manifest, made).replace("CALIBRATION", str(calibration)).split()
+    kept = (made / "shard-00002-of-00002.safetensors").read_bytes()
+    (made / "shard-00002-of-00002.safetensors").unlink()
+    execute(["shard", *words[3:], "--quiet"])
+    assert (made / "shard-00002-of-00002.safetensors").read_bytes() == kept
+    assert f"for CALIBRATION the file of {manifest.importance}" in source_note(manifest)
 
 
 @pytest.mark.parametrize(
