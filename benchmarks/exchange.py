@@ -15,10 +15,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
-from dist_moe.engine.startup import open_exchange
+from dist_moe.engine.start.startup import open_exchange
 from dist_moe.parallel.cores import may_spin
 from dist_moe.parallel.exchange import HEADER_WORDS, Exchange
 from dist_moe.parallel.launcher import detect_launcher
@@ -106,7 +107,7 @@ def measure_step_starts(world: World, exchange: Exchange, steps: int) -> Spread:
     return Spread.of(everyone, 1e3)
 
 
-def measure(world: World, arguments: argparse.Namespace) -> dict[str, object]:
+def measure(world: World, arguments: argparse.Namespace) -> dict[str, Any]:
     """All figures by name; collective."""
     spin = may_spin(world, 1, os.environ)
     ours = open_exchange(world, spin, os.environ)
@@ -126,17 +127,17 @@ def measure(world: World, arguments: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def print_table(found: dict[str, object]) -> None:
+def print_table(found: dict[str, Any]) -> None:
     """The figures as text."""
     print(f"{found['ranks']} ranks, {found['cores']} cores, {found['library']}, {found['path']}, spin {found['spin']}")
     print(f"{'':32}{'median':>9}{'p10':>9}{'p90':>9}{'p95':>9}{'worst':>9}{'n':>9}")
     rows = (("ours_us", "exact sum, ours [us]"), ("mpi_us", "MPI_Allreduce [us]"), ("step_start_ms", "step start [ms]"))
     for key, title in rows:
-        spread = Spread(**found[key])  # type: ignore[arg-type]
+        spread = Spread(**found[key])
         figures = (spread.median, spread.p10, spread.p90, spread.p95, spread.largest)
         print(f"{title:32}" + "".join(f"{value:9.2f}" for value in figures) + f"{spread.count:9}")
     if found["idle_percent"]:
-        print(f"{'idle [% of a core, by rank]':32}" + "".join(f"{value:9.2f}" for value in found["idle_percent"]))  # type: ignore[attr-defined]
+        print(f"{'idle [% of a core, by rank]':32}" + "".join(f"{value:9.2f}" for value in found["idle_percent"]))
 
 
 def main() -> None:

@@ -12,31 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+from on_hosts import ARCHITECTURE, call, synthetic_bench
 
-from dist_moe.checkpoint.model_toml import read_model_toml  # noqa: E402
-from dist_moe.parallel.cost import (  # noqa: E402
-    EXCHANGES,
-    ExchangeKind,
-    LinkCosts,
-    WireShape,
-    choose_exchange,
-    exchange_table,
-)
-from helpers.cluster import Cluster  # noqa: E402
+from dist_moe.checkpoint.model_toml import read_model_toml
+from dist_moe.parallel.cost import EXCHANGES, ExchangeKind, LinkCosts, WireShape, choose_exchange, exchange_table
+from helpers.cluster import Cluster
 
-ARCHITECTURE = ROOT / "configs" / "qwen3-30b-a3b.toml"
 LAYERS = 2
 SMALLEST_MARGIN = 0.05
 _PROBE = re.compile(r"between hosts takes ([0-9.]+) us and 1 s per ([0-9.]+) MB")
@@ -125,20 +113,11 @@ def measure(cases: list[Case], stores: Path, wrap: list[str]) -> list[Outcome]:
 
 def bench(stores: Path, tokens: list[int], exchange: str) -> list[str]:
     """The command line of bench for steps of so many tokens."""
-    words = [sys.executable, "-m", "dist_moe", "bench", "--synthetic", str(ARCHITECTURE), "--quant", "q4"]
-    words += ["--layers", str(LAYERS), "--synthetic-dir", str(stores / f"{ARCHITECTURE.stem}-{LAYERS}-q4")]
+    words = synthetic_bench(stores, LAYERS, "q4")
     prefill = [count for count in tokens if count > 1]
     words += ["--prefill", ",".join(map(str, prefill)) or "0", "--prefill-chunk", "256", "--experts", "whole"]
     words += ["--decode", "8" if 1 in tokens else "0", "--depth", "0", "--batch", "1", "--repeat", "3"]
-    return [*words, "--exchange", exchange, "--read-gib", "0.05", "-o", "json"]
-
-
-def call(words: list[str], environment: dict[str, str]) -> tuple[str, str]:
-    """What a command prints, and its errors; it ends this program if it fails."""
-    done = subprocess.run(words, env=os.environ | environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{shlex.join(words)}\n{done.stderr}")
-    return done.stdout, done.stderr
+    return [*words, "--exchange", exchange, "--read-gib", "0.05"]
 
 
 def line(outcome: Outcome) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dist_moe.engine.startup import open_exchange
+from dist_moe.engine.start.startup import open_exchange
 from dist_moe.parallel.cores import may_spin
 from dist_moe.parallel.exchange import Exchange
 from dist_moe.parallel.launcher import detect_launcher
@@ -65,7 +65,7 @@ def ways_of(world: World, spin: bool) -> dict[str, Exchange]:
         ways[name] = open_exchange(world, spin, os.environ)
         hosts = ways[name].hosts
         if hosts is not None:
-            hosts.is_one_phase = lambda count, one_phase=one_phase: one_phase  # type: ignore[method-assign,misc]
+            hosts.one_phase = one_phase
     ways["MPI_Allreduce"] = open_exchange(world, spin, {"DIST_MOE_MPI_SUM": "1"})
     return ways
 

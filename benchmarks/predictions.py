@@ -6,16 +6,14 @@ Each group is one run of bench on a model of random weights, written once into D
 the machine's figures alone (bandwidth of the reading loop, arithmetic of our matmul in the L1 cache and of bare f32)
 and, over several hosts, what `dist-moe plan --net measured` found of the network just before; hosts are network
 namespaces (tests/helpers/cluster.py). Nothing is fitted to a case: what the kernels make of these figures are
-the constants in dist_moe/engine/prediction.py.
+the constants in dist_moe/engine/planning/prediction.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -24,17 +22,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+from on_hosts import ARCHITECTURE, call, synthetic_bench, synthetic_store
 
-from dist_moe.engine.bench_bound import Machine  # noqa: E402
-from dist_moe.engine.prediction import Nodes, Predictor, Split  # noqa: E402
-from dist_moe.kernels import KvFormat  # noqa: E402
-from dist_moe.parallel.cost import PRESET_LINKS, ExchangeKind, LinkCosts  # noqa: E402
-from dist_moe.store.manifest import read_manifest  # noqa: E402
+from dist_moe.engine.measuring.bench_bound import Machine
+from dist_moe.engine.planning.prediction import Nodes, Predictor, Split
+from dist_moe.kernels import KvFormat
+from dist_moe.parallel.cost import PRESET_LINKS, ExchangeKind, LinkCosts
+from dist_moe.store.manifest import read_manifest
 
 CHUNK = 256
-ARCHITECTURE = ROOT / "configs" / "qwen3-30b-a3b.toml"
 Row = dict[str, Any]
 
 
@@ -56,12 +52,11 @@ class Group:
     @property
     def store(self) -> str:
         """The name of its store."""
-        return f"{ARCHITECTURE.stem}-{self.layers}-{self.quant}"
+        return synthetic_store(self.layers, self.quant)
 
     def bench(self, stores: Path) -> list[str]:
         """Its command line."""
-        words = [sys.executable, "-m", "dist_moe", "bench", "--synthetic", str(ARCHITECTURE), "--quant", self.quant]
-        words += ["--layers", str(self.layers), "--synthetic-dir", str(stores / self.store), "-o", "json"]
+        words = synthetic_bench(stores, self.layers, self.quant)
         words += ["--threads", str(self.threads), "--experts", self.experts, "--exchange", self.exchange]
         return [*words, "--read-gib", "1", "--prefill-chunk", str(CHUNK), *self.cases]
 
@@ -112,17 +107,9 @@ def run(group: Group, stores: Path, wrap: Sequence[str]) -> tuple[list[Row], Lin
             each = (group.ranks // group.hosts,) * group.hosts
             start, environment = cluster.mpirun_words(each), cluster.environment()
             probe = [sys.executable, "-m", "dist_moe", "plan", str(ARCHITECTURE), "--net", "measured", "-o", "json"]
-            found = json.loads(call([*wrap, *start, *probe, "--bandwidth", "20", "--memory", "999"], environment))
+            found = json.loads(call([*wrap, *start, *probe, "--bandwidth", "20", "--memory", "999"], environment)[0])
             link = LinkCosts(found["latency_us"] * 1e-6, found["link_gb_s"] * 1e9)
-        return json.loads(call([*wrap, *start, *command], environment)), link
-
-
-def call(words: Sequence[str], environment: dict[str, str] | None) -> str:
-    """What a command prints; it ends this program if it fails."""
-    done = subprocess.run(words, env=os.environ | (environment or {}), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{shlex.join(words)}\n{done.stderr}")
-    return done.stdout
+        return json.loads(call([*wrap, *start, *command], environment)[0]), link
 
 
 def predict(group: Group, row: Row, link: LinkCosts, stores: Path) -> float:

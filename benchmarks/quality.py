@@ -46,7 +46,9 @@ OURS = {
     "q8 mse": "--quant q8 --scales mse",
     "q4 absmax": "--quant q4 --scales absmax",
     "q4 mse": "--quant q4 --scales mse",
+    "q4-mixed mse": "--recipe q4-mixed --scales mse",
 }
+SENSITIVITY_TOKENS = 1024
 PEERS = ("F16", "Q8_0", "Q4_0", "Q4_0 pure", "IQ4_NL", "IQ4_NL pure", "Q4_K_S", "Q4_K_M")
 PARTS_OF_BITS = ("attn_q.", "attn_k.", "attn_v.", "attn_output.", "ffn_gate", "ffn_up", "ffn_down", "output.weight")
 
@@ -100,7 +102,7 @@ class Task:
     def pack(self, name: str, options: str) -> Path:
         """A store of the checkpoint, made with these options of `dist-moe shard`."""
         store = self.work / name.replace(" ", "-")
-        self.run("shard", str(self.checkpoint), *shlex.split(options), "-o", str(store), "--quiet")
+        self.run("shard", str(self.checkpoint), *shlex.split(options), "-o", str(store), "--quiet", "--force")
         return store
 
 
@@ -205,8 +207,11 @@ def recipes_of(arguments: argparse.Namespace, task: Task, reference: Path) -> di
     recipes = dict(OURS if not arguments.ours else [words.split("=", 1) for words in arguments.ours])
     if arguments.calibrate is not None:
         importance = task.work / "importance"
-        task.run("calibrate", str(arguments.calibrate), "-m", str(reference), "-o", str(importance))
+        split = ["--split", task.split] if task.split else []
+        words = [str(arguments.calibrate), *split, "-m", str(reference), "-o", str(importance), "--force"]
+        task.run("calibrate", *words, "--sensitivity", str(SENSITIVITY_TOKENS))
         recipes["q4 mse, importance"] = f"--quant q4 --scales mse --importance {importance}"
+        recipes["q4-mixed mse, importance"] = f"--recipe q4-mixed --scales mse --importance {importance}"
         for bits in arguments.target_bits:
             recipes[f"auto {bits}"] = f"--recipe auto --target-bits {bits} --scales mse --importance {importance}"
     return recipes

@@ -26,12 +26,12 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.engine.placement_report import expected_straggling, placed, unplaced
-from dist_moe.engine.placing import parse_budget, place_model
-from dist_moe.engine.request import Request, SamplingOptions
-from dist_moe.engine.routing_facts import routing_facts
-from dist_moe.engine.routing_profile import ProfileCounter, RoutingProfile
-from dist_moe.engine.routing_record import RoutingBatch, recorded_routing
+from dist_moe.engine.planning.placement_report import expected_straggling, placed, unplaced
+from dist_moe.engine.planning.placing import parse_budget, place_model
+from dist_moe.engine.requests.request import Request, SamplingOptions
+from dist_moe.engine.routing.routing_facts import routing_facts
+from dist_moe.engine.routing.routing_profile import ProfileCounter, RoutingProfile
+from dist_moe.engine.routing.routing_record import RoutingBatch, recorded_routing
 from dist_moe.engine.runtime import EngineOptions, Runtime
 from dist_moe.kernels import WeightFormat
 from dist_moe.parallel.launcher import detect_launcher

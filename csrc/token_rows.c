@@ -3,13 +3,21 @@
 
 #include "context.h"
 
-void dm_mark_tokens(uint8_t *marks_NT, const dm_buffers *buffers, size_t nodes, size_t T) {
-    memset(marks_NT, 0, nodes * T);
+void dm_list_tokens(int32_t *row_NT, int32_t *count_N, const dm_buffers *buffers, size_t nodes, size_t T) {
+    memset(row_NT, 0, nodes * T * sizeof(int32_t));
     for (size_t i = 0; i < buffers->picks->part_count; i++) {
         const dm_part *part = &buffers->picks->parts[i];
-        uint8_t *marks_T = marks_NT + (size_t)part->node * T;
+        int32_t *marks_T = row_NT + (size_t)part->node * T;
         const int32_t *tokens = buffers->token_N + part->first;
         for (int32_t n = 0; n < part->count; n++) marks_T[tokens[n]] = 1;
+    }
+    for (size_t n = 0; n < nodes; n++) { /* marks become a list in their own place: it is never longer */
+        int32_t *row_T = row_NT + n * T;
+        int32_t count = 0;
+        for (size_t t = 0; t < T; t++) {
+            if (row_T[t]) row_T[count++] = (int32_t)t;
+        }
+        count_N[n] = count;
     }
 }
 

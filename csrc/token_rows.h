@@ -7,8 +7,9 @@
 struct dm_buffers;
 struct dm_operand;
 
-/* marks_NT = 1 where a node computes some expert of a token, as the picks of a step say; else 0. */
-void dm_mark_tokens(uint8_t *marks_NT, const struct dm_buffers *buffers, size_t nodes, size_t T);
+/* The tokens of which each node computes some expert, as the picks of a step say: the first count_N of its row_NT,
+ * ascending; what follows them is undefined. */
+void dm_list_tokens(int32_t *row_NT, int32_t *count_N, const struct dm_buffers *buffers, size_t nodes, size_t T);
 
 /* Bytes of these parts of one token's operand: the floats, then all scales and the int8. */
 size_t dm_operand_row_bytes(const struct dm_operand *operand, int parts);

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dist_moe.engine.engine import Engine
-    from dist_moe.engine.pieces import Piece, Result, Usage
-    from dist_moe.engine.request import SamplingOptions
+    from dist_moe.engine.requests.pieces import Piece, Result, Usage
+    from dist_moe.engine.requests.request import SamplingOptions
     from dist_moe.errors import DistMoeError
 
 __all__ = ["DistMoeError", "Engine", "Piece", "Result", "SamplingOptions", "Usage", "__version__"]
@@ -15,10 +15,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Engine": "engine.engine",
-    "Piece": "engine.pieces",
-    "Result": "engine.pieces",
-    "Usage": "engine.pieces",
-    "SamplingOptions": "engine.request",
+    "Piece": "engine.requests.pieces",
+    "Result": "engine.requests.pieces",
+    "Usage": "engine.requests.pieces",
+    "SamplingOptions": "engine.requests.request",
     "DistMoeError": "errors",
 }
 

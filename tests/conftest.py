@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_moe.engine.startup import open_exchange
+from dist_moe.engine.start.startup import open_exchange
 from dist_moe.parallel.cores import may_spin
 from dist_moe.parallel.exchange import Exchange
 from dist_moe.parallel.world import World

@@ -27,23 +27,27 @@
 #define AMX_BLOCK 16
 #define AMX_PASS 64
 
-/* Groups of 32 columns, in the order of the packed matrix, that blocks take turns with; a ring keeps two such strips
- * unpacked. A single block needs its groups no longer than it takes to multiply them. */
-#define STRIP 16
-#define RING (2 * STRIP)
+/* One block of tokens: short strips of four runs, so that memory is read at four places while one computes. Several
+ * blocks take turns with longer strips, which the ring keeps unpacked; arithmetic takes longer than reading then. */
+#define RUNS 4
+#define SHORT_STRIP 4
+#define LONG_STRIP 16
+#define RING (2 * LONG_STRIP)
 #define AHEAD 4
 
-#include "tiles.h"
-#include "walk.h"
+/* How far ahead of the unpacking a run is asked for. */
+#define PREFETCH_AHEAD 1024
 
-/* How far ahead of the unpacking the matrix is asked for, into L2. (512 to 16384 bytes, L1 and L2 tried.) */
-#define PREFETCH_AHEAD 4096
+#include "tiles.h"
+#include "operand.h"
+#include "walk.h"
 
 /* The stage that unpacks; ahead of it the matrix is asked for, scales and all. */
 typedef struct amx_unpacker {
     const uint8_t *vectors, *wanted;
     int8_t *weights;
-    size_t left_in_row, rows_left;
+    size_t left_in_strip, left;
+    amx_walk walk;
 } amx_unpacker;
 
 /* The next place of a ring. Its size is a bit that is not set in the addresses of its first round. */
@@ -51,19 +55,25 @@ DM_INLINE int8_t *next_in_ring(const int8_t *at, size_t ring_bytes) {
     return (int8_t *)(((uintptr_t)at + GROUP_TILE_BYTES) & ~(uintptr_t)ring_bytes);
 }
 
+DM_INLINE void begin_unpack(amx_unpacker *at, const amx_job *job, int format) {
+    const uint8_t *tile = tile_at(&at->walk, job) + job->scale_bytes;
+    at->vectors = tile + at->walk.g * (format == DM_Q4 ? 256 : 512);
+    at->wanted = tile + at->walk.g * job->bytes_per_group + PREFETCH_AHEAD;
+    at->left_in_strip = job->strip;
+}
+
 DM_INLINE void unpack_group(amx_unpacker *at, const amx_job *job, int format) {
     const size_t group_bytes = format == DM_Q4 ? 256 : 512;
-    if (at->wanted < job->end) {
-        for (size_t i = 0; i < group_bytes + 64; i += 64) __builtin_prefetch(at->wanted + i, 0, 2);
-        at->wanted += job->bytes_per_group;
-    }
+    for (size_t i = 0; i < group_bytes + 64; i += 64) __builtin_prefetch(at->wanted + i, 0, 3);
+    at->wanted += job->bytes_per_group;
     if (format == DM_Q4) unpack_group_q4(at->weights, at->vectors);
     if (format == DM_Q8) unpack_group_q8(at->weights, at->vectors);
     at->vectors += group_bytes;
     at->weights = next_in_ring(at->weights, job->ring_bytes);
-    if (--at->left_in_row > 0 || --at->rows_left == 0) return;
-    at->vectors += job->scale_bytes;
-    at->left_in_row = job->groups;
+    at->left--;
+    if (--at->left_in_strip > 0) return;
+    next_strip(&at->walk, job);
+    begin_unpack(at, job, format);
 }
 
 /* 1.5 * 2^23: an integer below 2^22 added to these bits is that number added to this float. */
@@ -94,24 +104,24 @@ DM_INLINE void finish_rows(f32v *sum, float *out_TR, const amx_job *job, size_t 
 
 /* The stage that multiplies tiles. */
 typedef struct amx_multiplier {
-    const int8_t *q, *weights;
-    size_t run;
+    const int8_t *q, *weights, *strip_weights;
+    size_t left_in_strip;
     amx_walk walk;
 } amx_multiplier;
 
 DM_INLINE void begin_multiply(amx_multiplier *at, const amx_job *job) {
-    const amx_walk *walk = &at->walk;
-    at->run = walk->run;
-    at->q = job->block[walk->b].q_GT + walk->g * (AMX_BLOCK * DM_GROUP);
-    at->weights = job->ring + ((walk->tile * job->groups + walk->g) * GROUP_TILE_BYTES & (job->ring_bytes - 1));
+    if (at->walk.block == 0) at->strip_weights = at->weights;
+    at->weights = at->strip_weights;
+    at->q = job->block[at->walk.block].q_GT + at->walk.g * (AMX_BLOCK * DM_GROUP);
+    at->left_in_strip = job->strip;
 }
 
 DM_INLINE void multiply_group(amx_multiplier *at, const amx_job *job, int32_t *before_TR, size_t odd) {
     multiply(before_TR, at->q, at->weights, odd);
     at->q += AMX_BLOCK * DM_GROUP;
     at->weights = next_in_ring(at->weights, job->ring_bytes);
-    if (--at->run > 0) return;
-    next_run(&at->walk, job, at->walk.run);
+    if (--at->left_in_strip > 0) return;
+    next_turn(&at->walk, job);
     begin_multiply(at, job);
 }
 
@@ -119,34 +129,39 @@ DM_INLINE void multiply_group(amx_multiplier *at, const amx_job *job, int32_t *b
 typedef struct amx_adder {
     const float *scale_T;
     const uint16_t *scale_R;
-    size_t run;
+    size_t left_of_scale, left_in_strip;
     amx_walk walk;
 } amx_adder;
 
-/* A run of the walk in parts that have one scale, if that is not one group only. */
-DM_INLINE void begin_add(amx_adder *at, const amx_job *job) {
-    const amx_walk *walk = &at->walk;
-    const size_t of_scale = job->groups_per_scale - walk->g % job->groups_per_scale;
-    at->run = job->groups_per_scale == 1 || walk->run < of_scale ? walk->run : of_scale;
-    at->scale_T = job->block[walk->b].scale_GT + walk->g * AMX_BLOCK;
-    at->scale_R = (const uint16_t *)(job->packed + walk->tile * job->tile_bytes) + walk->g / job->groups_per_scale * 16;
+/* The part of a strip's rest that has one scale, if that is not one group only. */
+DM_INLINE void begin_scale(amx_adder *at, const amx_job *job) {
+    const size_t g = at->walk.g + job->strip - at->left_in_strip;
+    const size_t of_scale = job->groups_per_scale - g % job->groups_per_scale;
+    at->left_of_scale = job->groups_per_scale == 1 || at->left_in_strip < of_scale ? at->left_in_strip : of_scale;
+    at->left_in_strip -= at->left_of_scale;
+    at->scale_R = (const uint16_t *)tile_at(&at->walk, job) + g / job->groups_per_scale * 16;
 }
 
-/* Takes on the next scale, stores finished rows, changes blocks. */
-DM_INLINE void end_add_run(f32v *sum, amx_adder *at, const amx_job *job, size_t width) {
-    const size_t b = at->walk.b, added = (size_t)(at->scale_T - job->block[b].scale_GT) / AMX_BLOCK - at->walk.g;
-    if (added < at->walk.run) {
-        at->walk.g += added;
-        at->walk.run -= added;
-        begin_add(at, job);
+DM_INLINE void begin_add(amx_adder *at, const amx_job *job) {
+    at->scale_T = job->block[at->walk.block].scale_GT + at->walk.g * AMX_BLOCK;
+    at->left_in_strip = job->strip;
+    begin_scale(at, job);
+}
+
+/* Takes on the next scale; at a strip's end stores finished rows, and the next run or block has its turn. */
+DM_INLINE void end_add(f32v *sum, amx_adder *at, const amx_job *job, size_t width) {
+    if (at->left_in_strip > 0) {
+        begin_scale(at, job);
         return;
     }
-    if (at->walk.g + added == job->groups) finish_rows(sum, job->block[b].out_TR, job, at->walk.tile * 16, width);
-    next_run(&at->walk, job, added);
+    const amx_walk done = at->walk;
+    const size_t row = (done.run * job->run_tiles + done.tile) * 16;
+    if (done.g + job->strip == job->groups) finish_rows(sum, job->block[done.block].out_TR, job, row, width);
+    next_turn(&at->walk, job);
     begin_add(at, job);
-    if (at->walk.b == b) return;
-    float *to_TR = job->block[b].sum_TR;
-    const float *from_TR = job->block[at->walk.b].sum_TR;
+    if (job->strip == job->groups || job->runs * job->blocks == 1) return;
+    float *to_TR = job->sum_TR[turn_of(&done, job)];
+    const float *from_TR = job->sum_TR[turn_of(&at->walk, job)];
 #pragma GCC unroll 16
     for (size_t i = 0; i < width; i++) {
         store_f32(to_TR + 16 * i, sum[i]);
@@ -158,7 +173,7 @@ DM_INLINE void add_group(f32v *sum, amx_adder *at, const amx_job *job, const int
     add_dots(sum, plain_address(dots_TR), at->scale_T, widen_f16(at->scale_R), width);
     at->scale_T += AMX_BLOCK;
     at->scale_R += job->scale_step;
-    if (--at->run == 0) end_add_run(sum, at, job, width);
+    if (--at->left_of_scale == 0) end_add(sum, at, job, width);
 }
 
 /* What happens side by side: a group is unpacked `ahead` groups before it is multiplied, its dot products are stored
@@ -173,7 +188,7 @@ typedef int32_t amx_dots[AMX_BLOCK * 16];
 
 DM_INLINE void full_step(f32v *sum, amx_dots *dots, amx_stages *stages, const amx_job *job, size_t odd, size_t width,
                          int format) {
-    if (stages->unpacker.left_in_row > 0 && stages->multiplier.walk.b == job->last_block) {
+    if (stages->unpacker.left > 0 && stages->multiplier.walk.block == job->blocks - 1) {
         unpack_group(&stages->unpacker, job, format);
     }
     compiler_barrier();
@@ -185,24 +200,18 @@ DM_INLINE void full_step(f32v *sum, amx_dots *dots, amx_stages *stages, const am
 /* The whole matrix against all blocks. */
 DM_INLINE void amx_rows(const amx_job *job, size_t width, int format) {
     amx_dots dots[2] __attribute__((aligned(64)));
-    amx_stages stages = {.unpacker = {.vectors = job->packed + job->scale_bytes,
-                                      .wanted = job->packed + PREFETCH_AHEAD,
-                                      .weights = job->ring,
-                                      .left_in_row = job->groups,
-                                      .rows_left = dm_divide_up(job->rows, 16)}};
+    amx_stages stages = {.unpacker = {.weights = job->ring, .left = job->total}, .multiplier = {.weights = job->ring}};
     f32v sum[AMX_BLOCK];
-    begin_strip(&stages.multiplier.walk, job);
-    stages.adder.walk = stages.multiplier.walk;
+    begin_unpack(&stages.unpacker, job, format);
     begin_multiply(&stages.multiplier, job);
     begin_add(&stages.adder, job);
 #pragma GCC unroll 16
     for (size_t i = 0; i < width; i++) sum[i] = (f32v){0};
-    for (size_t i = 0; i < job->ahead && stages.unpacker.left_in_row > 0; i++) {
-        unpack_group(&stages.unpacker, job, format);
-    }
+    for (size_t i = 0; i < job->ahead && stages.unpacker.left > 0; i++) unpack_group(&stages.unpacker, job, format);
     compiler_barrier();
     multiply_group(&stages.multiplier, job, NULL, 0);
-    size_t left = job->steps - 1;
+    const size_t steps = job->total * job->blocks;
+    size_t left = steps - 1;
     if (left > 0) {
         multiply_group(&stages.multiplier, job, dots[0], 1);
         left--;
@@ -212,10 +221,10 @@ DM_INLINE void amx_rows(const amx_job *job, size_t width, int format) {
         }
         if (left > 0) full_step(sum, dots, &stages, job, 0, width, format);
     }
-    const size_t odd = job->steps % 2;
+    const size_t odd = steps % 2;
     store_last(dots[1 - odd], odd);
     compiler_barrier();
-    if (job->steps > 1) add_group(sum, &stages.adder, job, dots[odd], width);
+    if (steps > 1) add_group(sum, &stages.adder, job, dots[odd], width);
     add_group(sum, &stages.adder, job, dots[1 - odd], width);
 }
 
@@ -237,72 +246,62 @@ DM_INLINE void run_any(const amx_job *job, int format) {
 static void run_q4(const amx_job *job) { run_any(job, DM_Q4); }
 static void run_q8(const amx_job *job) { run_any(job, DM_Q8); }
 
-/* `tokens` tokens from t on, in the order of use. */
-DM_INLINE void copy_operand(int8_t *q_GT, const dm_rows *x, size_t t, size_t tokens, size_t groups) {
-    for (size_t i = 0; i < tokens; i++) {
-        const int8_t *q = x->q + (t + i) * x->q_stride;
-        for (size_t g = 0; g < groups; g++) {
-            __builtin_memcpy(q_GT + (g * AMX_BLOCK + i) * DM_GROUP, q + g * DM_GROUP, DM_GROUP);
-        }
-    }
-}
-
-/* The scales of `tokens` tokens from t on, transposed. */
-DM_INLINE void gather_scales(float *scale_GT, const dm_rows *x, size_t t, size_t tokens, size_t groups) {
-    const __mmask16 present = (__mmask16)((1u << tokens) - 1);
-    const __m512i numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i places = _mm512_mullo_epi32(numbers, _mm512_set1_epi32((int)x->group_stride));
-    const float *scale = x->scale + t * x->group_stride;
-    for (size_t g = 0; g < groups; g++) {
-        _mm512_store_ps(scale_GT + g * AMX_BLOCK,
-                        _mm512_mask_i32gather_ps(_mm512_setzero_ps(), present, places, scale + g, 4));
+/* All runs of so many tiles each, from out_TR's first row on. */
+static void run_tiles(const amx_block *block, amx_job *job, const uint8_t *packed, size_t run_count, size_t tiles,
+                      int format) {
+    job->block = block;
+    job->packed = packed;
+    job->runs = run_count;
+    job->run_tiles = tiles;
+    job->total = run_count * tiles * job->groups;
+    __builtin_memset(job->sum_TR, 0, run_count * job->blocks * sizeof *job->sum_TR);
+    if (format == DM_Q4) {
+        run_q4(job);
+    } else {
+        run_q8(job);
     }
 }
 
 /* At most AMX_PASS tokens in blocks of one size; the last may begin inside the one before it. */
 static void amx_pass(float *out_TR, const uint8_t *packed, const dm_rows *x, size_t T, size_t rows, size_t out_stride,
                      size_t group, int format, void *scratch) {
-    const size_t groups = dm_divide_up(x->columns, DM_GROUP);
+    const size_t groups = dm_divide_up(x->columns, DM_GROUP), tiles = dm_divide_up(rows, 16);
     const size_t blocks = dm_divide_up(T, AMX_BLOCK), tokens = dm_divide_up(T, blocks);
-    float sum_TR[AMX_PASS / AMX_BLOCK][AMX_BLOCK * 16] __attribute__((aligned(64)));
+    const size_t runs = blocks == 1 && tiles >= RUNS ? RUNS : 1, run = tiles / runs;
+    const size_t strip = strip_of(groups, blocks > 1 ? LONG_STRIP : runs > 1 ? SHORT_STRIP : groups);
+    const size_t tile_bytes = dm_tile_bytes(format, x->columns, group);
+    amx_sums sum_TR[RUNS > AMX_PASS / AMX_BLOCK ? RUNS : AMX_PASS / AMX_BLOCK] __attribute__((aligned(64)));
     int8_t space[3 * RING * GROUP_TILE_BYTES];
-    int8_t *ring = (int8_t *)dm_round_up((uintptr_t)space, 2 * RING * GROUP_TILE_BYTES);
-    amx_block block[AMX_PASS / AMX_BLOCK];
-    const size_t total = dm_divide_up(rows, 16) * groups;
-    const amx_job job = {.block = block,
-                         .packed = packed,
-                         .ring = ring,
-                         .blocks = blocks,
-                         .last_block = blocks - 1,
-                         .tokens = tokens,
-                         .groups = groups,
-                         .total = total,
-                         .steps = total * blocks,
-                         .strip = blocks == 1 ? total : STRIP,
-                         .ring_bytes = (blocks == 1 ? 2 * AHEAD : RING) * GROUP_TILE_BYTES,
-                         .ahead = blocks == 1 ? AHEAD : STRIP,
-                         .groups_per_scale = group == 0 ? groups : group / DM_GROUP,
-                         .scale_step = group == DM_GROUP ? 16 : 0,
-                         .bytes_per_group = dm_tile_bytes(format, x->columns, group) / groups,
-                         .scale_bytes = dm_scale_bytes(x->columns, group),
-                         .tile_bytes = dm_tile_bytes(format, x->columns, group),
-                         .end = packed + dm_divide_up(rows, 16) * dm_tile_bytes(format, x->columns, group),
-                         .rows = rows,
-                         .out_stride = out_stride};
+    amx_block block[AMX_PASS / AMX_BLOCK], rest[AMX_PASS / AMX_BLOCK];
+    amx_job job = {.sum_TR = sum_TR,
+                   .ring = (int8_t *)dm_round_up((uintptr_t)space, 2 * RING * GROUP_TILE_BYTES),
+                   .blocks = blocks,
+                   .tokens = tokens,
+                   .groups = groups,
+                   .strip = strip,
+                   .ring_bytes = (blocks == 1 ? 2 * AHEAD : RING) * GROUP_TILE_BYTES,
+                   .ahead = blocks == 1 ? AHEAD : strip + 2,
+                   .groups_per_scale = group == 0 ? groups : group / DM_GROUP,
+                   .scale_step = group == DM_GROUP ? 16 : 0,
+                   .bytes_per_group = tile_bytes / groups,
+                   .scale_bytes = dm_scale_bytes(x->columns, group),
+                   .tile_bytes = tile_bytes,
+                   .rows = rows,
+                   .out_stride = out_stride};
     for (size_t b = 0; b < blocks; b++) {
         const size_t first = (b + 1) * tokens <= T ? b * tokens : T - tokens;
         float *scale_GT = (float *)scratch + b * groups * AMX_BLOCK;
         int8_t *q_GT = (int8_t *)scratch + (blocks * sizeof(float) + b * DM_GROUP) * groups * AMX_BLOCK;
         gather_scales(scale_GT, x, first, tokens, groups);
         copy_operand(q_GT, x, first, tokens, groups);
-        block[b] = (amx_block){out_TR + first * out_stride, q_GT, scale_GT, sum_TR[b]};
-        __builtin_memset(sum_TR[b], 0, sizeof sum_TR[b]);
+        block[b] = rest[b] = (amx_block){out_TR + first * out_stride, q_GT, scale_GT};
+        rest[b].out_TR += runs * run * 16;
     }
     configure_for(tokens);
-    if (format == DM_Q4) {
-        run_q4(&job);
-    } else {
-        run_q8(&job);
+    run_tiles(block, &job, packed, runs, run, format);
+    if (runs * run < tiles) {
+        job.rows -= runs * run * 16;
+        run_tiles(rest, &job, packed + runs * run * tile_bytes, 1, tiles - runs * run, format);
     }
     _tile_release();
 }

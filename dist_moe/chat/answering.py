@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from dist_moe.chat.protocol import Done, Generate, Note, Piece, Refused
 from dist_moe.engine.engine import Engine
-from dist_moe.engine.request import SamplingOptions
+from dist_moe.engine.requests.request import SamplingOptions
 from dist_moe.errors import UsageError
 from dist_moe.text.answer import AnswerStream, Delta
 from dist_moe.text.chat import ChatFormat, ChatPrompt, Thinking

@@ -13,7 +13,7 @@ from dist_moe.chat.conversation import Conversation, load_conversation, to_wire
 from dist_moe.chat.display import Display
 from dist_moe.chat.protocol import Done, Generate, Note, Piece, Ready, Refused
 from dist_moe.chat.reader import Reader
-from dist_moe.engine.settings import LARGEST_SEED
+from dist_moe.engine.start.settings import LARGEST_SEED
 from dist_moe.errors import UsageError
 from dist_moe.text.messages import Message, ToolCall, parse_messages
 from dist_moe.text.tools import Tool, read_tools

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from dist_moe.checkpoint.gguf_file import BLOCK, BLOCK_BYTES, RECOPY, block_of, 
 from dist_moe.checkpoint.gguf_names import EMBEDDING, EXPERTS, LM_HEAD, gguf_locations
 from dist_moe.checkpoint.gguf_parts import GgufParts
 from dist_moe.checkpoint.gguf_text import text_files
-from dist_moe.checkpoint.names import require_counts
+from dist_moe.checkpoint.names import kind_of_most, require_counts
 from dist_moe.checkpoint.reader import SAMPLE_BYTES, SAMPLES
 from dist_moe.checkpoint.source import F32, Array, Blocks
 from dist_moe.errors import CheckpointError
@@ -62,13 +61,7 @@ class GgufCheckpoint:
 
     def preferred_dtype(self) -> str | None:
         """The dtype of most of the matrices' weights: who made the file chose it."""
-        apart = ("embedding", "router")  # of these a store keeps every value anyway
-        places = {place.tensor: place for name, place in self._locations.items() if not name.endswith(apart)}
-        weights = Counter[str]()
-        for tensor, place in places.items():
-            if len(place.tensor_shape) > 1:
-                weights[self._file.tensors[tensor].type.lower()] += math.prod(place.tensor_shape)
-        return weights.most_common(1)[0][0]
+        return kind_of_most(self._locations, lambda tensor: self._file.tensors[tensor].type.lower())
 
     def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> F32:
         """A fresh C-contiguous f32 copy of a slice of a logical matrix or vector, every value exact."""

@@ -5,7 +5,9 @@ D model dim, H query heads, G kv heads, P head dim, E experts, F expert hidden u
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 
 from dist_moe.errors import CheckpointError
@@ -103,3 +105,18 @@ def mlp(config: ModelConfig, layer: int, source: str, present: Container[str]) -
     for expert in range(experts):
         for name, shape in shapes.items():
             yield f"experts.{expert}.{name}", Location(f"{source}mlp.experts.{expert}.{name}_proj.weight", shape)
+
+
+def kind_of_most(locations: Mapping[str, Location], kind_of: Callable[[str], str]) -> str:
+    """The kind that most weights of the matrices have, but for those of which a store keeps every value anyway.
+
+    Args:
+        locations: By logical name, where it lies.
+        kind_of: A tensor's kind.
+    """
+    places = {place.tensor: place for name, place in locations.items() if not name.endswith(("embedding", "router"))}
+    weights = Counter[str]()
+    for tensor, place in places.items():
+        if len(place.tensor_shape) > 1:
+            weights[kind_of(tensor)] += math.prod(place.tensor_shape)
+    return weights.most_common(1)[0][0]

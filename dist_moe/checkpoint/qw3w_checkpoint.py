@@ -1,11 +1,9 @@
-"""A QW3W file with the config.json beside it as a ModelConfig and named matrices, each value as moe.cc meant it."""
+"""A QW3W file or directory with its config.json as a ModelConfig and named matrices, each value as moe.cc meant it."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +11,8 @@ import numpy as np
 
 from dist_moe import files
 from dist_moe.checkpoint.hf_config import read_hf_config
-from dist_moe.checkpoint.names import GATE_UP, Location, locations, require_counts
+from dist_moe.checkpoint.names import GATE_UP, Location, kind_of_most, locations, require_counts
+from dist_moe.checkpoint.qw3w_directory import Qw3wDirectory
 from dist_moe.checkpoint.qw3w_file import RECOPY, DamagedError, Qw3wFile
 from dist_moe.checkpoint.qw3w_matrix import ALL, Matrix, matrices
 from dist_moe.checkpoint.reader import (
@@ -42,19 +41,21 @@ class Qw3wCheckpoint:
     """
 
     def __init__(self, path: Path) -> None:
-        """Map and check the file; weights are not read."""
+        """Check the file, or a directory of files; weights are not read."""
         self.path = path
-        self._file = Qw3wFile(path)
+        is_directory = files.is_directory(path)
+        self._directory = path if is_directory else path.parent
+        self._file = Qw3wDirectory(path) if is_directory else Qw3wFile(path)
         try:
             self._tensors = matrices(self._file.records)
         except DamagedError as error:
             raise CheckpointError(f"{path}: expected a QW3W file, but it is damaged: {error}; {RECOPY}") from None
-        if not files.is_file(path.parent / CONFIG):
+        if not files.is_file(self._directory / CONFIG):
             raise CheckpointError(
                 f"{path}: a QW3W file holds weights alone, and there is no {CONFIG} beside it: copy {CONFIG} and "
-                f"tokenizer.json of the model's Hugging Face directory to {path.parent}"
+                f"tokenizer.json of the model's Hugging Face directory to {self._directory}"
             )
-        self.config = read_hf_config(path.parent)
+        self.config = read_hf_config(self._directory)
         if self.config.tied_embeddings and not self._is_tied():
             # As for a Hugging Face directory: a file that holds another lm_head means it.
             self.config = dataclasses.replace(self.config, tied_embeddings=False)
@@ -79,13 +80,7 @@ class Qw3wCheckpoint:
 
     def preferred_dtype(self) -> str | None:
         """The kind of most of the matrices' weights; None if they are not quantized."""
-        apart = ("embedding", "router")  # of these a store keeps every value anyway
-        places = {place.tensor: place for name, place in self._locations.items() if not name.endswith(apart)}
-        weights = Counter[str]()
-        for tensor, place in places.items():
-            if len(place.tensor_shape) > 1:
-                weights[self._tensors[tensor].kind] += math.prod(place.tensor_shape)
-        kind = weights.most_common(1)[0][0]
+        kind = kind_of_most(self._locations, lambda tensor: self._tensors[tensor].kind)
         return kind if kind.startswith("qw3w_") else None
 
     def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> F32:
@@ -106,11 +101,11 @@ class Qw3wCheckpoint:
 
     def text_files(self) -> Mapping[str, bytes]:
         """The small files of its directory, as `Checkpoint.text_files`."""
-        return directory_texts(self.path.parent)
+        return directory_texts(self._directory)
 
     def fingerprint(self) -> str:
         """A SHA-256 (hex) of config.json, the file's names, shapes and size, and 16 pages of it."""
-        digest = hashlib.sha256(files.read_bytes(self.path.parent / CONFIG))
+        digest = hashlib.sha256(files.read_bytes(self._directory / CONFIG))
         digest.update(f"\nqw3w {self._file.file_bytes} {self._file.fingerprint(SAMPLES, SAMPLE_BYTES)}".encode())
         return digest.hexdigest()
 

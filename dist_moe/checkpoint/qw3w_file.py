@@ -40,12 +40,32 @@ class DamagedError(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """One array of a file: an index into `DTYPES`, its shape as stored, its mapped data, and v2's group size."""
+    """One array of a file.
+
+    Attributes:
+        dtype: An index into `DTYPES`.
+        shape: As stored.
+        group_size: As v2 says it; None in v1, which does not tell.
+        file: Where it lies.
+        first_byte: Of its data there.
+    """
 
     dtype: int
     shape: tuple[int, ...]
-    data: Array  # of `shape`, read-only, aligned to nothing
-    group_size: int | None  # None in v1, which does not tell
+    group_size: int | None
+    file: Qw3wFile
+    first_byte: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+
+    @property
+    def data(self) -> Array:
+        """Its mapped data, of `shape`, read-only, aligned to nothing."""
+        count = math.prod(self.shape)
+        return np.frombuffer(self.file.mapped(), DTYPES[self.dtype], count, self.first_byte).reshape(self.shape)
 
 
 class Qw3wFile:
@@ -53,91 +73,114 @@ class Qw3wFile:
 
     Attributes:
         version: 1 or 2.
+        file_bytes: The size of the file in bytes.
         records: Everything in the file, by name.
 
     Raises:
         CheckpointError: The file is truncated, damaged, or of another version.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Map the file and find its records."""
+    def __init__(self, path: Path, *, keep_mapped: bool = True) -> None:
+        """Map the file and find its records.
+
+        Args:
+            path: The file.
+            keep_mapped: A mapping takes a file descriptor; without it, data is mapped anew whenever it is read.
+        """
         self.path = path
+        self._kept: mmap.mmap | None = None
         try:
             with path.open("rb") as stream:
                 start = stream.read(START_BYTES)
-                self.version = version_of(start)
-                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            self.version = version_of(start)
+            kept = self._kept = self.mapped()
+            self.file_bytes = len(kept)
             self._digest = hashlib.sha256(start)
-            self.records = self._find_records()
+            self.records = self._find_records(kept)
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+            raise _unreadable(path, error) from error
         except DamagedError as error:
             raise CheckpointError(f"{path}: expected a QW3W file, but it is damaged: {error}; {RECOPY}") from None
+        if not keep_mapped:
+            self._kept = None
 
-    @property
-    def file_bytes(self) -> int:
-        """The size of the file in bytes."""
-        return len(self._map)
+    def mapped(self) -> mmap.mmap:
+        """The mapped file; CheckpointError if it cannot be read any more, or has become shorter."""
+        if self._kept is not None:
+            return self._kept
+        try:
+            with self.path.open("rb") as stream:
+                return mmap.mmap(stream.fileno(), getattr(self, "file_bytes", 0), access=mmap.ACCESS_READ)
+        except ValueError:
+            raise CheckpointError(f"{self.path}: is shorter than it was when it was opened; {RECOPY}") from None
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
 
     def fingerprint(self, samples: int, sample_bytes: int) -> str:
         """A SHA-256 (hex) of what describes the records and of that many pieces of the file."""
-        digest = self._digest.copy()
+        digest, data = self._digest.copy(), self.mapped()
         for sample in range(samples):
-            first = max(0, (self.file_bytes - sample_bytes) * sample // (samples - 1))
-            digest.update(self._map[first : first + sample_bytes])
+            first = max(0, (self.file_bytes - sample_bytes) * sample // max(1, samples - 1))
+            digest.update(data[first : first + sample_bytes])
         return digest.hexdigest()
 
-    def _find_records(self) -> dict[str, Record]:
+    def _find_records(self, data: mmap.mmap) -> dict[str, Record]:
         records: dict[str, Record] = {}
         position = START_BYTES
-        while position < len(self._map):
+        while position < len(data):
             if len(records) == MOST_RECORDS:
                 raise DamagedError(f"it has more than {MOST_RECORDS} tensors")
-            name, record, position = self._record(position)
+            name, record, position = self._record(data, position)
             if name in records:
                 raise DamagedError(f"it has {name} twice")
             records[name] = record
             self._digest.update(f"\n{name} {record.dtype} {record.shape} {record.group_size}".encode())
         return records
 
-    def _record(self, position: int) -> tuple[str, Record, int]:
+    def _record(self, data: mmap.mmap, position: int) -> tuple[str, Record, int]:
         """One record and where the next one begins."""
         first = position
-        (name_bytes,), position = self._numbers(position, 1)
+        (name_bytes,), position = _numbers(data, position, 1)
         if not 0 < name_bytes <= MOST_NAME_BYTES:
             raise DamagedError(f"at byte {first} a name of {name_bytes} bytes begins")
-        text, position = self._bytes(position, name_bytes)
+        text, position = _bytes(data, position, name_bytes)
         try:
             name = text.decode()
         except UnicodeDecodeError:
             raise DamagedError(f"the name at byte {first} is no UTF-8 text") from None
         if not name.isprintable():
             raise DamagedError(f"the name at byte {first} is {name[:40]!r}")
-        (dtype, dimensions), position = self._numbers(position, 2)
+        (dtype, dimensions), position = _numbers(data, position, 2)
         if dtype >= len(DTYPES) or not 0 < dimensions <= MOST_DIMENSIONS:
             raise DamagedError(f"{name} has dtype {dtype} and {dimensions} dimensions")
-        shape, position = self._numbers(position, dimensions)
+        shape, position = _numbers(data, position, dimensions)
         if 0 in shape:
             raise DamagedError(f"{name} has shape {list(shape)}")
         count, kind = math.prod(shape), np.dtype(DTYPES[dtype])
         end = position + count * kind.itemsize
-        if end > len(self._map):
-            raise DamagedError(f"{name} ends at byte {end}, but the file has {len(self._map)} bytes (truncated?)")
-        data = np.frombuffer(self._map, kind, count, position).reshape(shape)
+        if end > len(data):
+            raise DamagedError(f"{name} ends at byte {end}, but the file has {len(data)} bytes (truncated?)")
         if self.version == 1:
-            return name, Record(dtype, shape, data, None), end
-        (group_size,), position = self._numbers(end, 1)
-        return name, Record(dtype, shape, data, group_size), position
+            return name, Record(dtype, shape, None, self, position), end
+        first_byte = position
+        (group_size,), position = _numbers(data, end, 1)
+        return name, Record(dtype, shape, group_size, self, first_byte), position
 
-    def _numbers(self, position: int, count: int) -> tuple[tuple[int, ...], int]:
-        raw, end = self._bytes(position, 4 * count)
-        return struct.unpack(f"<{count}I", raw), end
 
-    def _bytes(self, position: int, count: int) -> tuple[bytes, int]:
-        end = position + count
-        if end > len(self._map):
-            raise DamagedError(f"something ends at byte {end}, but the file has {len(self._map)} bytes (truncated?)")
-        return self._map[position:end], end
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions")
+
+
+def _numbers(data: mmap.mmap, position: int, count: int) -> tuple[tuple[int, ...], int]:
+    raw, end = _bytes(data, position, 4 * count)
+    return struct.unpack(f"<{count}I", raw), end
+
+
+def _bytes(data: mmap.mmap, position: int, count: int) -> tuple[bytes, int]:
+    end = position + count
+    if end > len(data):
+        raise DamagedError(f"something ends at byte {end}, but the file has {len(data)} bytes (truncated?)")
+    return data[position:end], end
 
 
 def version_of(start: bytes) -> int:

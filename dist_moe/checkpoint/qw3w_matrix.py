@@ -43,7 +43,7 @@ class Matrix:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all that belongs to it."""
-        return sum(part.data.nbytes for part in (self.values, self.scales, self.zero_points) if part is not None)
+        return sum(part.nbytes for part in (self.values, self.scales, self.zero_points) if part is not None)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether it can have this shape: of 4-bit codes only the number of bytes per row is known."""
@@ -64,7 +64,7 @@ class Matrix:
         """
         assert self.scales is not None
         rows, columns = shape
-        count, told = len(self.scales.data), self.group_size
+        count, told = self.scales.shape[0], self.group_size
         if told:
             group, expected = told, -(-rows * columns // told)
         else:
@@ -73,8 +73,8 @@ class Matrix:
         if count != expected:
             size = f"in groups of {told}" if told else "with a scale per row" if told == 0 else "in any groups"
             raise DamagedError(f"has {count} scales for {rows} x {columns} weights {size}")
-        if self.zero_points is not None and len(self.zero_points.data) != count:
-            raise DamagedError(f"has {count} scales, but {len(self.zero_points.data)} zero points")
+        if self.zero_points is not None and self.zero_points.shape[0] != count:
+            raise DamagedError(f"has {count} scales, but {self.zero_points.shape[0]} zero points")
         return group
 
     def read(self, shape: tuple[int, ...], rows: slice, columns: slice) -> Floats:

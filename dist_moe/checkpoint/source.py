@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_moe import files
+from dist_moe.checkpoint.qw3w_directory import is_qw3w_directory
 from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.errors import CheckpointError, EnvironmentMismatch
 from dist_moe.model_config import ModelConfig
@@ -70,14 +71,14 @@ class MappedSource(Protocol):
 
 
 def file_format(path: Path) -> str | None:
-    """The format of a model in one file, "GGUF" or "QW3W", by its first bytes; None if it is none.
+    """The format of a model's own file, "GGUF" or "QW3W" (or its directory of such), by the first bytes; else None.
 
     Raises:
         UsageError: The system does not say what stands there.
         CheckpointError: The file cannot be read.
     """
     if not files.is_file(path):
-        return None
+        return "QW3W" if is_qw3w_directory(path) else None
     try:
         with path.open("rb") as stream:
             return MAGICS.get(stream.read(4))
@@ -86,7 +87,7 @@ def file_format(path: Path) -> str | None:
 
 
 def open_source(path: Path) -> Source:
-    """Open a Hugging Face directory, a GGUF file or a QW3W file, told apart by what they hold.
+    """Open a Hugging Face directory, a GGUF file, or a QW3W file or directory, told apart by what they hold.
 
     Raises:
         CheckpointError: It is none of them, damaged, or not supported.

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from dist_moe.engine.bench import FIRST_PROMPT_TOKENS, BenchPlan, BenchReport, Limits, Timing
-from dist_moe.engine.bench_machine import ReadSpeed
+from dist_moe.engine.measuring.bench_machine import ReadSpeed
 from dist_moe.engine.runtime import Runtime
 
 Row = dict[str, Any]

@@ -24,6 +24,7 @@ from dist_moe.cli.values import PathName, Whole
 from dist_moe.engine.calibrating import calibrate as sum_over_texts
 from dist_moe.engine.calibrating import measure_sensitivity
 from dist_moe.engine.runtime import Runtime
+from dist_moe.engine.text_windows import pieces_of
 from dist_moe.errors import UsageError
 from dist_moe.parallel.launcher import detect_launcher
 from dist_moe.store.calibration import Calibration
@@ -91,7 +92,7 @@ def make_task(options: CalibrateOptions, setting: Setting) -> CalibrateTask:
         documents = documents_of(Path(name), options.split, tokenizer)
         if not documents:
             raise UsageError(f"{name}: holds no text: give a file of what the model will read")
-        pieces += [ids[first : first + window] for ids in documents for first in range(0, len(ids), window)]
+        pieces += [piece for ids in documents for piece in pieces_of(ids, window)]
     texts = [Path(name).name for name in options.texts]
     return CalibrateTask(pieces, texts, max(map(len, pieces)), options.sensitivity, output, setting.interrupted)
 

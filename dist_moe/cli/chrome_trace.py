@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_moe.engine.timeline import Span, Timeline
+from dist_moe.engine.watch.timeline import Span, Timeline
 from dist_moe.files import NewFile
 
 _THREAD = 0

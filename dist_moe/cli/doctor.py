@@ -13,8 +13,8 @@ import click
 from dist_moe.parallel.launcher import detect_launcher
 
 if TYPE_CHECKING:
-    from dist_moe.engine.doctor import Report
-    from dist_moe.engine.host_facts import StoreFacts
+    from dist_moe.engine.examination.doctor import Report
+    from dist_moe.engine.examination.host_facts import StoreFacts
 
 
 @click.command("doctor")
@@ -39,7 +39,7 @@ def doctor(context: click.Context, model: Path | None, hostfile: Path | None, cl
 
     Alone it looks at this machine; under mpirun at every host of the job.
     """
-    from dist_moe.engine.doctor import examine
+    from dist_moe.engine.examination.doctor import examine
     from dist_moe.parallel.hostfile import read_hostfile
     from dist_moe.store.models import cache_directory
 
@@ -57,7 +57,7 @@ def doctor(context: click.Context, model: Path | None, hostfile: Path | None, cl
 def _look_at(path: Path) -> StoreFacts:
     """A store, or the one that was packed of a model, as it is; else how large the model's store will be."""
     from dist_moe.checkpoint.source import open_source
-    from dist_moe.engine.host_facts import StoreFacts, look_at_store
+    from dist_moe.engine.examination.host_facts import StoreFacts, look_at_store
     from dist_moe.errors import DistMoeError
     from dist_moe.store.carry import default_format
     from dist_moe.store.layout import weight_files, weight_layout
@@ -81,7 +81,7 @@ def _look_at(path: Path) -> StoreFacts:
 
 
 def _as_text(report: Report) -> Iterator[str]:
-    from dist_moe.engine.findings import count
+    from dist_moe.engine.examination.findings import count
 
     first = report.ranks[0]
     ranks, hosts = len(report.ranks), list(dict.fromkeys(facts.host for facts in report.ranks))
@@ -102,8 +102,8 @@ def _as_text(report: Report) -> Iterator[str]:
 
 
 def _host_lines(report: Report, host: str) -> Iterator[str]:
-    from dist_moe.engine.findings import count
-    from dist_moe.engine.record import show_bytes
+    from dist_moe.engine.examination.findings import count
+    from dist_moe.engine.start.record import show_bytes
     from dist_moe.parallel.cores import describe_cores
 
     here = [pair for pair in zip(report.ranks, report.shares, strict=True) if pair[0].host == host]

@@ -16,11 +16,11 @@ from dist_moe.cli.reading import ReadingProgress
 from dist_moe.cli.shard_progress import ShardProgress
 from dist_moe.cli.threads_file import read_threads_file
 from dist_moe.engine.engine import Engine
-from dist_moe.engine.job import Job, fields_of_leader
 from dist_moe.engine.opening import Shows
-from dist_moe.engine.questions import TextSide
+from dist_moe.engine.requests.questions import TextSide
 from dist_moe.engine.runtime import Runtime
-from dist_moe.engine.settings import Settings
+from dist_moe.engine.start.job import Job, fields_of_leader
+from dist_moe.engine.start.settings import Settings
 from dist_moe.errors import DistMoeError, Interrupted
 from dist_moe.kernels import KvFormat
 from dist_moe.model_config import ModelConfig

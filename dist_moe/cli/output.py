@@ -11,8 +11,8 @@ from dist_moe.cli.options import RunOptions
 from dist_moe.cli.prompt import Prompt
 from dist_moe.cli.summary import as_json, ending, summary_lines
 from dist_moe.cli.token_lines import token_line
-from dist_moe.engine.pieces import Piece, Result
-from dist_moe.engine.statistics import EngineStatistics
+from dist_moe.engine.requests.pieces import Piece, Result
+from dist_moe.engine.watch.statistics import EngineStatistics
 from dist_moe.errors import UsageError
 from dist_moe.text.tokenizer import Tokenizer
 

@@ -35,8 +35,8 @@ from dist_moe.engine.perplexity import (
     compare,
     compare_rows,
     logprobs_of,
-    windows_of,
 )
+from dist_moe.engine.text_windows import windows_of
 from dist_moe.errors import UsageError
 
 DEFAULT_WINDOW = 2048

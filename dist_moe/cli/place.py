@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from dist_moe.cli.counting import CountProgress
 from dist_moe.cli.values import Number, OneOf, PathName, Whole, WholeList
 from dist_moe.errors import UsageError
 from dist_moe.files import NewFile, is_file, require_writable
 from dist_moe.parallel.launcher import detect_launcher
 
 if TYPE_CHECKING:
-    from dist_moe.engine.placement_report import Straggling
-    from dist_moe.engine.routing_profile import RoutingProfile
+    from dist_moe.engine.planning.placement_report import Straggling
+    from dist_moe.engine.routing.routing_profile import RoutingProfile
     from dist_moe.store.manifest import Manifest
     from dist_moe.store.placement import Placement
 
@@ -122,7 +122,7 @@ class _Wish:
         Raises:
             UsageError: Nothing would come of it, or the file cannot be written.
         """
-        from dist_moe.engine.placing import parse_budget
+        from dist_moe.engine.planning.placing import parse_budget
 
         parse_budget(self.budget)
         if self.output is None and not self.simulate:
@@ -133,14 +133,14 @@ class _Wish:
 
 def _place(wish: _Wish, node_weights: tuple[int, ...]) -> None:
     from dist_moe.demo import demo_model_directory
-    from dist_moe.engine.placement_report import simulate_straggling
-    from dist_moe.engine.placing import parse_budget, place_model
+    from dist_moe.engine.planning.placement_report import simulate_straggling
+    from dist_moe.engine.planning.placing import parse_budget, place_model
     from dist_moe.store.described import describe_model
     from dist_moe.store.placement_json import render_placement
 
     manifest = describe_model(wish.model or str(demo_model_directory()), wish.quant)
     routing = _routing(manifest, wish.profile_file, wish.zipf)
-    placement = place_model(manifest, routing, node_weights, parse_budget(wish.budget), _show_progress)
+    placement = place_model(manifest, routing, node_weights, parse_budget(wish.budget), CountProgress("placing layer"))
     found = simulate_straggling(manifest, routing, placement) if wish.simulate and routing is not None else []
     if wish.output is not None:
         with NewFile(Path(wish.output)) as file:
@@ -156,19 +156,20 @@ def _place(wish: _Wish, node_weights: tuple[int, ...]) -> None:
 
 def _packing(model: str | None) -> list[str]:
     """The command that obeys a placement; what has no weights to pack stands as a word for them."""
+    from dist_moe.checkpoint.qw3w_directory import is_qw3w_directory
     from dist_moe.store.manifest import MANIFEST_NAME
 
     if model is None:
         return ["dist-moe", "shard"]
-    if is_file(Path(model) / MANIFEST_NAME):
+    if is_file(Path(model) / MANIFEST_NAME) and not is_qw3w_directory(Path(model)):
         return ["dist-moe", "reshard", model]
     return ["dist-moe", "shard", "MODEL" if model.endswith(".toml") else model]
 
 
 def _place_as_measured(wish: _Wish) -> None:
     """With the weights of this job's hosts; rank 0 says which host got which, and every error is all ranks'."""
-    from dist_moe.engine.job import Job
-    from dist_moe.engine.plan_machine import reading_weights
+    from dist_moe.engine.planning.plan_machine import reading_weights
+    from dist_moe.engine.start.job import Job
 
     job = Job(None, START_TIMEOUT_S, lambda _: STALL_TIMEOUT_S)
     try:
@@ -202,8 +203,8 @@ def _weights(nodes: int | None, weights: str | None) -> tuple[int, ...]:
 
 def _routing(manifest: Manifest, profile_file: str | None, zipf: float | None) -> RoutingProfile | None:
     from dist_moe.cli.profile_file import read_profile
-    from dist_moe.engine.placing import routed_layers
-    from dist_moe.engine.routing_profile import assumed_profile
+    from dist_moe.engine.planning.placing import routed_layers
+    from dist_moe.engine.routing.routing_profile import assumed_profile
 
     config = manifest.config
     if profile_file is not None and zipf is not None:
@@ -218,15 +219,10 @@ def _routing(manifest: Manifest, profile_file: str | None, zipf: float | None) -
     return assumed_profile(layers, config.experts, config.experts_per_token, zipf or 0.0)
 
 
-def _show_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        click.echo(f"\rplacing layer {done} of {total}", nl=done == total, err=True)
-
-
 def _as_json(
     manifest: Manifest, routing: RoutingProfile | None, placement: Placement, found: list[Straggling]
 ) -> dict[str, Any]:
-    from dist_moe.engine.placement_report import node_facts
+    from dist_moe.engine.planning.placement_report import node_facts
 
     return {
         "model": manifest.source_name,
@@ -240,8 +236,8 @@ def _as_json(
 def _as_text(
     manifest: Manifest, routing: RoutingProfile | None, placement: Placement, found: list[Straggling]
 ) -> list[str]:
-    from dist_moe.engine.placement_report import node_facts
-    from dist_moe.engine.record import show_bytes
+    from dist_moe.engine.planning.placement_report import node_facts
+    from dist_moe.engine.start.record import show_bytes
 
     counted = f"{routing.tokens} tokens of {routing.origin}" if routing else "this model has no experts"
     if routing is not None and routing.assumed:

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING
 import click
 
 from dist_moe.cli.config_file import option
+from dist_moe.cli.counting import CountProgress
 from dist_moe.cli.values import Number, OneOf, PathName, Whole, WholeRange, ends
 from dist_moe.parallel.cpu_limits import own_cores
 from dist_moe.parallel.launcher import detect_launcher
 
 if TYPE_CHECKING:
-    from dist_moe.engine.planning import Workload
-    from dist_moe.engine.prediction import Nodes
+    from dist_moe.engine.planning.planning import Ranks, Workload
+    from dist_moe.engine.planning.prediction import Nodes
     from dist_moe.store.manifest import Manifest
 
 MOST_NODES = 1024
+MOST_RANKS = 1024  # of a node: more than it has cores
 DEFAULT_NODES = 8
 DEFAULT_CONTEXT = 4096
 START_TIMEOUT_S = 60.0
@@ -66,7 +68,7 @@ class PlanOptions:
 )
 @option(
     "--ranks-per-node",
-    type=Whole(min=1, max=4096),
+    type=Whole(min=1, max=MOST_RANKS),
     default=1,
     help="MPI ranks on each node; with --net measured the job's.",
 )
@@ -133,30 +135,28 @@ def plan(**values: object) -> None:
 
 def _plan_like_this(options: PlanOptions) -> str:
     """For nodes like this machine, but for what the options say."""
-    from dist_moe.engine.available_memory import available_memory
-    from dist_moe.engine.plan_machine import measure_machine
-    from dist_moe.engine.planning import Ranks, check_request
-    from dist_moe.engine.prediction import Nodes
+    from dist_moe.engine.planning.plan_machine import measure_machine
+    from dist_moe.engine.planning.planning import Ranks
+    from dist_moe.engine.planning.prediction import Nodes
+    from dist_moe.engine.start.available_memory import available_memory
     from dist_moe.parallel.cost import PRESET_LINKS
     from dist_moe.store.described import describe_model
 
     manifest = describe_model(options.model, options.quant)
-    workload = _workload(options, manifest)
     cores, per_node = len(own_cores()), options.ranks_per_node
     memory_bytes = options.memory_bytes or available_memory().available_bytes
     threads = options.threads or max(1, cores // per_node)
-    counts = _node_counts(options, manifest, DEFAULT_NODES)
-    check_request(manifest, Ranks(1, per_node, threads), counts, workload, memory_bytes)
+    asked = _checked(options, manifest, Ranks(1, per_node, threads), DEFAULT_NODES, memory_bytes)
     machine, isa = measure_machine(min(cores, per_node * threads), manifest.format, options.read)
     nodes = Nodes(1, per_node, threads, machine, PRESET_LINKS[options.net], isa)
-    return _report(options, manifest, nodes, counts, workload, memory_bytes)
+    return _report(options, manifest, nodes, asked)
 
 
 def _plan_on_hosts(options: PlanOptions) -> None:
     """For the hosts of this job, all ranks of which measure."""
-    from dist_moe.engine.job import Job
-    from dist_moe.engine.plan_machine import measure_hosts
-    from dist_moe.engine.planning import Ranks, check_request
+    from dist_moe.engine.planning.plan_machine import measure_hosts
+    from dist_moe.engine.planning.planning import Ranks
+    from dist_moe.engine.start.job import Job
     from dist_moe.kernels import WeightFormat
     from dist_moe.store.described import describe_model
 
@@ -168,20 +168,36 @@ def _plan_on_hosts(options: PlanOptions) -> None:
 
         def tell() -> None:
             assert manifest is not None
-            workload, nodes = _workload(options, manifest), hosts.nodes
-            memory_bytes = options.memory_bytes or hosts.memory_bytes
-            counts = _node_counts(options, manifest, nodes.nodes)
-            check_request(manifest, Ranks.of(nodes), counts, workload, memory_bytes)
-            click.echo(_report(options, manifest, nodes, counts, workload, memory_bytes))
+            nodes, memory_bytes = hosts.nodes, options.memory_bytes or hosts.memory_bytes
+            asked = _checked(options, manifest, Ranks.of(nodes), nodes.nodes, memory_bytes)
+            click.echo(_report(options, manifest, nodes, asked))
 
         job.on_leader(tell)
     finally:
         job.leave()
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be predicted: numbers of nodes, the work, and what a node can hold."""
+
+    counts: range
+    workload: Workload
+    memory_bytes: int
+
+
+def _checked(options: PlanOptions, manifest: Manifest, ranks: Ranks, most_nodes: int, memory_bytes: int) -> _Asked:
+    """What the options ask for; UsageError if it cannot run."""
+    from dist_moe.engine.planning.planning import check_request
+
+    asked = _Asked(_node_counts(options, manifest, most_nodes), _workload(options, manifest), memory_bytes)
+    check_request(manifest, ranks, asked.counts, asked.workload, memory_bytes)
+    return asked
+
+
 def _workload(options: PlanOptions, manifest: Manifest) -> Workload:
-    from dist_moe.engine.memory import Demand
-    from dist_moe.engine.planning import Workload
+    from dist_moe.engine.planning.planning import Workload
+    from dist_moe.engine.start.memory import Demand
     from dist_moe.kernels import KvFormat
 
     context = options.ctx or min(DEFAULT_CONTEXT, manifest.config.max_positions)
@@ -197,11 +213,10 @@ def _node_counts(options: PlanOptions, manifest: Manifest, most: int) -> range:
     return range(1, min(most, manifest.config.heads) + 1)
 
 
-def _report(
-    options: PlanOptions, manifest: Manifest, nodes: Nodes, counts: range, workload: Workload, memory_bytes: int
-) -> str:
+def _report(options: PlanOptions, manifest: Manifest, nodes: Nodes, asked: _Asked) -> str:
     from dist_moe.cli.plan_output import Facts, render
-    from dist_moe.engine.planning import make_report
+    from dist_moe.engine.planning.planning import make_report
 
-    report = make_report(manifest, nodes, counts, workload, memory_bytes)
-    return render(options.format, report, Facts(manifest, nodes, memory_bytes, options.net))
+    progress = CountProgress("predicting number of nodes")
+    report = make_report(manifest, nodes, asked.counts, asked.workload, asked.memory_bytes, progress)
+    return render(options.format, report, Facts(manifest, nodes, asked.memory_bytes, options.net))

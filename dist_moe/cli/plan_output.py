@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dist_moe.engine.planning import ANSWER_TOKENS, PlanReport, Way
-from dist_moe.engine.prediction import Nodes, StepCost
-from dist_moe.engine.record import show_bytes
+from dist_moe.engine.planning.planning import ANSWER_TOKENS, PlanReport, Way
+from dist_moe.engine.planning.prediction import Nodes, StepCost
+from dist_moe.engine.start.record import show_bytes
 from dist_moe.store.manifest import Manifest
 
 

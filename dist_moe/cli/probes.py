@@ -16,8 +16,8 @@ from dist_moe.cli.debug_options import DebugOptions
 from dist_moe.cli.ranks_table import ranks_as_json, ranks_table
 from dist_moe.cli.routing_file import RoutingFile
 from dist_moe.cli.times_table import TimesTable, step_line
-from dist_moe.engine.routing_facts import routing_facts
-from dist_moe.engine.routing_record import RoutingBatch, RoutingSink, recorded_routing
+from dist_moe.engine.routing.routing_facts import routing_facts
+from dist_moe.engine.routing.routing_record import RoutingBatch, RoutingSink, recorded_routing
 from dist_moe.engine.runtime import Runtime
 from dist_moe.errors import Interrupted, UsageError
 from dist_moe.files import require_writable

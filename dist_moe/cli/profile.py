@@ -18,10 +18,11 @@ from dist_moe.cli.options import ProfileOptions, model_options
 from dist_moe.cli.profile_file import write_profile
 from dist_moe.cli.text_files import read_text
 from dist_moe.cli.values import PathName, Whole
-from dist_moe.engine.routing_facts import routing_facts
-from dist_moe.engine.routing_profile import ProfileCounter
-from dist_moe.engine.routing_record import recorded_routing
+from dist_moe.engine.routing.routing_facts import routing_facts
+from dist_moe.engine.routing.routing_profile import ProfileCounter
+from dist_moe.engine.routing.routing_record import recorded_routing
 from dist_moe.engine.runtime import Runtime
+from dist_moe.engine.text_windows import pieces_of
 from dist_moe.errors import UsageError
 
 DEFAULT_CONTEXT = 2048
@@ -73,7 +74,7 @@ def make_task(options: ProfileOptions, setting: Setting) -> ProfileTask:
         ids = tokenizer.encode(read_text(Path(name), "TEXTFILE"))
         if not ids:
             raise UsageError(f"{name}: holds no text: give a file of what the model will read")
-        pieces += [ids[first : first + context] for first in range(0, len(ids), context)]
+        pieces += pieces_of(ids, context)
     origin = ", ".join(Path(name).name for name in options.texts)
     return ProfileTask(pieces, context, origin, find_model(options).name(), Path(options.output), setting.interrupted)
 

@@ -16,8 +16,8 @@ import numpy as np
 from dist_moe.cli.npz_arrays import NpzArrays
 from dist_moe.cli.npz_reading import open_npz, read_array
 from dist_moe.cli.routing_file import RoutingReader
-from dist_moe.engine.routing_facts import RoutingFacts
-from dist_moe.engine.routing_profile import ProfileCounter, RoutingProfile
+from dist_moe.engine.routing.routing_facts import RoutingFacts
+from dist_moe.engine.routing.routing_profile import ProfileCounter, RoutingProfile
 from dist_moe.errors import UsageError
 from dist_moe.model_config import ModelConfig
 

@@ -77,7 +77,7 @@ def push(
     if not detect_launcher(os.environ).is_first:
         return
     from dist_moe.cli.push_host import Pusher
-    from dist_moe.parallel.remote import SSH, Commands
+    from dist_moe.parallel.remote import Commands
     from dist_moe.store.parts import host_parts
     from dist_moe.store.reader import read_store_manifest
 
@@ -86,7 +86,7 @@ def push(
     there = _destination(directory, to)
     parts = host_parts(manifest, _host_names(hostfile, hosts), assign)
     _require_files(directory, manifest, parts)
-    pusher = Pusher(Commands(ssh or SSH), directory, there, manifest, _limits(bwlimit), force)
+    pusher = Pusher(Commands(_ssh_command(ssh)), directory, there, manifest, _limits(bwlimit), force)
     if dry_run:
         _show(pusher, parts)
         return
@@ -98,7 +98,18 @@ def _destination(directory: Path, to: str | None) -> str:
     there = to or str(directory)
     if not there.startswith("/") or any(not character.isprintable() for character in there):
         raise UsageError(f"--to: expected an absolute path such as /data/{directory.name}, found {there!r}")
-    return there.rstrip("/") or "/"
+    if not there.strip("/"):
+        raise UsageError(f"--to {there}: a store needs a directory of its own: give one such as /data/{directory.name}")
+    return there.rstrip("/")
+
+
+def _ssh_command(ssh: str | None) -> str:
+    """How to reach a host."""
+    from dist_moe.parallel.remote import SSH
+
+    if ssh is not None and not ssh.strip():
+        raise UsageError(f"--ssh {shlex.quote(ssh)}: names no command: give one such as 'ssh -p 2222', or leave it out")
+    return SSH if ssh is None else ssh
 
 
 def _host_names(hostfile: str | None, hosts: str | None) -> list[str]:

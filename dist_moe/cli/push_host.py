@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from dist_moe.engine.record import show_bytes
+from dist_moe.engine.start.record import show_bytes
 from dist_moe.parallel.remote import Commands, Outcome
 from dist_moe.store.manifest import MANIFEST_NAME, Manifest
 from dist_moe.store.parts import HostPart

@@ -1,12 +1,12 @@
-"""`--stats`: what each rank computed, waited for and sent, as tables; see `dist_moe.engine.accounts` for the words."""
+"""`--stats` as tables: what each rank computed, waited for and sent (words: `dist_moe.engine.watch.accounts`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from dist_moe.engine.accounts import PHASES, WORK, Accounts
-from dist_moe.engine.verdict import verdict
+from dist_moe.engine.watch.accounts import PHASES, WORK, Accounts
+from dist_moe.engine.watch.verdict import verdict
 from dist_moe.parallel.ledger import Kind
 
 _MOST_LISTED_RANKS = 64

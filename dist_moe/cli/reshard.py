@@ -3,42 +3,21 @@
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 
 import click
 
-from dist_moe.cli.shard import read_cut
-from dist_moe.cli.shard_progress import ShardProgress, report_store
-from dist_moe.cli.values import OneOf, PathName, Whole
-from dist_moe.errors import Interrupted, PlaceError, UsageError
+from dist_moe.cli.making_store import cut_options, default_directory, make_store, quiet_option, read_cut
+from dist_moe.cli.values import PathName, Whole
+from dist_moe.errors import UsageError
 from dist_moe.parallel.launcher import detect_launcher
 
 
 @click.command("reshard")
 @click.argument("store", metavar="STORE", type=PathName())
 @click.option("--nodes", type=Whole(min=1), help="Shards: one per node.")
-@click.option(
-    "--experts",
-    type=OneOf(["whole", "sliced"]),
-    help="Each shard gets whole experts, or a slice of every expert.  [default: as STORE has them, else whole]",
-)
-@click.option(
-    "--placement",
-    metavar="FILE|STORE",
-    type=PathName(),
-    help="What each node gets, as dist-moe place wrote it or as another store has it; in place of --nodes and "
-    "--experts.",
-)
-@click.option(
-    "-o",
-    "--output",
-    metavar="DIR",
-    type=PathName(),
-    help="Directory of the new store.  [default: ./<source>-<quant>-<nodes>]",
-)
-@click.option("--force", is_flag=True, help="Replace a store that stands there; anything else is left alone.")
-@click.option("--quiet", is_flag=True, help="Show no progress.")
+@cut_options(experts_default="as STORE has them, else whole", directory_of="new store")
+@quiet_option
 def reshard(
     store: str,
     nodes: int | None,
@@ -66,16 +45,7 @@ def reshard(
     opened = Store.open(store)
     manifest = opened.manifest
     shards = len(placed.shards) if placed else nodes or 1
-    suffix = "-placed" if placed else ""
-    destination = Path(output or f"{manifest.source_name}-{manifest.label}-{shards}{suffix}")
+    destination = Path(output or default_directory(manifest.source_name, manifest.label, shards, placed is not None))
     own = manifest.experts if manifest.experts in EXPERT_LAYOUTS else "whole"
     options = StoreOptions(nodes=shards, experts=experts or own, placement=placed, force=force, allow_nonfinite=True)
-    try:
-        with ShardProgress(quiet) as progress:
-            result = recut(opened, destination, options, progress)
-    except PlaceError as error:
-        raise PlaceError(f"{error} or choose another -o") from error
-    except KeyboardInterrupt:
-        raise Interrupted(f"{destination}: interrupted; repeat the same command to continue where it stopped") from None
-    report_store(result.manifest.files, destination, result.written_files, result.manifest.nonfinite)
-    click.echo(shlex.join(["mpirun", "-n", str(shards), "dist-moe", "run", "-m", str(destination)]))
+    make_store(lambda progress: recut(opened, destination, options, progress), destination, shards, quiet)

@@ -14,8 +14,8 @@ from dist_moe.cli.values import PathName, Whole
 from dist_moe.parallel.launcher import detect_launcher
 
 if TYPE_CHECKING:
-    from dist_moe.engine.routing_facts import RoutingFacts
-    from dist_moe.engine.routing_load import Balance, LayerLoad, LoadCounter
+    from dist_moe.engine.routing.routing_facts import RoutingFacts
+    from dist_moe.engine.routing.routing_load import Balance, LayerLoad, LoadCounter
 
 LARGEST_RANKS = 4096
 
@@ -44,7 +44,7 @@ def routing(records: tuple[str, ...], ranks: int | None, plot: str | None, as_js
         return
     from dist_moe.cli.heat_map import draw_heat_map, require_matplotlib
     from dist_moe.cli.routing_file import read_records
-    from dist_moe.engine.routing_load import LoadCounter
+    from dist_moe.engine.routing.routing_load import LoadCounter
     from dist_moe.files import require_writable
 
     if plot is not None:
@@ -66,7 +66,7 @@ def routing(records: tuple[str, ...], ranks: int | None, plot: str | None, as_js
 
 
 def _as_json(facts: RoutingFacts, counter: LoadCounter) -> dict[str, Any]:
-    from dist_moe.engine.routing_load import layer_loads, total_load
+    from dist_moe.engine.routing.routing_load import layer_loads, total_load
 
     return {
         "facts": asdict(facts),
@@ -88,7 +88,7 @@ def _load_json(load: LayerLoad) -> dict[str, Any]:
 def _as_text(facts: RoutingFacts, counter: LoadCounter) -> list[str]:
     import math
 
-    from dist_moe.engine.routing_load import layer_loads, total_load
+    from dist_moe.engine.routing.routing_load import layer_loads, total_load
 
     most = math.log2(facts.experts)
     lines = [

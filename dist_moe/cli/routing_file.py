@@ -23,8 +23,8 @@ import numpy.typing as npt
 
 from dist_moe.cli.npz_arrays import NpzArrays
 from dist_moe.cli.npz_reading import RowStream, open_npz, read_array
-from dist_moe.engine.routing_facts import RoutingFacts
-from dist_moe.engine.routing_record import RoutingBatch
+from dist_moe.engine.routing.routing_facts import RoutingFacts
+from dist_moe.engine.routing.routing_record import RoutingBatch
 from dist_moe.errors import UsageError
 
 FORMAT_VERSION = 1

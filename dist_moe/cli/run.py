@@ -35,8 +35,8 @@ from dist_moe.cli.several import SeveralTask, overflow_error, wants_several
 from dist_moe.cli.token_lines import token_line
 from dist_moe.cli.values import PathName, unescape
 from dist_moe.engine.engine import Engine
-from dist_moe.engine.pieces import Result
-from dist_moe.engine.request import SamplingOptions
+from dist_moe.engine.requests.pieces import Result
+from dist_moe.engine.requests.request import SamplingOptions
 from dist_moe.errors import Interrupted, UsageError
 from dist_moe.files import require_writable
 from dist_moe.kernels import KvFormat

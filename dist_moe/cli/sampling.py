@@ -7,7 +7,7 @@ from typing import Any
 
 from dist_moe.cli.sampling_options import DRY_BREAKERS, SamplingChoices, parse_bias
 from dist_moe.cli.token_ids import require_ids
-from dist_moe.engine.request import SamplingOptions
+from dist_moe.engine.requests.request import SamplingOptions
 from dist_moe.errors import UsageError
 from dist_moe.text.dry_breakers import breaker_tokens
 from dist_moe.text.generation_config import GENERATION_FILE, GenerationConfig

@@ -12,8 +12,8 @@ import click
 
 from dist_moe.cli.config_file import apply, option
 from dist_moe.cli.values import Number, Whole, refuse
-from dist_moe.engine.sampling_limits import NUMBER_LIMITS, WHOLE_LIMITS
-from dist_moe.engine.settings import MOST_BEAMS, MOST_BIAS, MOST_LOGPROBS, MOST_SAMPLES
+from dist_moe.engine.requests.sampling_limits import NUMBER_LIMITS, WHOLE_LIMITS
+from dist_moe.engine.start.settings import MOST_BEAMS, MOST_BIAS, MOST_LOGPROBS, MOST_SAMPLES
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 

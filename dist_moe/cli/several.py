@@ -13,9 +13,9 @@ from dist_moe.cli.options import RunOptions
 from dist_moe.cli.prompt import Prompt
 from dist_moe.cli.summary import as_json, summary_lines
 from dist_moe.engine.engine import Engine
-from dist_moe.engine.pieces import Result, TokenLogprob
-from dist_moe.engine.request import SamplingOptions
-from dist_moe.engine.statistics import EngineStatistics
+from dist_moe.engine.requests.pieces import Result, TokenLogprob
+from dist_moe.engine.requests.request import SamplingOptions
+from dist_moe.engine.watch.statistics import EngineStatistics
 from dist_moe.errors import Interrupted, StoreError, UsageError
 from dist_moe.text.tokenizer import Tokenizer
 

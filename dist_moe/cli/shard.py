@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,14 +10,13 @@ from typing import TYPE_CHECKING
 import click
 
 from dist_moe import files
-from dist_moe.cli.shard_progress import ShardProgress, report_store
+from dist_moe.cli.making_store import cut_options, default_directory, make_store, quiet_option, read_cut
 from dist_moe.cli.values import Number, OneOf, PathName, Whole
-from dist_moe.errors import Interrupted, PlaceError, UsageError
+from dist_moe.errors import UsageError
 from dist_moe.parallel.launcher import detect_launcher
 
 if TYPE_CHECKING:
     from dist_moe.checkpoint.source import Source
-    from dist_moe.store.placement import Placement
     from dist_moe.store.plan import StoreOptions
 
 
@@ -66,29 +64,10 @@ AUTO = "auto"
 @click.option(
     "--scales",
     type=OneOf(["absmax", "mse"]),
-    help="Scales of q8 and q4: from the largest weight, or of least squared error (slower to pack).  [default: mse "
-    "with --importance, else as the recipe says, else absmax]",
+    help="Scales of q8 and q4: from the largest weight, or of least squared error.  [default: mse with --importance, "
+    "else as the recipe says, else mse if any matrix is q4, absmax if not]",
 )
-@click.option(
-    "--experts",
-    type=OneOf(["whole", "sliced"]),
-    help="Each shard gets whole experts, or a slice of every expert.  [default: whole]",
-)
-@click.option(
-    "--placement",
-    metavar="FILE|STORE",
-    type=PathName(),
-    help="What each node gets, as dist-moe place wrote it or as another store has it; in place of --nodes and "
-    "--experts.",
-)
-@click.option(
-    "-o",
-    "--output",
-    metavar="DIR",
-    type=PathName(),
-    help="Directory of the store.  [default: ./<source>-<quant>-<nodes>]",
-)
-@click.option("--force", is_flag=True, help="Replace a store that stands there; anything else is left alone.")
+@cut_options(experts_default="whole", directory_of="store")
 @click.option(
     "--allow-nonfinite",
     is_flag=True,
@@ -99,7 +78,7 @@ AUTO = "auto"
 )
 @click.option("--dry-run", is_flag=True, help="Print what the store would take, by part and by node; write no store.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print one JSON object.")
-@click.option("--quiet", is_flag=True, help="Show no progress.")
+@quiet_option
 def shard(
     source: str | None,
     nodes: int | None,
@@ -155,23 +134,15 @@ def shard(
         threads=threads or 0,
     )
     formats = options.model_formats(model.config)
-    destination = Path(output or f"{source_name(path)}-{formats.label}-{shards}{'-placed' if placed else ''}")
+    destination = Path(output or default_directory(source_name(path), formats.label, shards, placed is not None))
     if write_recipe is not None:
-        write_formats(Path(write_recipe), formats, options.scales, f"of {source_name(path)}", force)
+        write_formats(Path(write_recipe), formats, options.scale_choice(formats), f"of {source_name(path)}", force)
     if dry_run:
         show_sizes(plan_store(model, options), model.text_files(), destination, as_json)
         return
     for line in conversion_notes(model, formats):
         click.echo(line, err=True)
-    try:
-        with ShardProgress(quiet) as progress:
-            result = convert(model, destination, options, progress)
-    except PlaceError as error:
-        raise PlaceError(f"{error} or choose another -o") from error
-    except KeyboardInterrupt:
-        raise Interrupted(f"{destination}: interrupted; repeat the same command to continue where it stopped") from None
-    report_store(result.manifest.files, destination, result.written_files, result.manifest.nonfinite)
-    click.echo(shlex.join(["mpirun", "-n", str(shards), "dist-moe", "run", "-m", str(destination)]))
+    make_store(lambda progress: convert(model, destination, options, progress), destination, shards, quiet)
 
 
 @dataclass(frozen=True)
@@ -269,31 +240,18 @@ def source_path(source: str | None, quiet: bool) -> Path:
     return download(source, quiet) if is_hub_id(source) else Path(source)
 
 
-def read_cut(path: Path, nodes: int | None, experts: str | None) -> Placement:
-    """What --placement names: a file, or the cut of a store.
-
-    Raises:
-        UsageError: --nodes or --experts is given, too.
-        StoreError: There is neither.
-    """
-    from dist_moe.store.placement_json import read_placement
-    from dist_moe.store.reader import read_store_manifest
-
-    for name, value in (("--nodes", nodes), ("--experts", experts)):
-        if value is not None:
-            raise UsageError(f"{name} {value}: the placement says that; leave out {name} or --placement")
-    if files.is_directory(path):
-        return read_store_manifest(path).placement
-    return read_placement(path)
-
-
 def _refuse_store(directory: Path) -> None:
     """A store has a config.json, too, so that it would be taken for a checkpoint without weights."""
+    from dist_moe.checkpoint.qw3w_directory import is_qw3w_directory
     from dist_moe.checkpoint.tensor_files import INDEX, SINGLE
     from dist_moe.store.manifest import MANIFEST_NAME, PROGRESS_NAME
 
     is_store = any(files.exists(directory / name) for name in (MANIFEST_NAME, PROGRESS_NAME))
-    if is_store and not any(files.exists(directory / name) for name in (SINGLE, INDEX)):
+    if (
+        is_store
+        and not is_qw3w_directory(directory)
+        and not any(files.exists(directory / name) for name in (SINGLE, INDEX))
+    ):
         raise UsageError(
             f"{directory} is a store already: run it with dist-moe run -m {directory}, cut it into other shards with "
             f"dist-moe reshard {directory} --nodes N, or give the Hugging Face directory that it was made from"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from dist_moe.engine.pieces import Result
-from dist_moe.engine.statistics import EngineStatistics
+from dist_moe.engine.requests.pieces import Result
+from dist_moe.engine.watch.statistics import EngineStatistics
 
 
 def summary_lines(statistics: EngineStatistics) -> list[str]:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from dist_moe.engine.opening import threads_of_host
-from dist_moe.engine.settings import MOST_THREADS
+from dist_moe.engine.start.settings import MOST_THREADS
 from dist_moe.errors import UsageError
 
 if sys.version_info >= (3, 11):

@@ -111,8 +111,8 @@ def verify(context: click.Context, /, **values: Any) -> None:
 
 def _run(values: dict[str, Any]) -> None:
     from dist_moe.cli.shard_progress import ShardProgress
-    from dist_moe.engine.job import Job, local_store
-    from dist_moe.engine.startup import agreed, open_exchange
+    from dist_moe.engine.start.job import Job, local_store
+    from dist_moe.engine.start.startup import agreed, open_exchange
     from dist_moe.store.models import find_model
     from dist_moe.store.reader import Store
     from dist_moe.verify.session import Session, checks_of_job

@@ -15,11 +15,11 @@ from statistics import median
 
 import numpy as np
 
-from dist_moe.engine.bench_bound import Machine, StepWork, Work, step_work
-from dist_moe.engine.bench_machine import Measurement, ReadSpeed, order_argument, read_speed
-from dist_moe.engine.request import Completion, Request, describe_fault
+from dist_moe.engine.measuring.bench_bound import Machine, StepWork, Work, step_work
+from dist_moe.engine.measuring.bench_machine import Measurement, ReadSpeed, order_argument, read_speed
+from dist_moe.engine.requests.request import Completion, Request, describe_fault
+from dist_moe.engine.requests.sampling import Sampler
 from dist_moe.engine.runtime import Runtime
-from dist_moe.engine.sampling import Sampler
 from dist_moe.errors import DistMoeError, Interrupted
 from dist_moe.kernels import NO_FAULT, KvFormat
 from dist_moe.model.step import Slice, Step

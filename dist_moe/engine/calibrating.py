@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from dist_moe.engine.perplexity import divergences
 from dist_moe.engine.runtime import Runtime
-from dist_moe.engine.worker import RowSink
+from dist_moe.engine.steps.worker import RowSink
 from dist_moe.store.calibration import Calibration, group_count
 
 Floats = npt.NDArray[np.float32]

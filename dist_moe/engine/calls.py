@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from dist_moe import errors
 from dist_moe.engine.runtime import Runtime
-from dist_moe.engine.signals import interrupts_ignored
+from dist_moe.engine.start.signals import interrupts_ignored
 from dist_moe.errors import DistMoeError, UsageError
 from dist_moe.parallel.world import AgreedError
 

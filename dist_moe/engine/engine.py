@@ -12,17 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_moe.engine.calls import Calls
-from dist_moe.engine.job import Job, finalize_at_exit
 from dist_moe.engine.open_model import OpenModel, own_errors
 from dist_moe.engine.opening import Shows
-from dist_moe.engine.pieces import Piece, Result
-from dist_moe.engine.questions import GenerateOptions, Prompt, Wishes, whole_numbers
-from dist_moe.engine.settings import Settings
+from dist_moe.engine.requests.pieces import Piece, Result
+from dist_moe.engine.requests.questions import GenerateOptions, Prompt, Wishes, whole_numbers
 from dist_moe.engine.several_texts import SeveralTexts
-from dist_moe.engine.signals import interrupts_wait
-from dist_moe.engine.statistics import EngineStatistics
+from dist_moe.engine.start.job import Job, finalize_at_exit
+from dist_moe.engine.start.settings import Settings
+from dist_moe.engine.start.signals import interrupts_wait
+from dist_moe.engine.steps.worker import RowSink
 from dist_moe.engine.streams import PieceCallback, Sequences
-from dist_moe.engine.worker import RowSink
+from dist_moe.engine.watch.statistics import EngineStatistics
 from dist_moe.model_config import ModelConfig
 from dist_moe.parallel.launcher import detect_launcher
 from dist_moe.parallel.lifeline import hold_lifeline

@@ -9,11 +9,11 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from dist_moe.engine.calls import Calls
-from dist_moe.engine.job import Job
 from dist_moe.engine.opening import Acceptor, Opening, Shows, choose_context
-from dist_moe.engine.questions import TextSide
+from dist_moe.engine.requests.questions import TextSide
 from dist_moe.engine.runtime import Runtime
-from dist_moe.engine.settings import DEFAULT_CONTEXT, Settings
+from dist_moe.engine.start.job import Job
+from dist_moe.engine.start.settings import DEFAULT_CONTEXT, Settings
 from dist_moe.errors import DistMoeError, UsageError
 from dist_moe.model_config import ModelConfig
 from dist_moe.parallel.entry import end_job

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dist_moe.engine.job import Job, ShowPacking, fields_of_leader, local_store
-from dist_moe.engine.options import EngineOptions
-from dist_moe.engine.questions import TextSide
-from dist_moe.engine.read_ahead import ReadProgress
+from dist_moe.engine.requests.questions import TextSide
 from dist_moe.engine.runtime import Runtime
-from dist_moe.engine.settings import Settings
+from dist_moe.engine.start.job import Job, ShowPacking, fields_of_leader, local_store
+from dist_moe.engine.start.options import EngineOptions
+from dist_moe.engine.start.read_ahead import ReadProgress
+from dist_moe.engine.start.settings import Settings
 from dist_moe.errors import UsageError
 from dist_moe.kernels import KvFormat
 from dist_moe.model_config import ModelConfig

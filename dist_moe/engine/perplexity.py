@@ -7,7 +7,7 @@ Shape suffixes: N positions, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,33 +15,6 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Window:
-    """Tokens [first, stop) of a text, read from nothing; those from `scored` on are predicted and counted."""
-
-    first: int
-    scored: int
-    stop: int
-
-
-def windows_of(tokens: int, size: int, stride: int) -> Iterator[Window]:
-    """Cut a text into windows that overlap, so that every token but the first is predicted once.
-
-    Each window begins `stride` tokens after the one before it and counts what that did not reach. All but the first
-    one's tokens see at least size - stride others (Hugging Face's "perplexity of fixed-length models").
-
-    Args:
-        tokens: Of the text.
-        size: Most tokens of a window, at least 2.
-        stride: At least 1, at most size - 1.
-    """
-    scored, first = 1, 0
-    while scored < tokens:
-        stop = min(first + size, tokens)
-        yield Window(first, scored, stop)
-        scored, first = stop, first + stride
 
 
 @dataclass(frozen=True)

@@ -11,29 +11,29 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from dist_moe.engine.accounts import Accounts
-from dist_moe.engine.agreement import agree_on, log_records, own_record
-from dist_moe.engine.beam_search import BeamSearch
-from dist_moe.engine.beams import BeamOptions
-from dist_moe.engine.crew import Crew, recorded_timeline
-from dist_moe.engine.exchange_rule import partition_rule
-from dist_moe.engine.generation import Drawn, Generation
-from dist_moe.engine.inventory import plan_from_inventory, take_inventory
-from dist_moe.engine.leader import Leader
-from dist_moe.engine.loading import demand_of, load_model
-from dist_moe.engine.memory import has_room
-from dist_moe.engine.options import EngineOptions
-from dist_moe.engine.prefix_index import PrefixIndex
-from dist_moe.engine.prompt_cache import PromptCache
-from dist_moe.engine.read_ahead import ReadProgress
-from dist_moe.engine.request import Completion, Request, check_prompt, describe_fault
-from dist_moe.engine.schedule import Part, Schedule, count_tokens
-from dist_moe.engine.scrub import start_scrub
-from dist_moe.engine.startup import agreed, log_links, open_exchange
-from dist_moe.engine.statistics import Clock, EngineStatistics, summarize
-from dist_moe.engine.text_reading import read_text
-from dist_moe.engine.timeline import Timeline
-from dist_moe.engine.worker import RowSink, StepResult, Worker
+from dist_moe.engine.requests.beams import BeamOptions
+from dist_moe.engine.requests.generation import Drawn, Generation
+from dist_moe.engine.requests.prefix_index import PrefixIndex
+from dist_moe.engine.requests.request import Completion, Request, check_prompt, describe_fault
+from dist_moe.engine.requests.schedule import Part, Schedule, count_tokens
+from dist_moe.engine.start.agreement import agree_on, log_records, own_record
+from dist_moe.engine.start.exchange_rule import partition_rule
+from dist_moe.engine.start.inventory import plan_from_inventory, take_inventory
+from dist_moe.engine.start.loading import demand_of, load_model
+from dist_moe.engine.start.memory import has_room
+from dist_moe.engine.start.options import EngineOptions
+from dist_moe.engine.start.read_ahead import ReadProgress
+from dist_moe.engine.start.startup import agreed, log_links, open_exchange
+from dist_moe.engine.steps.beam_search import BeamSearch
+from dist_moe.engine.steps.crew import Crew, recorded_timeline
+from dist_moe.engine.steps.leader import Leader
+from dist_moe.engine.steps.prompt_cache import PromptCache
+from dist_moe.engine.steps.text_reading import read_text
+from dist_moe.engine.steps.worker import RowSink, StepResult, Worker
+from dist_moe.engine.watch.accounts import Accounts
+from dist_moe.engine.watch.scrub import start_scrub
+from dist_moe.engine.watch.statistics import Clock, EngineStatistics, summarize
+from dist_moe.engine.watch.timeline import Timeline
 from dist_moe.kernels import NO_FAULT, Kernels
 from dist_moe.model.step import MAX_LOGIT_ROWS
 from dist_moe.parallel.cores import may_spin
@@ -267,7 +267,7 @@ class Runtime:
 
     def _measure(self, argument: int) -> npt.NDArray[np.float64]:
         """This rank's part of a measurement (`bench_machine.Measurement`)."""
-        from dist_moe.engine.bench_machine import Measurer  # nobody else's start pays for it
+        from dist_moe.engine.measuring.bench_machine import Measurer  # nobody else's start pays for it
 
         return Measurer(self.model, self._options.kv)(argument)
 

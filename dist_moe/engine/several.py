@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from dist_moe.engine.beams import BeamOptions
-from dist_moe.engine.request import Completion, Request
+from dist_moe.engine.requests.beams import BeamOptions
+from dist_moe.engine.requests.request import Completion, Request
+from dist_moe.engine.requests.scores import ranking, score_of
 from dist_moe.engine.runtime import Runtime
-from dist_moe.engine.scores import ranking, score_of
-from dist_moe.engine.settings import MOST_BEAMS, MOST_LOGPROBS, MOST_SAMPLES, require_number, require_whole
+from dist_moe.engine.start.settings import MOST_BEAMS, MOST_LOGPROBS, MOST_SAMPLES, require_number, require_whole
 from dist_moe.errors import UsageError
 
 

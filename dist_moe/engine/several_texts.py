@@ -6,11 +6,11 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from dist_moe.engine.open_model import OpenModel
-from dist_moe.engine.pieces import Result, Usage
-from dist_moe.engine.questions import GenerateOptions, Prompt, TextSide, Wishes
-from dist_moe.engine.request import Request, check_prompt
+from dist_moe.engine.requests.pieces import Result, Usage
+from dist_moe.engine.requests.questions import GenerateOptions, Prompt, TextSide, Wishes
+from dist_moe.engine.requests.request import Request, check_prompt
 from dist_moe.engine.several import Continuation, Search, continue_several
-from dist_moe.engine.signals import interrupts_wait
+from dist_moe.engine.start.signals import interrupts_wait
 from dist_moe.errors import UsageError
 
 if TYPE_CHECKING:

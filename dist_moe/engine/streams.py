@@ -7,13 +7,13 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from dist_moe.engine.generation import Drawn, Generation
-from dist_moe.engine.pieces import Piece, Result, Usage
-from dist_moe.engine.questions import Prompt, TextSide, Wishes, split_prompts
-from dist_moe.engine.request import Completion, Request, check_prompt
+from dist_moe.engine.requests.generation import Drawn, Generation
+from dist_moe.engine.requests.pieces import Piece, Result, Usage
+from dist_moe.engine.requests.questions import Prompt, TextSide, Wishes, split_prompts
+from dist_moe.engine.requests.request import Completion, Request, check_prompt
+from dist_moe.engine.requests.writer import Writer
 from dist_moe.engine.runtime import Runtime
-from dist_moe.engine.signals import interrupts_wait
-from dist_moe.engine.writer import Writer
+from dist_moe.engine.start.signals import interrupts_wait
 from dist_moe.errors import UsageError
 from dist_moe.text.messages import Message, parse_messages
 from dist_moe.text.tools import parse_tools

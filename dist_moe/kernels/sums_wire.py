@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from dist_moe.kernels.arrays import I64, U8
 from dist_moe.kernels.library import ffi, lib
+from dist_moe.sum_bytes import BF16_SUM_BYTES, EXACT_SUM_BYTES, FINISHED_SUM_BYTES, Q8_SUM_BYTES
 
 Sums = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
@@ -76,8 +77,12 @@ def decode_sums(sums: Sums, encoded: Bytes, wire: WireFormat, add: bool = False)
     return int(lib.dm_decode_sums(I64.whole(sums), ffi.from_buffer("uint8_t[]", encoded), count, sums.size, wire, add))
 
 
-# Packed sums of a layer: 4 or 5 bytes as a rule, and their width.
-_VALUE_BYTES = {WireFormat.EXACT: 4.5, WireFormat.F32: 4.0, WireFormat.BF16: 2.0, WireFormat.Q8: 34 / 32}
+_VALUE_BYTES = {
+    WireFormat.EXACT: EXACT_SUM_BYTES,
+    WireFormat.F32: FINISHED_SUM_BYTES,
+    WireFormat.BF16: BF16_SUM_BYTES,
+    WireFormat.Q8: Q8_SUM_BYTES,
+}
 
 
 class SumsCodec:
@@ -93,9 +98,7 @@ class SumsCodec:
         """Encode and decode in this form."""
         self.wire = wire
         self.rounds = wire in (WireFormat.BF16, WireFormat.Q8)
-        self.value_bytes = {WireFormat.EXACT: 4.5, WireFormat.F32: 4.0, WireFormat.BF16: 2.0, WireFormat.Q8: 34 / 32}[
-            wire
-        ]
+        self.value_bytes = _VALUE_BYTES[wire]
 
     def bound(self, count: int) -> int:
         """Most bytes of `count` sums."""

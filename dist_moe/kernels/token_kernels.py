@@ -38,12 +38,17 @@ class TokenKernels(LayerKernels):
         lib.dm_group_tokens(self._context, buffers.struct, buffers.sizes, layer.struct, True, tokens)
 
     @staticmethod
-    def mark_tokens(buffers: LayerBuffers, tokens: int) -> npt.NDArray[np.uint8]:
-        """Which nodes compute some expert of which tokens, after `group_tokens`: uint8 [nodes, T], 0 or 1."""
-        nodes = buffers.picks.nodes
-        marks_NT = np.empty((nodes, tokens), np.uint8)
-        lib.dm_mark_tokens(U8.write(marks_NT, nodes, tokens), buffers.struct, nodes, tokens)
-        return marks_NT
+    def list_tokens(row_NT: I32Array, count_N: I32Array, buffers: LayerBuffers) -> None:
+        """List the tokens of which each node computes some expert, after `group_tokens`.
+
+        Args:
+            row_NT: int32 [nodes, T]; the first count_N of each row are written, ascending.
+            count_N: int32 [nodes].
+            buffers: Of the step of T tokens.
+        """
+        nodes, tokens = buffers.picks.nodes, row_NT.shape[1]
+        rows, counts = I32.write(row_NT, nodes, tokens), I32.write(count_N, nodes)
+        lib.dm_list_tokens(rows, counts, buffers.struct, nodes, tokens)
 
     def attend(self, buffers: LayerBuffers, layer: AttentionLayer, view: KvView) -> None:
         """As `attention_half`, of the operand `normed` of all tokens."""

@@ -87,7 +87,8 @@ class MarkLog:
         return self._count > self.MARKS // 2
 
     def begin_step(self) -> None:
-        """What follows belongs to a new step."""
+        """What follows belongs to a new step; one that an exception left is forgotten."""
+        self._forget_unfinished()
         self._firsts.append(self._count)
         self._inside = True
 
@@ -105,7 +106,8 @@ class MarkLog:
             self._count = n + 1
 
     def take(self) -> Marks:
-        """Hand out the marks and begin anew."""
+        """Hand out the marks of finished steps and begin anew."""
+        self._forget_unfinished()
         part_M, layer_M, time_M = (
             np.frombuffer(kept, np.int64, self._count).copy() for kept in (self._part, self._layer, self._time)
         )
@@ -113,6 +115,11 @@ class MarkLog:
         self._count = 0
         self._firsts = []
         return Marks(part_M, layer_M, time_M, first_S=bounds[:-1], stop_S=bounds[1:])
+
+    def _forget_unfinished(self) -> None:
+        if self._inside:
+            self._count = self._firsts.pop()
+            self._inside = False
 
 
 class Stopwatch:

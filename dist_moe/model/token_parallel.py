@@ -52,6 +52,9 @@ class TokenPass:
         self._normed = {int(read): OperandRows(workspace.normed, read) for read in parts}
         self._head = OperandRows(workspace.head, share.head_parts)
         self._routing = RoutingRows(workspace.ids_TK, workspace.weights_TK)
+        nodes = buffers.picks.nodes
+        self._wanted_rows = np.empty(nodes * buffers.max_tokens, np.int32)
+        self._wanted_count_N = np.empty(nodes, np.int32)
 
     def owners(self, tokens: int) -> Owners:
         """Who owns which of a step's tokens."""
@@ -100,7 +103,7 @@ class TokenPass:
 
     def _wanted(self, owners: Owners) -> list[RowNumbers]:
         """The tokens that each group of ranks computes some experts of."""
-        nodes = self._exchange.node_of_group
-        marks_NT = self._kernels.mark_tokens(self._buffers, owners.count)
-        rows = [np.flatnonzero(marks_T).astype(np.int32) for marks_T in marks_NT]
-        return [rows[node] for node in nodes]
+        count_N, T = self._wanted_count_N, owners.count
+        row_NT = self._wanted_rows[: len(count_N) * T].reshape(len(count_N), T)
+        self._kernels.list_tokens(row_NT, count_N, self._buffers)
+        return [row_NT[node, : count_N[node]] for node in self._exchange.node_of_group]

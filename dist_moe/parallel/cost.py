@@ -14,18 +14,20 @@ from math import ceil, comb
 from typing import Literal, get_args
 
 from dist_moe.model_config import ModelConfig
+from dist_moe.sum_bytes import EXACT_SUM_BYTES, FINISHED_SUM_BYTES
 
 ExchangeKind = Literal["allreduce", "alltoall"]
 EXCHANGES: tuple[ExchangeKind, ...] = get_args(ExchangeKind)
 
-SUM_BYTES = 4.5  # of a packed exact sum: one width of 4 or 5 bytes for 32 values, and the width itself
-RESULT_BYTES = 4.0  # of a sum that was converted: f32
 QUANTIZED_OPERAND_BYTES = 1.125  # of a value that a kernel takes: int8, and one f32 scale for 32 of them
 FLOAT_OPERAND_BYTES = 4.0
 ROUTING_BYTES = 8.0  # of one choice: the expert's number, and the weight of what it makes
 PACK_S = 0.35e-9  # to pack one value, or to unpack and add it
 SUM_CALL_S = 50e-6  # of a sum over nodes beside wire and packing: calls, and speakers that wait for each other
 TOKEN_CALL_S = 90e-6  # likewise of one exchange of tokens, which finds out who needs which
+
+# Much travels in messages that keep the wire busy for so long: then packing, the wire and adding overlap.
+MESSAGE_S = 1.5e-4
 
 LARGEST_STEP_TOKENS = 65536
 LOOKED_AT_TOKENS = 256  # up to here every count is looked at: few tokens do not divide evenly
@@ -37,6 +39,11 @@ class LinkCosts:
 
     latency_s: float
     bytes_per_s: float
+
+    @property
+    def message_bytes(self) -> float:
+        """Bytes of a message where much travels."""
+        return self.bytes_per_s * MESSAGE_S
 
     def seconds(self, messages: float, sent_bytes: float) -> float:
         """Of messages one after the other, and their bytes."""
@@ -132,9 +139,9 @@ def sum_traffic(values: float, nodes: int, link: LinkCosts) -> Traffic:
     if nodes == 1:
         return Traffic()
     others = nodes - 1
-    one_phase = Traffic(others * values * SUM_BYTES, 1, 2 * others * values, SUM_CALL_S)
+    one_phase = Traffic(others * values * EXACT_SUM_BYTES, 1, 2 * others * values, SUM_CALL_S)
     share = others / nodes * values
-    two_phases = Traffic(share * (SUM_BYTES + RESULT_BYTES), 2, 2 * share, SUM_CALL_S)
+    two_phases = Traffic(share * (EXACT_SUM_BYTES + FINISHED_SUM_BYTES), 2, 2 * share, SUM_CALL_S)
     if nodes == 2:
         return one_phase
     return one_phase if one_phase.wire_seconds(link) <= two_phases.wire_seconds(link) else two_phases
@@ -159,10 +166,10 @@ def alltoall_layer(shape: WireShape, nodes: int, tokens: int, dense: bool = Fals
     touched = 1.0 if dense else touch_probability(shape.experts, shape.experts_per_token, nodes)
     call_s = TOKEN_CALL_S
     gathered = Traffic(values * shape.operand_bytes, 1, 0, call_s)
-    scattered = Traffic(values * SUM_BYTES, 1, 2 * values, call_s)
+    scattered = Traffic(values * EXACT_SUM_BYTES, 1, 2 * values, call_s)
     routed = Traffic() if dense else Traffic(rows * shape.experts_per_token * ROUTING_BYTES, 1, 0, call_s)
     dispatched = Traffic(values * touched * shape.operand_bytes, 1, 0, call_s)
-    returned = Traffic(values * touched * SUM_BYTES, 1, 2 * values * touched, call_s)
+    returned = Traffic(values * touched * EXACT_SUM_BYTES, 1, 2 * values * touched, call_s)
     return gathered + scattered + routed + dispatched + returned
 
 

@@ -15,10 +15,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_moe.parallel.cost import LinkCosts
 from dist_moe.parallel.host_exchange import HostExchange
 from dist_moe.parallel.host_sums import HostSums
 from dist_moe.parallel.ledger import Kind, Ledger
-from dist_moe.parallel.probe import LinkCosts
 from dist_moe.parallel.progress import Progress
 from dist_moe.parallel.token_owners import TokenGroups
 from dist_moe.parallel.world import World

@@ -12,14 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_moe.errors import EnvironmentMismatch
+from dist_moe.parallel.cost import LinkCosts
 from dist_moe.parallel.host_exchange import Bytes, HostExchange
-from dist_moe.parallel.probe import LinkCosts
 
 Sums = NDArray[np.int64]
 
-# Many sums travel in messages that keep the wire busy for so long: then packing, the wire and adding overlap. A
-# message costs a rank 30 us. Over 1 Gbit/s (tbf, burst 16 KB) 18 KB at a time reach its rate, 150 KB 3/4 of it.
-_MESSAGE_S = 1.5e-4
+# Bounds of messages of `LinkCosts.message_bytes`. A message costs a rank 30 us. Over 1 Gbit/s (tbf, burst 16 KB)
+# 18 KB at a time reach its rate, 150 KB 3/4 of it.
 FEWEST_SUMS = 4096
 MOST_SUMS = 16384
 # Pieces that are sent before the first of them must have arrived.
@@ -54,6 +53,7 @@ class HostSums:
         exchange: Their messages.
         costs: What the choice between one phase and two goes by; equal on all hosts.
         message_sums: Sums in a message, where many travel.
+        one_phase: Whether sums take one phase, where that is to be compared; None: as `is_one_phase` finds.
     """
 
     def __init__(self, exchange: HostExchange, partial: Codec, finished: Codec, costs: LinkCosts) -> None:
@@ -73,12 +73,15 @@ class HostSums:
         shape = (N, max(partial.bound(MOST_SUMS), finished.bound(MOST_SUMS)))
         self._out = [list(np.empty(shape, np.uint8)) for _ in range(SLOTS)]
         self._in = [list(np.empty(shape, np.uint8)) for _ in range(SLOTS)]
-        wanted = int(costs.bytes_per_s * _MESSAGE_S / partial.value_bytes) // _BLOCK * _BLOCK
+        wanted = int(costs.message_bytes / partial.value_bytes) // _BLOCK * _BLOCK
         self.message_sums = min(MOST_SUMS, max(FEWEST_SUMS, wanted))
+        self.one_phase: bool | None = None
         self._one_phase_for: dict[int, bool] = {}
 
     def is_one_phase(self, count: int) -> bool:
         """Whether `count` sums are added up on every host, which takes one phase of messages instead of two."""
+        if self.one_phase is not None:
+            return self.one_phase
         if not self._partial.rounds:
             # Two hosts: the bytes are about the same, and no sum is packed twice.
             return self.exchange.hosts == 2 or self._expected_s(count, 1) <= self._expected_s(count, 2)
@@ -136,8 +139,8 @@ class HostSums:
 
     def _two_phases(self, sums: Sums, slot: int) -> Iterator[None]:
         """Everyone gets one part of everyone's own sums, adds it up, and gives it to all."""
-        yield from self._reduce(sums, slot)
         parts, own = self._parts(sums), self.exchange.host
+        yield from self._reduce(parts, slot)
         done = self._encode(self._finished, self._out[slot][own], parts[own])
         swap = self.exchange.post([done] * len(parts), self._in[slot])
         self._decode(self._finished, parts[own], done)  # the same values as everyone else
@@ -145,9 +148,8 @@ class HostSums:
         for host, length in swap.finish():
             self._decode(self._finished, parts[host], self._in[slot][host][:length])
 
-    def _reduce(self, sums: Sums, slot: int) -> Iterator[None]:
-        parts, own = self._parts(sums), self.exchange.host
-        rounds = self._partial.rounds
+    def _reduce(self, parts: list[Sums], slot: int) -> Iterator[None]:
+        own, rounds = self.exchange.host, self._partial.rounds
         outgoing_N = [
             self._encode(self._partial, self._out[slot][host], part) if rounds or host != own else None
             for host, part in enumerate(parts)

@@ -1,8 +1,8 @@
 """What a rank notes of its exchanges and steps: times and bytes in arrays of fixed size; others add them up.
 
 Only the two ends of an exchange are noted, by each rank's own clock. Who waited for whom is found afterwards, where all
-ranks' notes lie side by side (`dist_moe.engine.accounts`): ranks make the same exchanges in the same order, so the nth
-note of one rank and the nth of another are of the same exchange.
+ranks' notes lie side by side (`dist_moe.engine.watch.accounts`): ranks make the same exchanges in the same order, so
+the nth note of one rank and the nth of another are of the same exchange.
 
 n exchanges · S steps · L layers · M marks
 """

@@ -5,6 +5,7 @@ Shape suffixes: N nodes, U units, S sets of holders that occur.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,8 +32,11 @@ def balanced_owners(held_NU: Held, ranks_N: Sequence[int], load_N: Sequence[int]
     holders_SN, set_U = np.unique(held_NU.T, axis=0, return_inverse=True)
     set_U = set_U.reshape(-1)
     filling = _Filling(holders_SN, ranks_N, load_N or [0] * len(ranks_N))
-    for number in set_U.tolist():
-        filling.add(number)
+    if holders_SN.shape[0] == 1 and holders_SN.all():
+        filling.add_anywhere(0, len(set_U))
+    else:
+        for number in set_U.tolist():
+            filling.add(number)
     owner_U = np.full(held_NU.shape[1], -1, np.int64)
     for number, counts_N in enumerate(filling.counts_SN):
         if holders_SN[number].any():
@@ -67,6 +71,16 @@ class _Filling:
         else:
             self._load_N[best] += 1
         self.counts_SN[number, best] += 1
+
+    def add_anywhere(self, number: int, units: int) -> None:
+        """As `add` for each of so many units that all nodes hold."""
+        prices = [self._price(node) for node in range(len(self._load_N))]
+        heapq.heapify(prices)
+        for _ in range(units):
+            _, node = prices[0]
+            self._load_N[node] += 1
+            self.counts_SN[number, node] += 1
+            heapq.heapreplace(prices, self._price(node))
 
     def _price(self, node: int) -> tuple[int, int]:
         """What a rank of the node has at least, and the node's number for ties."""

@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 from dist_moe.parallel.exchange import Exchange, noted
 from dist_moe.parallel.host_exchange import Bytes, Swap
 from dist_moe.parallel.ledger import Kind, Ledger
-from dist_moe.parallel.token_owners import Owners, RowNumbers, deal_tokens, numbers, rows_within
+from dist_moe.parallel.token_owners import Owners, RowNumbers, deal_tokens, rows_within
 
-# As of sums (`host_sums`): a message keeps the wire busy for so long, and some are sent before the first must arrive.
+# As of sums (`host_sums`): bounds of messages of `LinkCosts.message_bytes`, and how many go before the first arrives.
 # Between 4 hosts at 1 Gbit/s 512 tokens of 2048 columns take 1.1 times as long with 32 KB, 1.5 times with 128 KB.
-_MESSAGE_S = 1.5e-4
 FEWEST_BYTES = 1 << 14
 MOST_BYTES = 1 << 17
 AHEAD = 2
@@ -63,7 +62,7 @@ class TokenExchange:
         self._kept_slots: list[_Slot] = []
         self._kept_own = np.empty(0, np.uint8)
         costs = exchange.link_costs
-        wanted = FEWEST_BYTES if costs is None else int(costs.bytes_per_s * _MESSAGE_S)
+        wanted = FEWEST_BYTES if costs is None else int(costs.message_bytes)
         self._message_bytes = min(MOST_BYTES, max(FEWEST_BYTES, wanted))
         self._owners: dict[int, Owners] = {}
         self._speaks = self.world.rank in {members[0] for members in self._groups.members}
@@ -95,7 +94,7 @@ class TokenExchange:
             rows: This rank's own are filled; all are, afterwards.
             owners: Of all rows.
         """
-        self._spread(rows, owners, [numbers(range(owners.count))] * len(owners.groups))
+        self._spread(rows, owners, [owners.row_N] * len(owners.groups))
 
     @noted(Kind.DISPATCH)
     def dispatch(self, rows: TokenRows, owners: Owners, wanted: Sequence[RowNumbers]) -> None:
@@ -117,7 +116,7 @@ class TokenExchange:
             rows: The same sums as they travel.
             owners: Of all rows.
         """
-        everything = [numbers(range(owners.count))] * len(owners.groups)
+        everything = [owners.row_N] * len(owners.groups)
         self._collect(sums_TD, rows, owners, everything)
 
     @noted(Kind.RETURN)
@@ -165,12 +164,12 @@ class TokenExchange:
             return
         longest = rows.bound(max(len(run) for run in owners.members))
         packed = self._own_buffer(longest)
-        rows.pack(packed, numbers(owners.own))
+        rows.pack(packed, owners.numbers(owners.own))
         gathered = self._channel.gather(packed)
         self.ledger.sent(0, packed.nbytes)
         if gathered is not None:
             for run, found in list(zip(owners.members, gathered, strict=True))[1:]:
-                rows.unpack(found[: rows.bound(len(run))], numbers(run))
+                rows.unpack(found[: rows.bound(len(run))], owners.numbers(run))
 
     def _show_members(self, rows: TokenRows, row_N: RowNumbers) -> None:
         if self._channel is None:

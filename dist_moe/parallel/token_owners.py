@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,15 @@ class Owners:
         """Rows of the list."""
         return self.groups[-1].stop
 
+    @cached_property
+    def row_N(self) -> RowNumbers:
+        """The numbers of all rows; made once, as the layers of a step ask for them again and again."""
+        return np.arange(self.count, dtype=np.int32)
+
+    def numbers(self, rows: range) -> RowNumbers:
+        """The numbers of a run of the list's rows."""
+        return self.row_N[rows.start : rows.stop]
+
     def among(self, chosen: Sequence[int]) -> Owners:
         """Who owns which of some chosen rows, ascending, counted by their place in the choice."""
 
@@ -96,8 +106,3 @@ def rows_within(row_N: RowNumbers, rows: range) -> RowNumbers:
     """Those of some ascending row numbers that lie in a run of rows."""
     first, stop = np.searchsorted(row_N, (rows.start, rows.stop))
     return row_N[first:stop]
-
-
-def numbers(rows: range) -> RowNumbers:
-    """The numbers of a run of rows."""
-    return np.arange(rows.start, rows.stop, dtype=np.int32)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import numpy as np
 
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
 # Between two looks of a rank that waits for a long piece of work elsewhere.
 _NAP_S = 0.02
-# For tests: "0,0,1" makes ranks 0 and 1 of one host a node and rank 2 another.
-_NODES_OF_TEST = "DIST_MOE_TEST_NODES"
 
 
 class AgreedError(DistMoeError):
@@ -105,11 +102,8 @@ class World:
         self.comm = comm.Dup() if comm is not None else world_communicator(mpi)
         self.rank, self.size = self.comm.rank, self.comm.size
         self.library = short_version(mpi.Get_library_version())
-        part = _part_of_host(os.environ.get(_NODES_OF_TEST, ""), self.rank, self.size)
-        self.hosts = tuple(self.gather_texts(socket.gethostname() + ("" if part is None else f"-{part}")))
-        host = self.comm.Split_type(mpi.COMM_TYPE_SHARED, key=self.rank)
-        local = host.Split(part or 0, self.rank)
-        host.Free()
+        self.hosts = tuple(self.gather_texts(self.host_name()))
+        local = self.ranks_of_node()
         self.local_rank, self.local_size = local.rank, local.size
         first = np.array([self.rank], np.int64)
         local.Bcast([first, mpi.INT64_T], root=0)
@@ -119,6 +113,16 @@ class World:
         order = {int(rank): node for node, rank in enumerate(np.unique(firsts))}
         self.node_of_rank = tuple(order[int(rank)] for rank in firsts)
         forget_shared_names()
+
+    def host_name(self) -> str:
+        """What this rank's host is called."""
+        return socket.gethostname()
+
+    def ranks_of_node(self) -> Intracomm:
+        """A communicator of the ranks that share this one's memory (collective)."""
+        assert self.comm is not None
+        assert self.mpi is not None
+        return cast("Intracomm", self.comm.Split_type(self.mpi.COMM_TYPE_SHARED, key=self.rank))
 
     @property
     def is_leader(self) -> bool:
@@ -253,14 +257,6 @@ def merge_lines(texts: list[str], hosts: tuple[str, ...], phase: str) -> tuple[s
         where = f"rank{'s' if len(ranks) > 1 else ''} {numbers} on {names}, {phase}: "
         merged += [where + line for line in text.splitlines()]
     return tuple(merged)
-
-
-def _part_of_host(text: str, rank: int, size: int) -> int | None:
-    """Which of several nodes that one host stands for has this rank; None where a host is a node."""
-    parts = text.split(",") if text else []
-    if parts and (len(parts) != size or not all(part.isdecimal() for part in parts)):
-        raise UsageError(f"{_NODES_OF_TEST}={text}: expected {size} numbers, a node for each rank, such as 0,0,1")
-    return int(parts[rank]) if parts else None
 
 
 def _lines_of(error: DistMoeError) -> tuple[str, ...]:

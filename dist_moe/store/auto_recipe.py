@@ -103,6 +103,11 @@ def auto_recipe(
             "--recipe auto: this calibration does not say how sensitive matrices are: make it again with dist-moe "
             "calibrate --sensitivity 1024"
         )
+    if not calibration.sensitive_G.any():
+        raise UsageError(
+            "--recipe auto: in this calibration rounding to q4 changes nothing, as in a store of q4 weights: make it "
+            "again in one with exact weights, such as dist-moe shard --quant bf16 makes"
+        )
     config = source.config
     candidates, items = usable_candidates(config), list(model_items(config))
     meter, errors = _Meter(source, calibration, kernels), []

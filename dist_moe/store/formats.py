@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from dist_moe.errors import UsageError
-from dist_moe.kernels.formats import MatrixFormat, WeightFormat
+from dist_moe.kernels.formats import MatrixFormat, ScaleChoice, WeightFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.store.units import check_format, chunks_per_expert, output_group
 
@@ -100,6 +100,12 @@ class ModelFormats:
     def quantized(self) -> bool:
         """Whether any matrix is."""
         return any(found.format.quantized for found in self.distinct)
+
+    @cached_property
+    def default_scales(self) -> ScaleChoice:
+        """How scales are chosen when nobody says it: q4 gains much from a search, q8 next to nothing."""
+        has_q4 = any(found.format == WeightFormat.Q4 for found in self.distinct)
+        return ScaleChoice.MSE if has_q4 else ScaleChoice.ABSMAX
 
     @cached_property
     def main(self) -> WeightFormat:

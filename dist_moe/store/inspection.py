@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_moe import files
+from dist_moe.checkpoint.qw3w_directory import Qw3wDirectory
 from dist_moe.checkpoint.qw3w_file import TYPE_NAMES as QW3W_TYPES
 from dist_moe.checkpoint.qw3w_file import Qw3wFile
 from dist_moe.checkpoint.safetensors_file import SafetensorsFile
@@ -146,9 +147,9 @@ def _gguf_report(path: Path) -> FileReport:
 
 
 def _qw3w_report(path: Path) -> FileReport:
-    file = Qw3wFile(path)
+    file = Qw3wDirectory(path) if files.is_directory(path) else Qw3wFile(path)
     tensors = [
-        TensorReport(name, re.sub(r"\.\d+\.", ".N.", name), QW3W_TYPES[record.dtype], record.shape, record.data.nbytes)
+        TensorReport(name, re.sub(r"\.\d+\.", ".N.", name), QW3W_TYPES[record.dtype], record.shape, record.nbytes)
         for name, record in file.records.items()
     ]
     return FileReport(path.name, file.file_bytes, None, None, tensors=tensors)

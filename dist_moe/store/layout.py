@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dist_moe.checkpoint.safetensors_file import FileLayout, file_layout
-from dist_moe.kernels.formats import ScaleChoice, packed_bytes
+from dist_moe.kernels.formats import packed_bytes
 from dist_moe.store.manifest import COMMON_NAME, NUMERICS_VERSION, Manifest
 from dist_moe.store.placement import PLACED, Indices, indices_of, runs_of, shard_name
 from dist_moe.store.placement_json import shard_to_json
@@ -146,8 +146,8 @@ def shard_command(manifest: Manifest, directory: Path) -> str:
         words += ["--recipe", str(directory)]
     else:
         words += ["--quant", manifest.format.label, "--group-size", str(manifest.group_size)]
-    words += [] if manifest.scales == ScaleChoice.ABSMAX else ["--scales", manifest.scales.label]
-    words += ["--importance", "CALIBRATION"] if manifest.importance else []
+    words += [] if manifest.scales == manifest.formats.default_scales else ["--scales", manifest.scales.label]
+    words += ["--importance", "FILE"] if manifest.importance else []
     words += [*([] if placed else ["--experts", manifest.experts]), "-o", str(directory)]
     return shlex.join(words)
 
@@ -155,7 +155,7 @@ def shard_command(manifest: Manifest, directory: Path) -> str:
 def source_note(manifest: Manifest) -> str:
     """What to put in place of the name in `shard_command`: stores do not keep paths of other machines."""
     demo = ", or nothing for the bundled demo" if manifest.source_name == "demo" else ""
-    calibration = f", and for CALIBRATION the file of {manifest.importance}" if manifest.importance else ""
+    calibration = f", and for FILE what dist-moe calibrate wrote, {manifest.importance}" if manifest.importance else ""
     return f"{manifest.source_name} is the source's name: give its path{demo}{calibration}"
 
 

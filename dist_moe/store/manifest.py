@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,14 @@ class Manifest:
     def layer_chunks_per_expert(self, layer: int) -> int:
         """Chunks of each expert of a layer; a dense MLP is one expert."""
         return chunks_per_expert(self.config, self.group_size, layer)
+
+    @cached_property
+    def common_file_bytes(self) -> int:
+        """The size of common.safetensors, also of a store that is not written yet."""
+        from dist_moe.store.layout import weight_layout  # which is about manifests
+
+        common = self.file(COMMON_NAME)
+        return common.file_bytes if common else weight_layout(self, COMMON_NAME).file_bytes
 
     def file(self, name: str) -> StoreFile | None:
         """The entry of a file, or None."""

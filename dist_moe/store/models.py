@@ -13,6 +13,7 @@ import dist_moe
 from dist_moe import files
 from dist_moe.checkpoint.hf_config import read_hf_config
 from dist_moe.checkpoint.hub import is_hub_id
+from dist_moe.checkpoint.qw3w_directory import is_qw3w_directory
 from dist_moe.checkpoint.source import Source, file_format, open_source
 from dist_moe.demo import demo_model_directory
 from dist_moe.errors import PlaceError, UsageError
@@ -103,7 +104,7 @@ def find_model(
     if model is None:
         return ModelSource(demo_model_directory(), DEMO_FORMAT if wanted is None else wanted)
     directory = Path(model)
-    if files.is_file(directory / MANIFEST_NAME):
+    if files.is_file(directory / MANIFEST_NAME) and not is_qw3w_directory(directory):
         _require_format(directory, wanted, quant_option)
         return ModelSource(directory, None)
     if files.is_file(directory / PROGRESS_NAME):
@@ -111,10 +112,10 @@ def find_model(
             f"{option}{directory}: this store is incomplete (dist-moe shard or reshard was interrupted or still runs): "
             "repeat its command, it continues where it stopped"
         )
-    if files.is_file(directory / "config.json"):
-        return ModelSource(directory, DEFAULT_FORMAT if wanted is None else wanted)
     if file_format(directory):
         return ModelSource(directory, default_format(open_source(directory)) if wanted is None else wanted)
+    if files.is_file(directory / "config.json"):
+        return ModelSource(directory, DEFAULT_FORMAT if wanted is None else wanted)
     found = {None: "does not exist", "directory": "holds neither"}.get(
         files.kind_of(directory), "is a file that does not begin with GGUF or QW3W"
     )
@@ -131,9 +132,11 @@ def _hub_advice(model: str) -> str:
 
 def is_source(path: Path) -> bool:
     """Whether a path is what a store is packed from, one file or a Hugging Face directory, and not a store."""
+    if file_format(path) is not None:
+        return True
     if any(files.is_file(path / name) for name in (MANIFEST_NAME, PROGRESS_NAME)):
         return False
-    return files.is_file(path / "config.json") or file_format(path) is not None
+    return files.is_file(path / "config.json")
 
 
 def cache_directory() -> Path:
@@ -193,8 +196,9 @@ def packed_directory(model: Source, options: StoreOptions) -> Path:
     key = f"{model.path.resolve()}\n{_versions(model.fingerprint())}"
     if formats.uniform_format is None:
         key += f"\n{json.dumps(formats.to_json())}"
-    if formats.quantized and options.scales != ScaleChoice.ABSMAX:
-        key += f"\n{options.scales.label} {options.importance.fingerprint if options.importance else ''}"
+    scales = options.scale_choice(formats)
+    if scales != ScaleChoice.ABSMAX:
+        key += f"\n{scales.label} {options.importance.fingerprint if options.importance else ''}"
     return _cached(source_name(model.path), formats.label, key)
 
 

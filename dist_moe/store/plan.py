@@ -28,7 +28,7 @@ class StoreOptions:
     group_size: int = 32  # weights per scale, 0 for whole rows
     formats: ModelFormats | None = None  # of each matrix, in place of format; of group_size, too, if one is quantized
     experts: str = "whole"  # or "sliced"
-    scales: ScaleChoice = ScaleChoice.ABSMAX  # of q8 and q4; f32 and bf16 have none
+    scales: ScaleChoice | None = None  # of q8 and q4; None: mse if any matrix is q4, else absmax
     importance: Importance | None = None  # of the columns of matrices whose scales are searched for (mse)
     placement: Placement | None = None  # takes the place of nodes and experts
     force: bool = False  # replace a store that stands there
@@ -41,6 +41,12 @@ class StoreOptions:
     def model_formats(self, config: ModelConfig) -> ModelFormats:
         """The format of each matrix of a model."""
         return self.formats or ModelFormats.uniform(config, self.format, self.group_size)
+
+    def scale_choice(self, formats: ModelFormats) -> ScaleChoice:
+        """How scales are chosen for these formats; absmax where there are none."""
+        if not formats.quantized:
+            return ScaleChoice.ABSMAX
+        return formats.default_scales if self.scales is None else self.scales
 
 
 class WeightSource(Protocol):
@@ -78,8 +84,8 @@ def plan_store(source: WeightSource, options: StoreOptions) -> Manifest:
     formats = options.model_formats(config)
     group_size = options.group_size if formats.group_size is None else formats.group_size
     check_formats(config, formats, group_size)
-    searched = formats.quantized and options.scales == ScaleChoice.MSE
-    if options.importance is not None and not searched:
+    scales = options.scale_choice(formats)
+    if options.importance is not None and scales != ScaleChoice.MSE:
         raise UsageError(
             "--importance weights the search for scales: give --quant q4 or q8 with --scales mse, or leave it out"
         )
@@ -97,7 +103,7 @@ def plan_store(source: WeightSource, options: StoreOptions) -> Manifest:
         shards=(),
         package_version=dist_moe.__version__,
         files=(),
-        scales=ScaleChoice.MSE if searched else ScaleChoice.ABSMAX,
+        scales=scales,
         importance="" if options.importance is None else options.importance.fingerprint,
     )
     return cut(uncut, options)

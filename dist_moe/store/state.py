@@ -161,6 +161,8 @@ def _differences(found: Manifest, plan: Manifest) -> str:
         return ""
     named = ("weights", "group_size", "experts", "nodes")
     texts = [f"{key} {theirs[key]}, not {ours[key]}" for key in named if theirs[key] != ours[key]]
+    if found.label == plan.label and found.formats != plan.formats:
+        texts.append("other formats of some matrices")
     if found.scales != plan.scales:
         texts.append(f"scales {found.scales.label}, not {plan.scales.label}")
     if found.importance != plan.importance:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from dist_moe.errors import UsageError
 from dist_moe.kernels import WeightFormat, aligned_empty
-from dist_moe.kernels.formats import ALIGNMENT, TILE_ROWS
+from dist_moe.kernels.formats import ALIGNMENT, TILE_ROWS, ScaleChoice
 from dist_moe.model_config import ModelConfig, round_up
 from dist_moe.store.convert import Conversion, Progress, write_store
 from dist_moe.store.layout import TensorSpec
@@ -84,6 +84,7 @@ def synthetic_model(config: ModelConfig, name: str, layers: int | None) -> Synth
 
 def write_synthetic(model: SyntheticModel, destination: Path, options: StoreOptions, progress: Progress) -> Conversion:
     """Write a store of random weights, or finish an interrupted one; a whole one is left alone. Raises as `convert`."""
+    options = replace(options, scales=ScaleChoice.ABSMAX)  # random scales were not searched for
     return write_store(model, lambda plan, _: SyntheticPacker(plan), destination, options, progress)
 
 

@@ -59,7 +59,7 @@ def unit_bytes(manifest: Manifest, kind: UnitKind, layer: int, index: int) -> in
 def unit_sizes(manifest: Manifest, kind: UnitKind, layer: int) -> npt.NDArray[np.int64]:
     """Bytes of every unit of one kind in one layer, int64 [units of the whole model]."""
     count = unit_count(manifest.config, manifest.group_size, kind, layer)
-    if kind != "chunk":
+    if kind != "chunk" or manifest.formats.uniform_format is not None:
         return np.full(count, unit_bytes(manifest, kind, layer, 0))
     chunks, known = manifest.layer_chunks_per_expert(layer), dict[tuple[MatrixFormat, ...], int]()
     sizes = []

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dist_moe.engine.worker import Worker
+from dist_moe.engine.steps.worker import Worker
 from dist_moe.errors import StoreError
 from dist_moe.kernels import NO_FAULT, Kernels, KvFormat
 from dist_moe.kernels.arrays import F32Array, F64Array

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_moe.checkpoint.source import open_source
-from dist_moe.engine.startup import open_exchange
+from dist_moe.engine.start.startup import open_exchange
 from dist_moe.errors import DistMoeError, EnvironmentMismatch
 from dist_moe.kernels import Kernels, KvFormat, isa_levels
 from dist_moe.parallel.exchange import Exchange

@@ -10,9 +10,9 @@ import pytest
 from dist_moe.chat.answering import Answerer
 from dist_moe.chat.protocol import Done, Generate, Note, Piece, Refused
 from dist_moe.demo import demo_model_directory
-from dist_moe.engine.pieces import Piece as EnginePiece
-from dist_moe.engine.request import SamplingOptions
-from dist_moe.engine.statistics import EngineStatistics
+from dist_moe.engine.requests.pieces import Piece as EnginePiece
+from dist_moe.engine.requests.request import SamplingOptions
+from dist_moe.engine.watch.statistics import EngineStatistics
 from dist_moe.text.chat import ChatFormat
 from dist_moe.text.reasoning import EARLY_STOP
 from dist_moe.text.tokenizer import Tokenizer

@@ -17,8 +17,8 @@ from dist_moe.checkpoint.hf_config import read_hf_config
 from dist_moe.cli.bench import find, plan_cases, refuse_impossible
 from dist_moe.cli.options import BenchOptions
 from dist_moe.engine.bench import BenchReport, Case, Limits, Timing
-from dist_moe.engine.bench_bound import StepWork, Work
-from dist_moe.engine.bench_machine import ReadSpeed
+from dist_moe.engine.measuring.bench_bound import StepWork, Work
+from dist_moe.engine.measuring.bench_machine import ReadSpeed
 from dist_moe.errors import BoundError, UsageError
 from helpers import launching
 from helpers.command_options import MODEL

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dist_moe.cli.shard import ShardProgress
-from dist_moe.engine.job import local_store
+from dist_moe.cli.shard_progress import ShardProgress
+from dist_moe.engine.start.job import local_store
 from dist_moe.errors import DistMoeError, PlaceError
 from dist_moe.kernels import WeightFormat
 from dist_moe.parallel.world import World

@@ -74,12 +74,12 @@ def test_a_recipe_of_many_bits_has_no_scales_to_weight(shard: Shard, calibration
 def test_the_command_that_makes_a_store_again_names_its_calibration(shard: Shard, calibration: Path) -> None:
     made = shard("made", "--quant", "q4", "--importance", str(calibration), "--nodes", "2")
     manifest = Store.open(made).manifest
-    words = shard_command(manifest, made).replace("CALIBRATION", str(calibration)).split()
+    words = shard_command(manifest, made).replace("FILE", str(calibration)).split()
     kept = (made / "shard-00002-of-00002.safetensors").read_bytes()
     (made / "shard-00002-of-00002.safetensors").unlink()
     execute(["shard", *words[3:], "--quiet"])
     assert (made / "shard-00002-of-00002.safetensors").read_bytes() == kept
-    assert f"for CALIBRATION the file of {manifest.importance}" in source_note(manifest)
+    assert f"for FILE what dist-moe calibrate wrote, {manifest.importance}" in source_note(manifest)
 
 
 @pytest.mark.parametrize(

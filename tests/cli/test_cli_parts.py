@@ -22,10 +22,10 @@ from dist_moe.cli.sampling import sampling_options
 from dist_moe.cli.token_ids import parse_ids, read_ids, require_ids
 from dist_moe.cli.values import unescape
 from dist_moe.demo import demo_model_directory
-from dist_moe.engine.pieces import Result, Usage
-from dist_moe.engine.request import Completion, SamplingOptions
-from dist_moe.engine.statistics import EngineStatistics
-from dist_moe.engine.writer import Writer
+from dist_moe.engine.requests.pieces import Result, Usage
+from dist_moe.engine.requests.request import Completion, SamplingOptions
+from dist_moe.engine.requests.writer import Writer
+from dist_moe.engine.watch.statistics import EngineStatistics
 from dist_moe.errors import UsageError
 from dist_moe.files import require_writable
 from dist_moe.kernels import WeightFormat

@@ -12,7 +12,8 @@ import pytest
 
 from dist_moe.cli.main import execute
 from dist_moe.demo import demo_model_directory
-from dist_moe.engine.perplexity import Mean, Perplexity, compare, compare_rows, log_softmax, windows_of
+from dist_moe.engine.perplexity import Mean, Perplexity, compare, compare_rows, log_softmax
+from dist_moe.engine.text_windows import pieces_of, windows_of
 from dist_moe.parallel.world import AgreedError
 from dist_moe.text.tokenizer import Tokenizer
 from helpers.launching import Finished
@@ -61,6 +62,13 @@ def test_windows_predict_every_token_once(tokens: int, size: int, stride: int) -
     for window in windows:
         assert 0 <= window.first < window.scored < window.stop <= window.first + size
         assert window.first == 0 or window.scored - window.first >= size - stride
+
+
+@pytest.mark.parametrize(("tokens", "size", "counts"), [(0, 4, []), (1, 4, [1]), (8, 4, [4, 4]), (9, 4, [4, 4, 1])])
+def test_pieces_have_every_token_once(tokens: int, size: int, counts: list[int]) -> None:
+    pieces = pieces_of(list(range(tokens)), size)
+    assert [len(piece) for piece in pieces] == counts
+    assert [token for piece in pieces for token in piece] == list(range(tokens))
 
 
 def test_perplexity_of_documents_equals_its_definition(measure, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from helpers import launching
 from helpers.tiny_model import TinyModel
 
 PROGRAM = (sys.executable, "-m", "dist_moe")
+SPLIT_HOST = Path(__file__).parents[1] / "helpers" / "split_host.py"
 TEXT = "Once upon a time, a quiet girl named Anna had a little dog. " * 12
 STORY = ("run", "-p", "Once upon a time", "-n", "30", "--temperature", "0", "--quiet")
 
@@ -208,8 +209,8 @@ def test_after_a_store_the_next_command_cuts_it_again(home: Path) -> None:
 def test_measured_weights_and_a_mistake_end_all_ranks_alike(
     arguments: tuple[str, ...], sentence: str, mpirun: Command
 ) -> None:
-    env = {"DIST_MOE_TEST_NODES": "0,1", "DIST_MOE_YIELD": "1"}
-    done = mpirun(2, *PROGRAM, "place", "--weights", "measured", *arguments, env=env)
+    env = {"DIST_MOE_YIELD": "1"}
+    done = mpirun(2, sys.executable, str(SPLIT_HOST), "0,1", "place", "--weights", "measured", *arguments, env=env)
     assert done.code == 2, done.output
     assert done.stderr.count("dist-moe: error: ") == 1
     assert sentence in done.stderr

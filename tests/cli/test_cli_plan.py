@@ -135,7 +135,7 @@ def test_stores_directories_and_gguf_files(tmp_path: Path) -> None:
         (("--nodes", "1-2-3"), "--nodes: expected a whole number"),
         (("--nodes", "many"), "--nodes: expected a whole number"),
         (("--nodes", "30-33"), "33 nodes: this model has 32 query heads and each node needs one: take fewer"),
-        (("--ranks-per-node", "0"), "--ranks-per-node: expected a whole number from 1 to 4096, found '0'"),
+        (("--ranks-per-node", "0"), "--ranks-per-node: expected a whole number from 1 to 1024, found '0'"),
         (("--threads", "0"), "--threads: expected a whole number from 1"),
         (("--net", "wifi"), "--net: expected 1gbe, 10gbe, ib100 or measured, found 'wifi'"),
         (("--bandwidth", "nan"), "--bandwidth: expected a number from 0.1"),

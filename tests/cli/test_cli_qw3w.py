@@ -14,7 +14,7 @@ import pytest
 
 from dist_moe.demo import demo_model_directory
 from helpers.tiny_model import TinyModel
-from helpers.tiny_qw3w import write_qw3w
+from helpers.tiny_qw3w import write_qw3w, write_qw3w_directory
 
 MODEL = TinyModel(layers=1, dense_layers=(), experts=4, experts_per_token=2, vocabulary=1030)
 
@@ -54,13 +54,14 @@ def test_a_store_of_f32_equals_that_of_the_checkpoint(tmp_path: Path) -> None:
     small = replace(MODEL, vocabulary=300)
     small.write(tmp_path / "hf")
     write_qw3w(tmp_path / "all.bin", small, version=1)
-    for source, store in (("hf", "a"), ("all.bin", "b")):
+    write_qw3w_directory(tmp_path / "tensors", small)
+    for source, store in (("hf", "a"), ("all.bin", "b"), ("tensors", "c")):
         done = dist_moe(tmp_path, "shard", source, "--quant", "q8", "-o", store, "--quiet")
         assert done.returncode == 0, done.stderr
     found = sorted((tmp_path / "a").glob("*.safetensors"))
     assert len(found) > 1
     for path in found:
-        assert weights(tmp_path / "b" / path.name) == weights(path)
+        assert weights(tmp_path / "b" / path.name) == weights(tmp_path / "c" / path.name) == weights(path)
 
 
 def weights(path: Path) -> bytes:

@@ -16,8 +16,8 @@ from dist_moe.cli import heat_map
 from dist_moe.cli.main import execute
 from dist_moe.cli.npz_arrays import NpzArrays
 from dist_moe.cli.routing_file import RoutingFile, RoutingReader, read_records
-from dist_moe.engine.routing_facts import RoutingFacts
-from dist_moe.engine.routing_record import RoutingBatch
+from dist_moe.engine.routing.routing_facts import RoutingFacts
+from dist_moe.engine.routing.routing_record import RoutingBatch
 from dist_moe.errors import UsageError
 from helpers import launching
 from helpers.tiny_model import TinyModel

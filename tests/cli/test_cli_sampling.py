@@ -59,7 +59,7 @@ BAD_USE = [
 
 @pytest.mark.parametrize(("line", "message"), BAD_USE)
 def test_bad_use_is_one_line(line: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dist_moe.engine.loading.Transformer", None)  # before any weight is loaded
+    monkeypatch.setattr("dist_moe.engine.start.loading.Transformer", None)  # before any weight is loaded
     with pytest.raises((UsageError, AgreedError)) as caught:
         execute(["run", "--prompt-ids", "1,2", *line.split()])
     assert message in str(caught.value)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from dist_moe.cli.chrome_trace import dropped_steps_line, write_chrome_trace
-from dist_moe.engine.accounts import split_notes
-from dist_moe.engine.timeline import Timeline
+from dist_moe.engine.watch.accounts import split_notes
+from dist_moe.engine.watch.timeline import Timeline
 from dist_moe.errors import UsageError
 from dist_moe.model.stopwatch import Marks, Part
 from dist_moe.parallel.clocks import ClockSample

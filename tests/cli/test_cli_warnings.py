@@ -13,9 +13,9 @@ from dist_moe.cli.environment import environment_warnings
 from dist_moe.cli.main import execute
 from dist_moe.cli.summary import as_json
 from dist_moe.cli.version import version_lines
-from dist_moe.engine.pieces import Result, Usage
-from dist_moe.engine.questions import known_stop_ids
-from dist_moe.engine.statistics import EngineStatistics
+from dist_moe.engine.requests.pieces import Result, Usage
+from dist_moe.engine.requests.questions import known_stop_ids
+from dist_moe.engine.watch.statistics import EngineStatistics
 
 OPTIONS = ("DIST_MOE_THREADS", "DIST_MOE_MAX_TOKENS")
 

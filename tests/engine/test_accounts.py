@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dist_moe.cli.ranks_table import ranks_table
-from dist_moe.engine.accounts import PHASES, WORK, Accounts, longest_over_even, max_over_mean, split_notes
-from dist_moe.engine.verdict import token_shares, verdict
+from dist_moe.engine.watch.accounts import PHASES, WORK, Accounts, longest_over_even, max_over_mean, split_notes
+from dist_moe.engine.watch.verdict import token_shares, verdict
 from dist_moe.parallel.clocks import ClockSample
 from dist_moe.parallel.ledger import CAPACITY, STEPS, Kind, Ledger, Notes
 from dist_moe.parallel.progress import Phase, Progress

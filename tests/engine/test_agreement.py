@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from dist_moe.engine.agreement import (
+from dist_moe.engine.start.agreement import (
     StartRecord,
     Versions,
     agree_on,
@@ -16,8 +16,8 @@ from dist_moe.engine.agreement import (
     own_versions,
     weights_checksum,
 )
-from dist_moe.engine.options import EngineOptions
-from dist_moe.engine.rank_table import name_hosts, number_runs, rank_table
+from dist_moe.engine.start.options import EngineOptions
+from dist_moe.engine.start.rank_table import name_hosts, number_runs, rank_table
 from dist_moe.kernels import Kernels, KvFormat
 from dist_moe.parallel.world import World
 from dist_moe.store.reader import Store

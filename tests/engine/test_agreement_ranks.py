@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.engine import verification
 from dist_moe.engine.runtime import EngineOptions, Runtime
-from dist_moe.engine.verification import verify_together
+from dist_moe.engine.start import verification
+from dist_moe.engine.start.verification import verify_together
 from dist_moe.kernels import Kernels, KvFormat, WeightFormat
 from dist_moe.parallel.world import AgreedError, World
 from dist_moe.store.convert import convert

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_moe.engine.beams import BeamOptions, Beams
-from dist_moe.engine.request import Completion, Request, SamplingOptions, TokenLogprob
+from dist_moe.engine.requests.beams import BeamOptions, Beams
+from dist_moe.engine.requests.request import Completion, Request, SamplingOptions, TokenLogprob
+from dist_moe.engine.requests.scores import ranking, score
 from dist_moe.engine.runtime import Runtime
-from dist_moe.engine.scores import ranking, score
 from dist_moe.errors import UsageError
 from helpers.tiny_model import random_ids
 

@@ -13,9 +13,16 @@ import pytest
 
 from dist_moe.checkpoint.hf_config import read_hf_config
 from dist_moe.engine.bench import Bench, BenchPlan, BenchReport, Case, Timing
-from dist_moe.engine.bench_bound import Machine, StepWork, Work, step_work
-from dist_moe.engine.bench_machine import FINALISTS, PASSES, Measurement, ReadSpeed, order_argument, read_speed
-from dist_moe.engine.bench_overhead import KernelClock, small_config
+from dist_moe.engine.measuring.bench_bound import Machine, StepWork, Work, step_work
+from dist_moe.engine.measuring.bench_machine import (
+    FINALISTS,
+    PASSES,
+    Measurement,
+    ReadSpeed,
+    order_argument,
+    read_speed,
+)
+from dist_moe.engine.measuring.bench_overhead import KernelClock, small_config
 from dist_moe.engine.runtime import EngineOptions, Runtime
 from dist_moe.errors import Interrupted
 from dist_moe.kernels import Kernels, KvFormat, WeightFormat

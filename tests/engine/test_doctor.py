@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from dist_moe.engine.doctor import of_hostfile
-from dist_moe.engine.findings import Finding, findings_of_hosts
-from dist_moe.engine.host_facts import HostFacts, StoreFacts, collect_facts
-from dist_moe.engine.leftovers import find_leftovers, remove_files
+from dist_moe.engine.examination.doctor import of_hostfile
+from dist_moe.engine.examination.findings import Finding, findings_of_hosts
+from dist_moe.engine.examination.host_facts import HostFacts, StoreFacts, collect_facts
+from dist_moe.engine.examination.leftovers import find_leftovers, remove_files
 from dist_moe.parallel.cores import CoreShare
 from dist_moe.parallel.hostfile import read_hostfile
 from dist_moe.parallel.launcher import Launcher

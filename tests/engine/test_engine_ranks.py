@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.engine.request import Request, SamplingOptions
+from dist_moe.engine.requests.request import Request, SamplingOptions
 from dist_moe.engine.runtime import EngineOptions, Runtime
 from dist_moe.errors import UsageError
 from dist_moe.kernels import WeightFormat
@@ -81,7 +81,7 @@ def test_generated_text_is_that_of_one_rank(world: World, store: Store, layout: 
 
 
 def test_a_row_is_fetched_where_candidates_cannot_decide(world: World, store: Store, monkeypatch) -> None:
-    monkeypatch.setattr("dist_moe.engine.candidates.CANDIDATES", 4)
+    monkeypatch.setattr("dist_moe.engine.requests.candidates.CANDIDATES", 4)
     request = Request(random_ids(5, 300), 25, SamplingOptions(temperature=20.0, seed=1))
 
     def lead(engine: Runtime) -> list[int]:

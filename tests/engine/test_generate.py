@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dist_moe.engine.request import Completion, Request, SamplingOptions
+from dist_moe.engine.requests.request import Completion, Request, SamplingOptions
 from dist_moe.errors import DistMoeError, UsageError
 from dist_moe.kernels import KvFormat
 from helpers.tiny_model import random_ids
@@ -68,7 +68,7 @@ def test_candidates_decide_as_the_whole_row_does(make_store, tiny_directory: Pat
     ]
     store = make_store(tiny_directory, "q8")
     expected = [completion.ids for completion in make_engine(store).generate(requests)]
-    monkeypatch.setattr("dist_moe.engine.candidates.CANDIDATES", 5)
+    monkeypatch.setattr("dist_moe.engine.requests.candidates.CANDIDATES", 5)
     engine = make_engine(store)
     fetched: list[int] = []
     fetch_row = engine._crew.fetch_row

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dist_moe.engine.health import describe_odd_ranks, ranks_differ, to_words
+from dist_moe.engine.watch.health import describe_odd_ranks, ranks_differ, to_words
 
 HASHES = (0, 1, 2**31, 2**32 - 1, 2**32, 2**63, 2**64 - 1, 0x0123456789ABCDEF, 0x0123456789ABCDEE, 0x8123456789ABCDEF)
 HOSTS = ("a", "a", "b", "c", "c")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_moe.engine.inventory import Inventory, holdings_of, missing_units, plan_from_inventory
+from dist_moe.engine.start.inventory import Inventory, holdings_of, missing_units, plan_from_inventory
 from dist_moe.errors import StoreError
 from dist_moe.parallel.world import World
 from dist_moe.store.manifest import Manifest

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.engine.accounts import PHASES, Accounts
-from dist_moe.engine.placement_report import expected_straggling, unplaced
-from dist_moe.engine.request import Request
-from dist_moe.engine.routing_facts import routing_facts
-from dist_moe.engine.routing_profile import ProfileCounter
-from dist_moe.engine.routing_record import RoutingBatch, recorded_routing
+from dist_moe.engine.planning.placement_report import expected_straggling, unplaced
+from dist_moe.engine.requests.request import Request
+from dist_moe.engine.routing.routing_facts import routing_facts
+from dist_moe.engine.routing.routing_profile import ProfileCounter
+from dist_moe.engine.routing.routing_record import RoutingBatch, recorded_routing
 from dist_moe.engine.runtime import EngineOptions, Runtime
-from dist_moe.engine.timeline import Span, Timeline
+from dist_moe.engine.watch.accounts import PHASES, Accounts
+from dist_moe.engine.watch.timeline import Span, Timeline
 from dist_moe.kernels import WeightFormat
 from dist_moe.parallel import clocks, ledger
 from dist_moe.parallel.clocks import sample_clocks

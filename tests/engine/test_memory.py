@@ -8,22 +8,23 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from dist_moe.engine.agreement import StartRecord
-from dist_moe.engine.available_memory import AvailableMemory, available_memory, is_in_memory
-from dist_moe.engine.inventory import Inventory, holdings_of, plan_from_inventory
-from dist_moe.engine.memory import Demand, check_memory, has_room, host_need
-from dist_moe.engine.request import Request
+from dist_moe.engine.requests.request import Request
+from dist_moe.engine.start.agreement import StartRecord
+from dist_moe.engine.start.available_memory import AvailableMemory, available_memory, is_in_memory
+from dist_moe.engine.start.inventory import Inventory, holdings_of, plan_from_inventory
+from dist_moe.engine.start.memory import Demand, check_memory, has_room, host_need
 from dist_moe.kernels import KvFormat, Operand, SumsCodec, WireFormat
 from dist_moe.model.workspace import workspace_bytes
 from dist_moe.parallel import token_exchange
+from dist_moe.parallel.cost import LinkCosts
 from dist_moe.parallel.holdings import everything_held
 from dist_moe.parallel.host_sums import HostSums
 from dist_moe.parallel.plan import EXPERT_LAYOUTS, Plan, plan_job
-from dist_moe.parallel.probe import LinkCosts
 from dist_moe.parallel.world import AgreedError, World
 from dist_moe.store.placement import indices_of
 from dist_moe.store.reader import Store
@@ -159,8 +160,9 @@ def test_messages_between_hosts_are_counted_where_they_are_kept(store: Store) ->
     large = replace(DEMAND, step_tokens=65536)
     alone, among = (host_need(store.manifest, some, [1, 1], large).buffer_bytes for some in plans)
     costs = LinkCosts(1e-6, 1e12)
-    codec, links = SumsCodec(WireFormat.EXACT), SimpleNamespace(hosts=3, host=0)
-    sums = HostSums(links, codec, SumsCodec(WireFormat.F32), costs)  # type: ignore[arg-type]
+    links: Any = SimpleNamespace(hosts=3, host=0)
+    codec = SumsCodec(WireFormat.EXACT)
+    sums = HostSums(links, codec, SumsCodec(WireFormat.F32), costs)
     kept = [array for slots in (sums._out, sums._in) for slot in slots for array in slot]
     token_bytes = 2 * 3 * token_exchange.SLOTS * token_exchange.MOST_BYTES
     assert among - alone == sum(array.nbytes for array in kept) + token_bytes

@@ -10,12 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_moe.engine.placement_report import expected_straggling, node_facts, placed, simulate_straggling, unplaced
-from dist_moe.engine.placing import Budget, parse_budget, place_model, routed_layers
-from dist_moe.engine.replicas import copies_of, improve, pack
-from dist_moe.engine.routing_facts import RoutingFacts
-from dist_moe.engine.routing_profile import ProfileCounter, RoutingProfile, assumed_profile
-from dist_moe.engine.work_simulation import Simulation, straggling
+from dist_moe.engine.planning.placement_report import (
+    expected_straggling,
+    node_facts,
+    placed,
+    simulate_straggling,
+    unplaced,
+)
+from dist_moe.engine.planning.placing import Budget, parse_budget, place_model, routed_layers
+from dist_moe.engine.planning.replicas import copies_of, improve, pack
+from dist_moe.engine.planning.work_simulation import Simulation, straggling
+from dist_moe.engine.routing.routing_facts import RoutingFacts
+from dist_moe.engine.routing.routing_profile import ProfileCounter, RoutingProfile, assumed_profile
 from dist_moe.errors import UsageError
 from dist_moe.parallel.plan import CHUNK_READ_COST_TOKENS as READ_COST
 from dist_moe.split import weighted

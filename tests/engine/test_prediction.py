@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_moe.engine.bench_bound import Machine, Work
-from dist_moe.engine.memory import Demand
-from dist_moe.engine.planning import (
+from dist_moe.engine.measuring.bench_bound import Machine, Work
+from dist_moe.engine.planning.planning import (
     ANSWER_TOKENS,
     PlanReport,
     Ranks,
@@ -20,7 +19,16 @@ from dist_moe.engine.planning import (
     make_report,
     node_need,
 )
-from dist_moe.engine.prediction import Q4_READ_SHARE, READ_SHARE, STEP_PHASES, Nodes, Predictor, Split, phase_seconds
+from dist_moe.engine.planning.prediction import (
+    Q4_READ_SHARE,
+    READ_SHARE,
+    STEP_PHASES,
+    Nodes,
+    Predictor,
+    Split,
+    phase_seconds,
+)
+from dist_moe.engine.start.memory import Demand
 from dist_moe.errors import UsageError
 from dist_moe.kernels import KvFormat
 from dist_moe.parallel.cost import PRESET_LINKS, LinkCosts, step_traffic

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_moe.engine.request import Completion, Request, SamplingOptions
+from dist_moe.engine.requests.request import Completion, Request, SamplingOptions
 from dist_moe.engine.runtime import Runtime
 from dist_moe.kernels import KvFormat
 from dist_moe.model.step import Step

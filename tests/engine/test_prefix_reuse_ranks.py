@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.engine.request import Request, SamplingOptions
+from dist_moe.engine.requests.request import Request, SamplingOptions
 from dist_moe.engine.runtime import EngineOptions, Runtime
 from dist_moe.kernels import KvFormat, WeightFormat
 from dist_moe.parallel.world import World

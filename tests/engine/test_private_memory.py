@@ -19,7 +19,7 @@ import sys, threading, time
 from pathlib import Path
 from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.engine.runtime import Runtime, EngineOptions
-from dist_moe.engine.request import Request
+from dist_moe.engine.requests.request import Request
 from dist_moe.parallel.world import World
 from dist_moe.store.convert import convert
 from dist_moe.store.plan import StoreOptions

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dist_moe.engine.prompt_cache import PromptCache
-from dist_moe.engine.request import Request, SamplingOptions
+from dist_moe.engine.requests.request import Request, SamplingOptions
 from dist_moe.engine.runtime import Runtime
+from dist_moe.engine.steps.prompt_cache import PromptCache
 from dist_moe.errors import UsageError
 from dist_moe.files import NewFile, write_errors
 from dist_moe.kernels import Kernels, KvFormat, KvView, aligned_empty, kv_block_bytes

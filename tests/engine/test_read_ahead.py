@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_moe.engine import read_ahead
-from dist_moe.engine.memory import Demand, host_need, layers_with_room
-from dist_moe.engine.request import Request
+from dist_moe.engine.requests.request import Request
+from dist_moe.engine.start import read_ahead
+from dist_moe.engine.start.memory import Demand, host_need, layers_with_room
 from dist_moe.kernels import KvFormat
 from dist_moe.model.own_spans import OwnSpans, Span, dealt, joined, own_spans, pieces
 from dist_moe.parallel.plan import EXPERT_LAYOUTS, Plan
@@ -196,7 +196,7 @@ def test_copied_weights_tell_their_progress(store: Store, make_engine, monkeypat
     recorder = Recorder(monkeypatch, 0, 1, cold=True)
     bring = read_ahead.bring_in_weights
     monkeypatch.setattr(
-        "dist_moe.engine.loading.bring_in_weights",
+        "dist_moe.engine.start.loading.bring_in_weights",
         lambda world, model, **how: bring(world, model, **how | {"on_reading": lambda *figures: told.append(figures)}),
     )
     engine = make_engine(store, copy_weights=True)

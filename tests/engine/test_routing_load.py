@@ -8,11 +8,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dist_moe.engine.routing_facts import RoutingFacts
-from dist_moe.engine.routing_load import LoadCounter, layer_loads, total_load
-from dist_moe.kernels import ChunkFormat, ExpertsLayer, Kernels, LayerSizes, MatrixFormat, Picks, WeightFormat, Workers
+from dist_moe.engine.routing.routing_facts import RoutingFacts
+from dist_moe.engine.routing.routing_load import LoadCounter, layer_loads, total_load
+from dist_moe.kernels import Kernels, Picks, Workers
 from dist_moe.parallel.chunk_owners import sliced_owners, whole_owners
 from dist_moe.parallel.plan import CHUNK_READ_COST_TOKENS as READ_COST
+from helpers.weightless import weightless_layer
 
 FACTS = RoutingFacts(
     model="tiny",
@@ -23,19 +24,6 @@ FACTS = RoutingFacts(
     chunks_per_expert=5,
     ranks=2,
     layout="whole",
-)
-Q4 = ChunkFormat(MatrixFormat(WeightFormat.Q4, 32), MatrixFormat(WeightFormat.Q4, 32))
-SIZES = LayerSizes(
-    model_dim=32,
-    heads=1,
-    kv_heads=1,
-    head_dim=32,
-    experts_per_token=3,
-    workers=Workers(node=0, rank=0, ranks=1, read_cost=READ_COST),
-    norm_topk_prob=True,
-    eps=np.float32(1e-6),
-    score_scale=np.float32(1),
-    kv_of_h=np.zeros(1, np.int32),
 )
 
 
@@ -57,17 +45,7 @@ def work_of_ranks(layout: str, tokens_E: np.ndarray, ranks: int) -> list[int]:
     for rank in range(ranks):
         owners = {"whole": whole_owners, "sliced": sliced_owners}.get(layout)
         owned = owners(np.ones((1, 60), np.bool_), 12, [range(ranks)])[rank] if owners else None
-        layer = ExpertsLayer(
-            SIZES,
-            0,
-            norm_D=np.ones(32, np.float32),
-            router=None,
-            addresses=np.arange(60, dtype=np.uint64) * 64,
-            formats=[Q4],
-            owned=owned,
-            experts=12,
-            width=32,
-        )
+        layer = weightless_layer(12, 60, owned, experts_per_token=3)
         offset_E1 = np.concatenate([[0], np.cumsum(tokens_E)]).astype(np.int32)
         words = Kernels.pick_chunks(Picks(1, 12), layer, offset_E1, Workers(0, rank, ranks, READ_COST)).astype(np.int64)
         work.append(int((words[:, 3][words[:, 3] > 0] + READ_COST).sum()))

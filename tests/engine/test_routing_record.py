@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.engine.request import Request
-from dist_moe.engine.routing_facts import routing_facts
-from dist_moe.engine.routing_record import RoutingBatch, RoutingRecorder, recorded_routing
+from dist_moe.engine.requests.request import Request
+from dist_moe.engine.routing.routing_facts import routing_facts
+from dist_moe.engine.routing.routing_record import RoutingBatch, RoutingRecorder, recorded_routing
 from dist_moe.engine.runtime import EngineOptions, Runtime
 from dist_moe.kernels import WeightFormat, reference
 from dist_moe.parallel.world import World

@@ -11,11 +11,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dist_moe.engine.candidates import Candidates, block_sums, row_candidates
-from dist_moe.engine.dry import Dry
-from dist_moe.engine.pieces import Result, Usage
-from dist_moe.engine.request import Completion, Request, SamplingOptions, TokenLogprob
-from dist_moe.engine.sampling import Sampler
+from dist_moe.engine.requests.candidates import Candidates, block_sums, row_candidates
+from dist_moe.engine.requests.dry import Dry
+from dist_moe.engine.requests.pieces import Result, Usage
+from dist_moe.engine.requests.request import Completion, Request, SamplingOptions, TokenLogprob
+from dist_moe.engine.requests.sampling import Sampler
 from dist_moe.kernels import NO_FAULT, Kernels
 
 V, VALID = 600, 580

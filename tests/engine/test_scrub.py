@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.engine.request import Request
+from dist_moe.engine.requests.request import Request
 from dist_moe.engine.runtime import EngineOptions, Runtime
-from dist_moe.engine.scrub import PIECE_BYTES, Scrubber, own_copies, own_units
+from dist_moe.engine.watch.scrub import PIECE_BYTES, Scrubber, own_copies, own_units
 from dist_moe.kernels import WeightFormat, address_of
 from dist_moe.parallel.plan import EXPERT_LAYOUTS
 from dist_moe.parallel.world import AgreedError, World

@@ -163,7 +163,7 @@ def test_a_rank_that_runs_out_of_memory_ends_all(mpirun: MpiRun, tmp_path: Path,
     program = changed(
         tmp_path,
         rank,
-        "import numpy\nfrom dist_moe.engine.worker import Worker\n"
+        "import numpy\nfrom dist_moe.engine.steps.worker import Worker\n"
         "Worker.run = lambda *_: numpy.empty(1 << 60, numpy.uint8)",
     )
     done = mpirun(3, *program, "run", "-p", "Once", "-n", "4")
@@ -213,6 +213,20 @@ def test_logits_on_a_full_disk(full_disk: tuple[Path, tuple[str, ...]], tmp_path
     assert "x.npy" not in done.stdout
 
 
+def test_rows_that_a_step_cannot_write_end_all_ranks_after_it(
+    full_disk: tuple[Path, tuple[str, ...]], tmp_path: Path
+) -> None:
+    small, words = full_disk
+    (tmp_path / "text.txt").write_text("Once upon a time there was a little dog. " * 30)
+    rest = ("perplexity", str(tmp_path / "text.txt"), "--kl-base", str(small / "base.npz"))
+    done = launching.run(*words, launching.mpirun_path(), "-n", "2", *PROGRAM, *rest)
+    assert done.code == 2, done.output
+    assert own_lines(done) == [
+        f"{small / 'base.npz'}: cannot be written (No space left on device): make room or choose another place"
+    ]
+    assert "Abort" not in done.output
+
+
 def test_a_full_stdout_is_one_line(tmp_path: Path) -> None:
     done = launching.run("sh", "-c", 'exec "$@" > /dev/full', "sh", *PROGRAM, "run", "-p", "Once", "-n", "3")
     assert done.code == 2, done.output
@@ -225,7 +239,7 @@ def test_a_rank_whose_disk_is_full_ends_all(mpirun: MpiRun, tmp_path: Path) -> N
     program = changed(
         tmp_path,
         2,
-        "import errno\nfrom dist_moe.engine.worker import Worker\n"
+        "import errno\nfrom dist_moe.engine.steps.worker import Worker\n"
         "def full(*_): raise OSError(errno.ENOSPC, 'No space left on device', '/scratch')\n"
         "Worker.run = full",
     )

@@ -9,7 +9,7 @@ import pytest
 
 from dist_moe.cli.probes import Probes
 from dist_moe.cli.times_table import TimesTable, step_line
-from dist_moe.engine.request import Request
+from dist_moe.engine.requests.request import Request
 from dist_moe.errors import Interrupted, UsageError
 from dist_moe.model.stopwatch import Part, StepTimes, Stopwatch
 from helpers.chrome_trace import read_chrome_trace

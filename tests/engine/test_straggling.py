@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from dist_moe.engine.straggling import busiest_share, busiest_tokens, distinct_experts, expected_maximum
+from dist_moe.engine.planning.straggling import busiest_share, busiest_tokens, distinct_experts, expected_maximum
 
 
 def test_two_of_four_experts_on_two_nodes() -> None:

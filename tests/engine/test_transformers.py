@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dist_moe.demo import demo_model_directory
-from dist_moe.engine.request import Request
+from dist_moe.engine.requests.request import Request
 from dist_moe.kernels import KvFormat
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"

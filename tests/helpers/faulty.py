@@ -26,7 +26,7 @@ hold_lifeline(detect_launcher(os.environ), os.environ)  # as the product's first
 import numpy as np
 
 from dist_moe.cli.main import main
-from dist_moe.engine.worker import Worker
+from dist_moe.engine.steps.worker import Worker
 from dist_moe.kernels import Kernels
 from dist_moe.model.step import Step
 from dist_moe.model.transformer import Transformer

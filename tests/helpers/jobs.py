@@ -159,6 +159,13 @@ def faulty(act: str, phase: str, rank: int, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, FAULTY, act, phase, str(rank), "--", *STORY, *arguments)
 
 
+def packed_demo(cache: Path) -> dict[str, str]:
+    """The environment of jobs that find the demo model packed in a new cache directory."""
+    env = {"DIST_MOE_CACHE": str(cache), "DIST_MOE_YIELD": "1"}
+    assert launching.run(*faulty("none", "decode", 0, "-n", "2"), env=env).code == 0
+    return env
+
+
 def _environ(process: psutil.Process) -> dict[str, str]:
     try:
         return {} if process.status() == psutil.STATUS_ZOMBIE else process.environ()

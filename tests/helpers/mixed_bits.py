@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from dist_moe.engine.startup import open_exchange
+from dist_moe.engine.start.startup import open_exchange
 from dist_moe.kernels import Kernels, KvFormat, isa_levels
 from dist_moe.parallel.cores import may_spin
 from dist_moe.parallel.launcher import detect_launcher

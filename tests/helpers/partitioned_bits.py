@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_moe.engine.startup import open_exchange
-from dist_moe.engine.worker import Worker
+from dist_moe.engine.start.startup import open_exchange
+from dist_moe.engine.steps.worker import Worker
 from dist_moe.kernels import NO_FAULT, Kernels, KvFormat
 from dist_moe.parallel.cores import may_spin
 from dist_moe.parallel.exchange import Exchange

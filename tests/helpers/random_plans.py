@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dist_moe.engine.startup import open_exchange
-from dist_moe.engine.worker import StepResult, Worker
+from dist_moe.engine.start.startup import open_exchange
+from dist_moe.engine.steps.worker import StepResult, Worker
 from dist_moe.kernels import NO_FAULT, Kernels, KvFormat
 from dist_moe.model.step import Slice, Step
 from dist_moe.model.transformer import Transformer

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dist_moe.engine.beams import BeamOptions
-from dist_moe.engine.options import EngineOptions
-from dist_moe.engine.request import Completion, Request, SamplingOptions
+from dist_moe.engine.requests.beams import BeamOptions
+from dist_moe.engine.requests.request import Completion, Request, SamplingOptions
 from dist_moe.engine.runtime import Runtime
+from dist_moe.engine.start.options import EngineOptions
 from dist_moe.kernels import isa_levels
 from dist_moe.parallel.launcher import detect_launcher
 from dist_moe.parallel.world import World

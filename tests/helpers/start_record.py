@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dist_moe.engine.agreement import StartRecord
+from dist_moe.engine.start.agreement import StartRecord
 
 RECORD = StartRecord(
     protocol=1,

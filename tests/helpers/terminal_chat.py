@@ -25,6 +25,11 @@ ASKS = re.escape("\x1b[?2004h")
 SLOW_STEPS = str(Path(__file__).with_name("slow_steps"))
 
 
+def _hear_hang_ups() -> None:
+    """Tests that nohup started ignore SIGHUP, and a program in a terminal would inherit that."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class TerminalChat:
     """`with TerminalChat(4, ...) as chat:` types into a chat; nothing of it survives the block."""
 
@@ -54,7 +59,13 @@ class TerminalChat:
         environ["PYTHONPATH"] = os.pathsep.join([SLOW_STEPS, environ["PYTHONPATH"]])
         words = ["-m", "dist_moe", "chat", "--ranks", str(ranks), "--threads", "1", *arguments]
         self.child = pexpect.spawn(
-            sys.executable, words, env=environ, timeout=WITHIN_S, encoding="utf-8", dimensions=(50, 200)
+            sys.executable,
+            words,
+            env=environ,
+            timeout=WITHIN_S,
+            encoding="utf-8",
+            dimensions=(50, 200),
+            preexec_fn=_hear_hang_ups,
         )
 
     def __enter__(self) -> TerminalChat:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -95,8 +96,8 @@ class TinyModel:
             tensors |= _expert(bits, f"{name}experts.{expert}.", self.model_dim, self.expert_hidden)
         return tensors
 
-    def write(self, directory: Path, **changes: object) -> Path:
-        """Write a checkpoint directory (no tokenizer); `changes` override fields.
+    def write(self, directory: Path, tensors: Mapping[str, Floats] | None = None, **changes: object) -> Path:
+        """Write a checkpoint directory (no tokenizer); `changes` override fields, `tensors` its own weights.
 
         Returns:
             The directory.
@@ -104,7 +105,7 @@ class TinyModel:
         model = replace(self, **changes)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").write_text(json.dumps(model.config_json(), indent=1))
-        save_file(model.tensors(), directory / "model.safetensors", metadata={"format": "pt"})
+        save_file(dict(tensors or model.tensors()), directory / "model.safetensors", metadata={"format": "pt"})
         return directory
 
 

@@ -87,14 +87,39 @@ def write_qw3w(
     Returns:
         The float32 values that the tensors stand for, under their Hugging Face names.
     """
-    records, values = [], {}
+    by_tensor, values = _records(model, kind, group, version, half)
+    path.write_bytes(file_bytes([part for parts in by_tensor.values() for part in parts], version))
+    (path.parent / "config.json").write_text(json.dumps(model.config_json()))
+    return values
+
+
+def write_qw3w_directory(
+    path: Path, model: TinyModel = MODEL, kind: str = "", group: int = 0, version: int = 1
+) -> dict[str, Array]:
+    """Write a directory with a file for each tensor; arguments and result as of `write_qw3w`."""
+    by_tensor, values = _records(model, kind, group, version, half=False)
+    path.mkdir()
+    entries: list[dict[str, object]] = []
+    for name, parts in by_tensor.items():
+        (path / f"{name}.bin").write_bytes(file_bytes(parts, version, count=1))
+        shape = list(values[name].shape)
+        entries.append({"name": name, "file": f"{name}.bin", "shape": shape, "dtype": "f32", "quant": None})
+    manifest = {"model": "tiny", "quant": kind or "none", "tensors": entries}
+    (path / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    (path / "config.json").write_text(json.dumps(model.config_json()))
+    return values
+
+
+def _records(
+    model: TinyModel, kind: str, group: int, version: int, half: bool
+) -> tuple[dict[str, list[bytes]], dict[str, Array]]:
+    """By tensor its records, and the values that they stand for."""
+    by_tensor, values = {}, {}
     for name, weights in model.tensors().items():
         parts = [(name, int(half), weights.astype(np.float16) if half else weights)]
         values[name] = parts[0][2].astype(np.float32)
         told = 0
         if kind and ".experts." in name:
             (parts, values[name]), told = quantized(name, weights, kind, group), group
-        records += [record(part, dtype, array, told if version == 2 else None) for part, dtype, array in parts]
-    path.write_bytes(file_bytes(records, version))
-    (path.parent / "config.json").write_text(json.dumps(model.config_json()))
-    return values
+        by_tensor[name] = [record(part, dtype, array, told if version == 2 else None) for part, dtype, array in parts]
+    return by_tensor, values

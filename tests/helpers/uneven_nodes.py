@@ -12,15 +12,17 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from dist_moe.engine.inventory import plan_from_inventory, take_inventory
-from dist_moe.engine.startup import open_exchange
-from dist_moe.engine.worker import Worker
+from dist_moe.engine.start.inventory import plan_from_inventory, take_inventory
+from dist_moe.engine.start.startup import open_exchange
+from dist_moe.engine.steps.worker import Worker
 from dist_moe.kernels import Kernels, KvFormat
+from dist_moe.model.step import Step
 from dist_moe.model.transformer import Transformer
 from dist_moe.parallel.cores import may_spin
 from dist_moe.parallel.launcher import detect_launcher
@@ -95,12 +97,16 @@ def run_case(
     exchange = open_exchange(world, may_spin(world, 1, os.environ), {})
     worker = Worker(Transformer(store, job, exchange, kernels, KvFormat.F16, 256), exchange)
     vocabulary = store.config.vocabulary
-    found = {"logits": logits_hash(worker, CHUNK, True, vocabulary, partitioned)}
+
+    def fed(partitioned: bool) -> Iterable[Step]:
+        return (replace(step, partitioned=partitioned) for step in steps(CHUNK, True, vocabulary))
+
+    found = {"logits": logits_hash(worker, fed(partitioned))}
     found["kv"], rows = kv_hash(worker, SEQUENCE, world.is_leader)
     worker.kv.scatter(RESTORED, TOKENS, (lambda layer, first, stop: rows[layer][first:stop]) if rows else None)
     found["restored kv"] = kv_hash(worker, RESTORED, world.is_leader)[0]
     found["candidates"] = candidates_hash(worker, vocabulary)
-    found["logits by alltoall"] = logits_hash(worker, CHUNK, True, vocabulary, partitioned=True)
+    found["logits by alltoall"] = logits_hash(worker, fed(True))
     return {**found, "layout": job.layout}
 
 

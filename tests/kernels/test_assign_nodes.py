@@ -12,55 +12,27 @@ from hypothesis import strategies as st
 
 from dist_moe.kernels import (
     LARGEST_SPEED,
-    ChunkFormat,
     ChunkHolders,
     ExpertsLayer,
     Kernels,
-    LayerSizes,
-    MatrixFormat,
     Picks,
-    WeightFormat,
     Workers,
 )
 from dist_moe.parallel.expert_plan import chunk_runs
 from dist_moe.parallel.plan import CHUNK_READ_COST_TOKENS as READ_COST
 from helpers.node_assignment import FEW_TOKENS, assign
+from helpers.weightless import weightless_layer
 
 Bools = npt.NDArray[np.bool_]
 Int64s = npt.NDArray[np.int64]
-Q4 = ChunkFormat(MatrixFormat(WeightFormat.Q4, 32), MatrixFormat(WeightFormat.Q4, 32))
 
 
 def layer_of(held_NC: Bools, experts: int, owned: Int64s | None = None) -> tuple[ExpertsLayer, Picks]:
-    """A layer without weights; a chunk's address is its number times 64."""
+    """A layer without weights, and what its steps pick."""
     nodes, chunks = held_NC.shape
-    sizes = LayerSizes(
-        model_dim=32,
-        heads=1,
-        kv_heads=1,
-        head_dim=32,
-        experts_per_token=1,
-        workers=Workers(0, 0, 1, READ_COST),
-        norm_topk_prob=True,
-        eps=np.float32(1e-6),
-        score_scale=np.float32(1),
-        kv_of_h=np.zeros(1, np.int32),
-    )
     runs = chunk_runs(held_NC, experts)
     holders = ChunkHolders(runs.runs_R5, runs.node_H, nodes)
-    layer = ExpertsLayer(
-        sizes,
-        0,
-        norm_D=np.ones(32, np.float32),
-        router=None,
-        addresses=np.arange(chunks, dtype=np.uint64) * 64,
-        formats=[Q4],
-        owned=owned,
-        experts=experts,
-        width=32,
-        holders=holders,
-    )
-    return layer, Picks(nodes, experts, [holders])
+    return weightless_layer(experts, chunks, owned, holders), Picks(nodes, experts, [holders])
 
 
 def offsets(tokens_E: Int64s) -> npt.NDArray[np.int32]:

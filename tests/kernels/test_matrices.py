@@ -64,8 +64,9 @@ def test_matmul_bits_and_batches(portable, kernels, bench, same_bits, fmt, group
 
 
 @pytest.mark.parametrize(("fmt", "group"), [(WeightFormat.Q8, 0), (WeightFormat.Q4, 32), (WeightFormat.Q4, 64)])
-def test_any_number_of_tokens(portable, kernels, bench, same_bits, fmt, group):
-    shape = (37, 544)  # 17 groups: strips of groups begin and end inside a tile of rows
+@pytest.mark.parametrize("shape", [(37, 544), (150, 192)])
+def test_any_number_of_tokens(portable, kernels, bench, same_bits, fmt, group, shape):
+    """17 groups have no shorter strips; ten tiles are four runs of two, and two more."""
     packed = bench.packed(portable, bench.floats(*shape), fmt, group)
     x_TC = bench.floats(70, shape[1])
     everything_TR = matmul(portable, bench, packed, shape, bench.operand(portable, x_TC, True), fmt, group)

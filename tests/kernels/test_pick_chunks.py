@@ -9,33 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from dist_moe.kernels import (
-    ChunkFormat,
-    ExpertsLayer,
-    Kernels,
-    LayerSizes,
-    MatrixFormat,
-    Picks,
-    WeightFormat,
-    Workers,
-    chunk_bytes,
-)
+from dist_moe.kernels import ChunkFormat, Kernels, MatrixFormat, Picks, WeightFormat, Workers, chunk_bytes
 from dist_moe.parallel.plan import CHUNK_READ_COST_TOKENS as READ_COST
+from helpers.weightless import Q4, weightless_layer
 
 Int64s = npt.NDArray[np.int64]
-Q4 = ChunkFormat(MatrixFormat(WeightFormat.Q4, 32), MatrixFormat(WeightFormat.Q4, 32))
-SIZES = LayerSizes(
-    model_dim=32,
-    heads=1,
-    kv_heads=1,
-    head_dim=32,
-    experts_per_token=1,
-    workers=Workers(node=0, rank=0, ranks=1, read_cost=READ_COST),
-    norm_topk_prob=True,
-    eps=np.float32(1e-6),
-    score_scale=np.float32(1),
-    kv_of_h=np.zeros(1, np.int32),
-)
 
 
 F32 = ChunkFormat(MatrixFormat(WeightFormat.F32, 0), MatrixFormat(WeightFormat.F32, 0))
@@ -51,17 +29,7 @@ def picked(
 ) -> list[int]:
     """Numbers of the chunks that C picks; a chunk's address is its number times 64. Checks each one's entries."""
     experts = len(tokens_E)
-    layer = ExpertsLayer(
-        SIZES,
-        0,
-        norm_D=np.ones(32, np.float32),
-        router=None,
-        addresses=np.arange(experts * chunks_per_expert, dtype=np.uint64) * 64,
-        formats=formats,
-        owned=owned,
-        experts=experts,
-        width=32,
-    )
+    layer = weightless_layer(experts, experts * chunks_per_expert, owned, formats=formats)
     offset_E1 = np.concatenate([[0], np.cumsum(tokens_E)]).astype(np.int32)
     workers = Workers(node=0, rank=rank, ranks=ranks, read_cost=READ_COST)
     words = Kernels.pick_chunks(Picks(1, experts), layer, offset_E1, workers).astype(np.int64)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import launching
-from helpers.jobs import Job, faulty, slow
+from helpers.jobs import Job, packed_demo, slow
 from helpers.launching import flavour
 
 pytestmark = pytest.mark.faults
@@ -22,9 +21,7 @@ MUST_END_WITHIN_S = 45
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The demo model, packed once."""
-    env = {"DIST_MOE_CACHE": str(tmp_path_factory.mktemp("cache")), "DIST_MOE_YIELD": "1"}
-    assert launching.run(*faulty("none", "decode", 0, "-n", "2"), env=env).code == 0
-    return env
+    return packed_demo(tmp_path_factory.mktemp("cache"))
 
 
 def signals_through_mpirun() -> list[signal.Signals]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dist_moe.engine.startup import open_exchange
+from dist_moe.engine.start.startup import open_exchange
 from dist_moe.errors import EnvironmentMismatch
 from dist_moe.kernels import SumsCodec, WireFormat
 from dist_moe.kernels.reference_sums import bf16_sums, finished_sums, q8_sums
+from dist_moe.parallel.cost import LinkCosts
 from dist_moe.parallel.host_exchange import HostExchange
 from dist_moe.parallel.host_sums import MOST_SUMS, HostSums
-from dist_moe.parallel.probe import LinkCosts, probe_links
+from dist_moe.parallel.probe import probe_links
 from dist_moe.parallel.world import World
 from helpers.nodes import on_nodes
 
@@ -43,7 +44,7 @@ def host_sums(links: HostExchange, wire: WireFormat, phases: int, costs: LinkCos
     """Sums in so many phases."""
     partial = SumsCodec(wire)
     sums = HostSums(links, partial, partial if partial.rounds else SumsCodec(WireFormat.F32), costs)
-    sums.is_one_phase = lambda count: phases == 1  # type: ignore[method-assign]
+    sums.one_phase = phases == 1
     return sums
 
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.engine.startup import open_exchange
+from dist_moe.engine.start.startup import open_exchange
 from dist_moe.kernels import Kernels, KvFormat, MatrixFormat, ScaleChoice, WeightFormat, isa_levels
 from dist_moe.parallel.launcher import Launcher
 from dist_moe.parallel.world import World

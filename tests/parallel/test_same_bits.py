@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.kernels import WeightFormat, isa_levels
+from dist_moe.kernels import ScaleChoice, WeightFormat, isa_levels
 from dist_moe.store.convert import convert
 from dist_moe.store.plan import StoreOptions
 from helpers import same_bits
@@ -33,7 +33,10 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for weights in FORMATS:
         for nodes in same_bits.NODES if weights == "q4" else (1,):
             options = StoreOptions(
-                format=WeightFormat.parse(weights), nodes=nodes, experts="sliced" if nodes == 3 else "whole"
+                format=WeightFormat.parse(weights),
+                nodes=nodes,
+                experts="sliced" if nodes == 3 else "whole",
+                scales=ScaleChoice.ABSMAX,
             )
             convert(source, directory / f"{weights}-{nodes}", options, lambda done, total, what: None)
     return directory

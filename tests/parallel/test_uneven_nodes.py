@@ -15,7 +15,7 @@ from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.kernels import WeightFormat
 from dist_moe.store.convert import convert
 from dist_moe.store.plan import StoreOptions
-from helpers import uneven_nodes
+from helpers import launching, uneven_nodes
 from helpers.launching import Finished
 from helpers.tiny_model import TinyModel
 
@@ -47,12 +47,24 @@ def with_only(whole: Path, there: Path, kept: tuple[int, ...]) -> Path:
     return there
 
 
-@pytest.mark.parametrize("ranks", sorted(uneven_nodes.CASES))
-def test_nodes_with_some_of_the_shards_give_the_committed_bits(ranks: int, stores: Path, mpirun) -> None:
-    command = (sys.executable, ROOT / "helpers" / "uneven_nodes.py", stores)
-    alone = mpirun(1, *command, timeout_s=100)
+@pytest.fixture(scope="module")
+def of_one_rank(stores: Path) -> dict[str, str]:
+    """The hashes of one rank with all shards."""
+    alone = launching.mpirun(1, *program(stores), timeout_s=100)
     assert alone.code == 0, alone.output
-    (expected, *_) = json.loads(alone.stdout.splitlines()[-1]).values()
+    (hashes, *_) = json.loads(alone.stdout.splitlines()[-1]).values()
+    return dict(hashes)
+
+
+def program(stores: Path) -> tuple[object, ...]:
+    return sys.executable, ROOT / "helpers" / "uneven_nodes.py", stores
+
+
+@pytest.mark.parametrize("ranks", sorted(uneven_nodes.CASES))
+def test_nodes_with_some_of_the_shards_give_the_committed_bits(
+    ranks: int, stores: Path, of_one_rank: dict[str, str], mpirun
+) -> None:
+    command, expected = program(stores), of_one_rank
     assert expected["logits"] == expected["logits by alltoall"] == COMMITTED
     assert expected["kv"] == expected["restored kv"]
     done = mpirun(ranks, *command, env={"DIST_MOE_YIELD": "1"}, timeout_s=280)
@@ -64,18 +76,18 @@ def test_nodes_with_some_of_the_shards_give_the_committed_bits(ranks: int, store
         assert hashes == {key: expected[key] for key in hashes}, name
 
 
-PROGRAM = (sys.executable, "-m", "dist_moe", "run", "--prompt-ids", "1,2,3", "-n", "4", "--threads", "1")
+PROGRAM = (sys.executable, str(ROOT / "helpers" / "split_host.py"))
+RUN = ("run", "--prompt-ids", "1,2,3", "-n", "4", "--threads", "1")
 
 
 def start(mpirun, stores: Path, nodes: str, *shards: str, options: tuple[str, ...] = ()) -> Finished:
     """One rank with each of these sets of shards, on nodes as `nodes` says; rank 0's has the texts."""
-    parts = [(":", "-n", "1", *PROGRAM, *options, "-m", str(stores / own)) for own in shards]
+    parts = [(":", "-n", "1", *PROGRAM, nodes, *RUN, *options, "-m", str(stores / own)) for own in shards]
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         source, there = stores / "0-1-2-3" / name, stores / shards[0] / name
         if source.exists() and not there.exists():
             os.link(source, there)
-    env = {"DIST_MOE_TEST_NODES": nodes, "DIST_MOE_YIELD": "1"}
-    return mpirun(1, *list(itertools.chain(*parts))[3:], env=env)
+    return mpirun(1, *list(itertools.chain(*parts))[3:], env={"DIST_MOE_YIELD": "1"})
 
 
 def errors(done: Finished) -> list[str]:

@@ -14,10 +14,11 @@ from click.testing import CliRunner, Result
 
 import dist_moe
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.cli import shard as shard_module
-from dist_moe.cli.shard import ShardProgress, shard
+from dist_moe.cli.shard import shard
+from dist_moe.cli.shard_progress import ShardProgress
 from dist_moe.errors import CheckpointError, Interrupted, StoreError, UsageError
 from dist_moe.store.reader import Store
+from helpers.private_memory import LARGE, LARGE_BYTES, peak_bytes
 from helpers.tiny_model import TinyModel
 from helpers.tiny_store import contents
 
@@ -116,7 +117,7 @@ def test_ctrl_c_ends_with_130_and_a_store_that_can_be_continued(here: Path, monk
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_module.ShardProgress, "__call__", interrupt)
+        patch.setattr(ShardProgress, "__call__", interrupt)
         result = run_shard("odd")
     assert isinstance(result.exception, Interrupted)
     assert result.exception.exit_code == 130
@@ -130,12 +131,7 @@ def test_weights_that_are_not_finite_are_reported_when_they_are_allowed(here: Pa
     model = TinyModel(dense_layers=())
     tensors = model.tensors()
     tensors["model.layers.1.self_attn.v_proj.weight"][5, 5] = float("nan")
-
-    class Poisoned(TinyModel):
-        def tensors(self) -> dict[str, object]:  # type: ignore[override]
-            return tensors  # type: ignore[return-value]
-
-    Poisoned(**vars(model)).write(here / "poisoned")
+    model.write(here / "poisoned", tensors)
     assert "layers.1.v: 1" in str(run_shard("poisoned", "--nodes", 4).exception)
     result = run_shard("poisoned", "--nodes", 4, "--allow-nonfinite")
     assert result.exit_code == 0
@@ -181,45 +177,12 @@ def test_progress_is_a_line_every_few_seconds_elsewhere(
     ]
 
 
-MEASURED = """
-import re, sys, threading, time
-from pathlib import Path
-from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.kernels import WeightFormat
-from dist_moe.store.convert import convert
-from dist_moe.store.plan import StoreOptions
-
-def anonymous_bytes():
-    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-
-peak = 0
-def watch(*_):
-    global peak
-    peak = max(peak, anonymous_bytes())
-
-source = Checkpoint.open(Path(sys.argv[1]))
-before = anonymous_bytes()
-convert(source, Path(sys.argv[2]), StoreOptions(group_size=int(sys.argv[3]), nodes=2, threads=2), watch)
-print(peak - before)
-"""
-
-
 @pytest.mark.parametrize("group_size", [32, 0])
 def test_private_memory_does_not_grow_with_the_model(tmp_path: Path, group_size: int) -> None:
-    model = TinyModel(
-        layers=4, model_dim=512, heads=8, kv_heads=2, head_dim=64, experts=12, expert_hidden=384, vocabulary=6_000
-    )
-    source = model.write(tmp_path / "large", dense_layers=())
-    source_bytes = (source / "model.safetensors").stat().st_size
-    assert source_bytes > 120e6
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURED, str(source), str(tmp_path / "store"), str(group_size)],
-        check=True,
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-    )
-    assert int(run.stdout) < 40e6
+    source = LARGE.write(tmp_path / "large")
+    assert (source / "model.safetensors").stat().st_size > LARGE_BYTES
+    work = f"convert(opened, there, StoreOptions(group_size={group_size}, nodes=2, threads=2), watch)"
+    assert peak_bytes("Checkpoint.open(source)", work, source, tmp_path / "store", ENVIRONMENT) < 40e6
 
 
 def test_a_killed_conversion_can_be_repeated(here: Path) -> None:

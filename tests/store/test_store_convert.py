@@ -13,11 +13,11 @@ from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.errors import StoreError, UsageError
 from dist_moe.kernels import WeightFormat, packed_bytes, reference
 from dist_moe.kernels._native import lib
+from dist_moe.kernels.reference_scales import least_error_scales
 from dist_moe.store.manifest import NUMERICS_VERSION
 from dist_moe.store.plan import source_name
 from dist_moe.store.reader import Store
 from dist_moe.store.units import UNIT_KINDS, UnitKind, output_group, unit_count
-from helpers.tiny_model import TinyModel
 from helpers.tiny_store import ODD, contents, run_convert
 
 GOLDEN_MODELS = Path(__file__).parents[1] / "golden" / "models"
@@ -31,7 +31,8 @@ def values_of(weights_RC: npt.NDArray[np.float32], fmt: WeightFormat, group: int
         return weights_RC.astype(np.float64)
     if fmt == WeightFormat.BF16:
         return reference.bf16_to_f32(reference.f32_to_bf16(weights_RC)).astype(np.float64)
-    return reference.quantize_weights(weights_RC, reference.weight_scales(weights_RC, fmt, group), fmt, group)[1]
+    choose = least_error_scales if fmt == WeightFormat.Q4 else reference.weight_scales
+    return reference.quantize_weights(weights_RC, choose(weights_RC, fmt, group), fmt, group)[1]
 
 
 class Unpacker:
@@ -163,12 +164,7 @@ def test_weights_that_are_not_finite_are_refused_counted_and_named(tmp_path: Pat
     tensors["model.layers.0.self_attn.k_proj.weight"][33, :3] = np.nan
     tensors["model.layers.2.mlp.experts.4.down_proj.weight"][7, 5] = np.inf
     tensors["model.norm.weight"][0] = -np.inf
-
-    class Poisoned(TinyModel):
-        def tensors(self) -> dict[str, npt.NDArray[np.float32]]:
-            return tensors
-
-    source = Checkpoint.open(Poisoned(**vars(ODD)).write(tmp_path / "poisoned"))
+    source = Checkpoint.open(ODD.write(tmp_path / "poisoned", tensors))
     with pytest.raises(StoreError, match=r"final_norm: 1\).*--allow-nonfinite"):
         run_convert(source, tmp_path / "store", nodes=4)
     made = run_convert(source, tmp_path / "store", nodes=4, allow_nonfinite=True)

@@ -13,6 +13,7 @@ from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.errors import StoreError, UsageError
 from dist_moe.kernels import Kernels, reference
 from dist_moe.kernels.formats import MatrixFormat, ScaleChoice, WeightFormat
+from dist_moe.kernels.reference_scales import least_error_scales
 from dist_moe.model_config import ModelConfig
 from dist_moe.store.checksum import checksum_text
 from dist_moe.store.decoded import DecodedStore
@@ -86,7 +87,7 @@ def values_of(weights_RC: np.ndarray, own: MatrixFormat) -> np.ndarray:
         return weights_RC.astype(np.float64)
     if own.format == BF16:
         return reference.bf16_to_f32(reference.f32_to_bf16(weights_RC)).astype(np.float64)
-    scales = reference.weight_scales(weights_RC, own.format, own.group)
+    scales = least_error_scales(weights_RC, own.format, own.group)
     return reference.quantize_weights(weights_RC, scales, own.format, own.group)[1]
 
 
@@ -105,7 +106,9 @@ def test_every_matrix_is_what_its_own_format_makes_of_it(
     source: Checkpoint, tmp_path: Path, choices: list[MatrixFormat]
 ) -> None:
     formats = drawn(source.config, choices)
-    manifest = run_convert(source, tmp_path / "s", formats=formats, nodes=3, experts="sliced").manifest
+    manifest = run_convert(
+        source, tmp_path / "s", formats=formats, nodes=3, experts="sliced", scales=ScaleChoice.MSE
+    ).manifest
     assert (manifest.format_version, manifest.formats) == (4, formats)
     with Kernels(1) as kernels:
         decoded = DecodedStore(Store.open(tmp_path / "s", check="full"), kernels)
@@ -163,8 +166,10 @@ def test_an_interrupted_store_goes_on_and_other_formats_are_refused(
         "shard-00002-of-00002.safetensors",
     )
     assert contents(tmp_path / "s") == contents(store.directory)
-    other = drawn(source.config, EVERY, seed=6)
-    with pytest.raises(StoreError, match="made with other options"):
+    first = formats.layers[0]
+    changed = replace(first, q=next(own for own in EVERY if own != first.q))
+    other = replace(formats, layers=(changed, *formats.layers[1:]))
+    with pytest.raises(StoreError, match=r"made with other options \(other formats of some matrices\)"):
         run_convert(source, tmp_path / "s", formats=other, nodes=2)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +13,9 @@ from click.testing import CliRunner, Result
 
 import dist_moe
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.cli import shard as shard_module
 from dist_moe.cli.main import execute
 from dist_moe.cli.reshard import reshard
+from dist_moe.cli.shard_progress import ShardProgress
 from dist_moe.errors import Interrupted, PlaceError, StoreError, UsageError
 from dist_moe.kernels import WeightFormat
 from dist_moe.store import convert as conversion
@@ -26,6 +24,7 @@ from dist_moe.store.placement import Placement
 from dist_moe.store.plan import StoreOptions
 from dist_moe.store.reader import Store
 from dist_moe.store.recut import recut
+from helpers.private_memory import LARGE, LARGE_BYTES, peak_bytes
 from helpers.tiny_model import TinyModel
 from helpers.tiny_store import Crash, contents, crash_on_third, ignore, placement_of, run_convert
 
@@ -77,12 +76,7 @@ def test_counts_of_weights_that_are_not_finite_are_kept(tmp_path: Path) -> None:
     for name, place in (("layers.1.self_attn.v_proj", (5, 5)), ("layers.0.mlp.experts.3.down_proj", (1, 7))):
         tensors[f"model.{name}.weight"][place] = float("nan")
     tensors["lm_head.weight"][5, 0] = tensors["model.norm.weight"][3] = float("inf")
-
-    class Poisoned(TinyModel):
-        def tensors(self) -> dict[str, object]:  # type: ignore[override]
-            return tensors  # type: ignore[return-value]
-
-    source = Checkpoint.open(Poisoned(**vars(model)).write(tmp_path / "poisoned"))
+    source = Checkpoint.open(model.write(tmp_path / "poisoned", tensors))
     for nodes in (1, 2, 4):
         run_convert(source, tmp_path / f"made{nodes}", nodes=nodes, allow_nonfinite=True)
         for start in {1, nodes}:
@@ -158,7 +152,9 @@ def test_the_store_itself_is_never_overwritten(make_store: MakeStore) -> None:
 
 def test_another_store_is_replaced_only_by_force(tmp_path: Path, make_store: MakeStore) -> None:
     store, other = make_store("store"), make_store("other", nodes=2, format=WeightFormat.Q8)
-    with pytest.raises(StoreError, match=r"made with other options \(weights q8, not q4, nodes 2, not 3\)"):
+    with pytest.raises(
+        StoreError, match=r"made with other options \(weights q8, not q4, nodes 2, not 3, scales absmax, not mse\)"
+    ):
         run_recut(store, other, nodes=3)
     run_recut(store, other, nodes=3, force=True)
     assert contents(other) == contents(make_store("expected", nodes=3))
@@ -217,40 +213,13 @@ def test_ctrl_c_ends_with_130(make_store: MakeStore, tmp_path: Path, monkeypatch
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shard_module.ShardProgress, "__call__", interrupt)
+    monkeypatch.setattr(ShardProgress, "__call__", interrupt)
     result = run_reshard(make_store(), "--nodes", 2, "-o", tmp_path / "new")
     assert isinstance(result.exception, Interrupted)
 
 
-MEASURED = """
-import re, sys
-from pathlib import Path
-from dist_moe.store.plan import StoreOptions
-from dist_moe.store.reader import Store
-from dist_moe.store.recut import recut
-
-def anonymous_bytes():
-    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-
-peak = 0
-def watch(*_):
-    global peak
-    peak = max(peak, anonymous_bytes())
-
-store = Store.open(sys.argv[1])
-before = anonymous_bytes()
-recut(store, Path(sys.argv[2]), StoreOptions(nodes=3, threads=1), watch)
-print(peak - before)
-"""
-
-
 def test_private_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
-    model = TinyModel(
-        layers=4, model_dim=512, heads=8, kv_heads=2, head_dim=64, experts=12, expert_hidden=384, vocabulary=6_000
-    )
-    source = Checkpoint.open(model.write(tmp_path / "large", dense_layers=()))
-    run_convert(source, tmp_path / "store", format=WeightFormat.F32)
-    words = [sys.executable, "-c", MEASURED, str(tmp_path / "store"), str(tmp_path / "new")]
-    run = subprocess.run(words, check=True, capture_output=True, text=True, env=ENVIRONMENT)
-    assert sum(path.stat().st_size for path in (tmp_path / "store").iterdir()) > 120e6
-    assert int(run.stdout) < 20e6
+    run_convert(Checkpoint.open(LARGE.write(tmp_path / "large")), tmp_path / "store", format=WeightFormat.F32)
+    assert sum(path.stat().st_size for path in (tmp_path / "store").iterdir()) > LARGE_BYTES
+    work = "recut(opened, there, StoreOptions(nodes=3, threads=1), watch)"
+    assert peak_bytes("Store.open(source)", work, tmp_path / "store", tmp_path / "new", ENVIRONMENT) < 20e6

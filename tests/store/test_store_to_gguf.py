@@ -14,7 +14,7 @@ from gguf.quants import dequantize
 from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.checkpoint.source import open_source
 from dist_moe.errors import UsageError
-from dist_moe.kernels.formats import WeightFormat
+from dist_moe.kernels.formats import ScaleChoice, WeightFormat
 from dist_moe.store.carry import default_format
 from dist_moe.store.reader import Store
 from dist_moe.store.units import UNIT_KINDS
@@ -54,7 +54,7 @@ def test_there_and_back_again(tmp_path: Path, script: ModuleType, model: TinyMod
 
 
 def test_the_other_reader_sees_the_quantized_weights(tmp_path: Path, script: ModuleType) -> None:
-    run_convert(Checkpoint.open(MOE.write(tmp_path / "hf")), tmp_path / "store")
+    run_convert(Checkpoint.open(MOE.write(tmp_path / "hf")), tmp_path / "store", scales=ScaleChoice.ABSMAX)
     script.write_gguf(Store.open(tmp_path / "store"), tmp_path / "m.gguf")
     originals = gguf_tensors(MOE)
     tensors = GGUFReader(tmp_path / "m.gguf").tensors

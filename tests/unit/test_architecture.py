@@ -25,6 +25,18 @@ ALLOWED = {
     "text": set(),
     "demo": set(),
 }
+# The same for the folders of the engine; its own modules may import them all, and only they are imported by none.
+ALLOWED_IN_ENGINE = {
+    "start": set(),
+    "routing": set(),
+    "examination": {"start"},
+    "watch": {"start"},
+    "requests": {"start"},
+    "steps": {"calibration", "requests", "start", "watch"},
+    "measuring": {"requests", "start", "steps"},
+    "planning": {"measuring", "routing", "start"},
+    "calibration": {"start"},
+}
 DOORS = {
     "mpi4py": {"parallel"},
     "cffi": {"kernels/build.py"},
@@ -67,6 +79,20 @@ def test_imports_go_one_way(path: Path) -> None:
             assert parts[1] == folder or parts[1] in ALLOWED[folder], f"{folder} may not import {name}"
         else:
             assert folder in ("__main__.py", "__init__.py"), f"the top-level module {folder} may not import {name}"
+
+
+@pytest.mark.parametrize("folder", ALLOWED_IN_ENGINE)
+def test_imports_in_the_engine_go_one_way(folder: str) -> None:
+    for path in (PACKAGE / "engine" / folder).glob("*.py"):
+        for name in imported(path):
+            if name.startswith("dist_moe.engine."):
+                found = name.split(".")[2]
+                assert found == folder or found in ALLOWED_IN_ENGINE[folder], f"{path.name} may not import {name}"
+
+
+def test_every_folder_of_the_engine_is_known() -> None:
+    folders = {path.parent.name for path in (PACKAGE / "engine").glob("*/__init__.py")}
+    assert folders == set(ALLOWED_IN_ENGINE)
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_moe.engine.exchange_rule import describe_table, partition_rule
+from dist_moe.engine.start.exchange_rule import describe_table, partition_rule
 from dist_moe.parallel.cost import (
     EXCHANGES,
     LARGEST_STEP_TOKENS,

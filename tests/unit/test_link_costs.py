@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from dist_moe.engine.options import EngineOptions
+from dist_moe.engine.start.options import EngineOptions
 from dist_moe.kernels import SumsCodec, WireFormat
-from dist_moe.parallel.cost import sum_traffic
+from dist_moe.parallel.cost import LinkCosts, sum_traffic
 from dist_moe.parallel.host_sums import FEWEST_SUMS, MOST_SUMS, HostSums
-from dist_moe.parallel.probe import LinkCosts, fit_costs
+from dist_moe.parallel.probe import SIZES_BYTES, fit_costs, probe_links
+from dist_moe.parallel.progress import Progress
 
-SIZES = (2048, 65536, 1 << 20)
 ETHERNET = LinkCosts(50e-6, 0.117e9)
 INFINIBAND = LinkCosts(2e-6, 11e9)
 
@@ -28,9 +30,56 @@ def host_sums(hosts: int, costs: LinkCosts, wire: WireFormat = WireFormat.EXACT)
 @pytest.mark.parametrize("hosts", [2, 4])
 @pytest.mark.parametrize("costs", [ETHERNET, INFINIBAND])
 def test_times_of_a_plain_link_give_its_latency_and_rate(costs: LinkCosts, hosts: int) -> None:
-    found = fit_costs({size: costs.seconds(1, (hosts - 1) * size) for size in SIZES}, hosts)
+    found = fit_costs({size: costs.seconds(1, (hosts - 1) * size) for size in SIZES_BYTES}, hosts)
     assert found.latency_s == pytest.approx(costs.latency_s)
     assert found.bytes_per_s == pytest.approx(costs.bytes_per_s)
+
+
+@pytest.mark.parametrize("size", SIZES_BYTES)
+def test_a_size_that_took_a_tenth_longer_moves_the_line_by_less(size: int) -> None:
+    found = fit_costs({each: ETHERNET.seconds(1, each) * (1.1 if each == size else 1) for each in SIZES_BYTES}, 2)
+    assert 0.9 < ETHERNET.bytes_per_s / found.bytes_per_s < 1.1
+    assert 0.75 < found.latency_s / ETHERNET.latency_s < 1.25
+    if size == 65536:  # neither end of the line
+        assert found.bytes_per_s != pytest.approx(ETHERNET.bytes_per_s)
+
+
+def test_a_burst_that_a_shaper_lets_through_does_not_count_as_the_rate() -> None:
+    found = fit_costs({2048: 3e-5, 65536: 3e-4, 1 << 20: ETHERNET.seconds(1, 1 << 20)}, 2)
+    assert found.bytes_per_s == pytest.approx(ETHERNET.bytes_per_s, rel=0.01)
+    assert found.latency_s >= 1.5e-5
+
+
+class Links:
+    """Two hosts whose messages take no time; every receive has a place that no other one under way has."""
+
+    hosts, host = 2, 0
+
+    def __init__(self) -> None:
+        self.progress = Progress()
+        self.under_way: list[np.ndarray] = []
+        self.most = 0
+
+    def post(self, outgoing_N: list[np.ndarray], incoming_N: list[np.ndarray]) -> Links:
+        assert not any(np.shares_memory(incoming_N[1], other) for other in self.under_way)
+        assert incoming_N[1].size >= outgoing_N[1].size
+        self.under_way.append(incoming_N[1])
+        self.most = max(self.most, len(self.under_way))
+        return self
+
+    def finish(self) -> Iterator[tuple[int, int]]:
+        yield 1, self.under_way.pop(0).size
+
+    def swap(self, outgoing_N: list[np.ndarray], incoming_N: list[np.ndarray]) -> list[int]:
+        incoming_N[1][:] = outgoing_N[0]
+        return [0, 8]
+
+
+def test_no_two_messages_of_the_probe_are_received_in_one_place() -> None:
+    links: Any = Links()
+    probe_links(links)
+    assert 1 < links.most < (1 << 20) / 16384
+    assert links.under_way == []
 
 
 @pytest.mark.parametrize(

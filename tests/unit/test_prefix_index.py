@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy import array, int32
 
-from dist_moe.engine.prefix_index import PrefixIndex, common_prefix
+from dist_moe.engine.requests.prefix_index import PrefixIndex, common_prefix
 from dist_moe.model.step import Fork
 
 texts = st.lists(st.integers(0, 2), max_size=9)

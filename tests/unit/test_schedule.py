@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dist_moe.engine.prefix_index import PrefixIndex
-from dist_moe.engine.request import Request
-from dist_moe.engine.schedule import Part, Schedule
+from dist_moe.engine.requests.prefix_index import PrefixIndex
+from dist_moe.engine.requests.request import Request
+from dist_moe.engine.requests.schedule import Part, Schedule
 from dist_moe.model.step import MAX_LOGIT_ROWS, Fork
 
 

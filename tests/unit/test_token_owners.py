@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dist_moe.parallel.token_owners import deal_tokens, numbers, rows_within
+from dist_moe.parallel.token_owners import deal_tokens, rows_within
 
 GROUPINGS = {
     "one rank": [(0,)],
@@ -49,4 +49,4 @@ def test_rows_within_a_run() -> None:
     row_N = np.array([1, 4, 5, 8], np.int32)
     assert rows_within(row_N, range(4, 8)).tolist() == [4, 5]
     assert rows_within(row_N, range(6, 6)).tolist() == []
-    assert numbers(range(3, 6)).tolist() == [3, 4, 5]
+    assert deal_tokens(7, [(0,), (1,)], 0).numbers(range(3, 6)).tolist() == [3, 4, 5]

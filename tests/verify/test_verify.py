@@ -13,7 +13,7 @@ import pytest
 from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.cli.main import execute
 from dist_moe.cli.verify import Table, check_line
-from dist_moe.engine.startup import open_exchange
+from dist_moe.engine.start.startup import open_exchange
 from dist_moe.errors import EnvironmentMismatch, UsageError, VerificationFailed
 from dist_moe.kernels import Kernels, LayerBuffers, WeightFormat, isa_levels, reference
 from dist_moe.parallel.launcher import Launcher
@@ -268,6 +268,20 @@ def test_bad_input_is_one_sentence(stores: dict[str, Path], tmp_path: Path, line
         execute(["verify", *given, *command])
     assert words in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_wrong_numbers_are_told_and_give_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    execute(["verify", "--level", "kernel"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("PASS: ")
+    monkeypatch.setattr(reference, "silu", lambda a: np.maximum(a, 0))
+    with pytest.raises(
+        (VerificationFailed, AgreedError), match="checks failed, first kernel, expert chunks, f32"
+    ) as caught:
+        execute(["verify", "--level", "kernel"])
+    assert caught.value.exit_code == 2
+    assert capsys.readouterr().out.splitlines()[-1].startswith("FAIL: ")
 
 
 def test_ranks_inside_a_job_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import os
 import time
 
 if pause := os.environ.get("DIST_MOE_TEST_STEP_S"):
-    from dist_moe.engine.crew import Crew
+    from dist_moe.engine.steps.crew import Crew
 
     run = Crew.run
 

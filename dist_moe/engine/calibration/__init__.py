@@ -1,0 +1,1 @@
+"""What texts drive through matrices, and what rounding them does."""

@@ -1,0 +1,1 @@
+"""Loops that measure a machine without a model."""

@@ -1,0 +1,1 @@
+"""What a sequence asks for, and how its next token is found."""

@@ -1,0 +1,1 @@
+"""Which experts tokens go to: records, their files, and what they say."""

@@ -1,0 +1,1 @@
+"""What rank 0 orders, and what the ranks that follow do."""

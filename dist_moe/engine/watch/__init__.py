@@ -1,0 +1,1 @@
+"""Times, bytes and health of ranks."""
