@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,10 @@ def _regex(entries: dict[str, Any], where: str) -> re.Pattern[str] | None:
     try:
         if not isinstance(value, str):
             raise re.error("it is no text")
-        return re.compile(value)
-    except (re.error, OverflowError, RecursionError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of brackets that a later Python may read otherwise
+            return re.compile(value)
+    except re.error as error:
         raise UsageError(f"{where}: regex = {value!r} is no regular expression ({error})") from None
 
 

@@ -16,7 +16,9 @@ SCRIPT = TESTS / "helpers" / "fuzz.py"
 PACKAGE = Path(dist_moe.__file__).parents[1]  # as this process has it: the source folder has no kernels
 
 
-@pytest.mark.parametrize("target", ["safetensors", "config", "gguf", "qw3w", "manifest", "mixed-manifest"])
+@pytest.mark.parametrize(
+    "target", ["safetensors", "config", "gguf", "qw3w", "manifest", "mixed-manifest", "recipe", "calibration"]
+)
 def test_mutated_files_are_read_or_refused(target: str, tmp_path: Path) -> None:
     paths = os.pathsep.join([str(PACKAGE), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": paths, "TMPDIR": str(tmp_path)}

@@ -27,12 +27,14 @@ import numpy as np
 
 from dist_moe.checkpoint.source import open_source
 from dist_moe.errors import DistMoeError
+from dist_moe.store.calibration import Calibration, LayerMoments, moment_shapes
+from dist_moe.store.calibration_file import read_calibration, require_model, write_calibration
 from dist_moe.store.checksum import checksum_text
 from dist_moe.store.layout import weight_files, weight_layout
 from dist_moe.store.manifest import MANIFEST_NAME
 from dist_moe.store.plan import StoreOptions, plan_store
 from dist_moe.store.reader import Store
-from dist_moe.store.recipe_file import parse_recipe
+from dist_moe.store.recipe_file import find_recipe, parse_recipe
 from helpers.tiny_gguf import write_gguf
 from helpers.tiny_model import TinyModel
 from helpers.tiny_qw3w import write_qw3w
@@ -288,6 +290,42 @@ def _manifest(directory: Path, recipe: str) -> Target:
     return Target(path.read_bytes(), mutate, path, use)
 
 
+def recipe(directory: Path) -> Target:
+    """A recipe, applied to a model."""
+    model, path = open_source(SMALL.write(directory / "model")).config, directory / "recipe.toml"
+    text = MIXED + 'regex = "layers.[0-9]+[.]o"\n[[rule]]\nlayers = "0-"\nkind = ["q", "experts"]\ngroup = 32\n'
+    path.write_text(text)
+    places = np.arange(len(text))
+    return Target(
+        text.encode(),
+        lambda random, data: spoil_bytes(random, data, places),
+        path,
+        lambda: [find_recipe(str(path)).formats(model)].clear(),
+    )
+
+
+def calibration(directory: Path) -> Target:
+    """A calibration: its bytes, or its header's JSON under a fitting length."""
+    path, config = directory / "a.calibration", open_source(SMALL.write(directory / "model")).config
+    layers = [
+        LayerMoments(
+            **{kind: np.ones(shape) for kind, shape in moment_shapes(config, 0).items() if kind != "tokens_E"},
+            tokens_E=np.ones(config.experts, np.int64),
+        )
+    ]
+    write_calibration(path, Calibration("m", "f", ("t",), 1, tuple(layers), np.ones(config.model_dim), np.ones(7), 1))
+    whole = path.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+
+    def mutate(random: Random, data: bytes) -> bytes:
+        if random.integers(0, 2):
+            return spoil_bytes(random, data, np.arange(end))
+        text = json.dumps(spoil_json(random, json.loads(data[8:end]))).encode()
+        return len(text).to_bytes(8, "little") + text + data[end:]
+
+    return Target(whole, mutate, path, lambda: require_model(path, read_calibration(path), config, "m", "f"))
+
+
 TARGETS = {
     "safetensors": safetensors,
     "config": config,
@@ -295,6 +333,8 @@ TARGETS = {
     "qw3w": qw3w,
     "manifest": manifest,
     "mixed-manifest": mixed_manifest,
+    "recipe": recipe,
+    "calibration": calibration,
 }
 
 if __name__ == "__main__":
