@@ -12,6 +12,7 @@ from dist_moe.cli.main import execute
 from dist_moe.demo import demo_model_directory
 from dist_moe.errors import UsageError
 from dist_moe.store.calibration_file import read_calibration, write_calibration
+from dist_moe.store.layout import shard_command, source_note
 from dist_moe.store.reader import Store
 from helpers.tiny_model import TinyModel
 
@@ -68,6 +69,17 @@ def test_bits_for_bf16_throughout_need_no_scales(shard: Shard, calibration: Path
     auto = shard("auto", "--importance", str(calibration), "--recipe", "auto", "--target-bits", "16")
     assert weights_of(auto) == weights_of(shard("bf16", "--quant", "bf16"))
     assert not Store.open(auto).manifest.importance
+
+
+def test_the_command_that_makes_a_store_again_names_its_calibration(shard: Shard, calibration: Path) -> None:
+    made = shard("made", "--quant", "q4", "--importance", str(calibration), "--nodes", "2")
+    manifest = Store.open(made).manifest
+    words = shard_command(manifest, made).replace("FILE", str(calibration)).split()
+    kept = (made / "shard-00002-of-00002.safetensors").read_bytes()
+    (made / "shard-00002-of-00002.safetensors").unlink()
+    execute(["shard", *words[3:], "--quiet"])
+    assert (made / "shard-00002-of-00002.safetensors").read_bytes() == kept
+    assert f"for FILE what dist-moe calibrate wrote, {manifest.importance}" in source_note(manifest)
 
 
 @pytest.mark.parametrize(
