@@ -60,6 +60,15 @@ static size_t drop_nonfinite(float *weights, size_t n) {
     return bad;
 }
 
+/* The scales of 16 whole rows, of their finite weights; infinite where f16 cannot hold one. */
+static void row_scales(float *scale_16, const dm_pack_job *job, int format) {
+    drop_nonfinite(job->columns_C16, job->C);
+    for (size_t r = 0; r < 16; r += DM_LANES) {
+        const lane_group row = {job->columns_C16 + r, job->importance_C, job->C};
+        store_f32(scale_16 + r, choose_scale(&row, format, job->scales));
+    }
+}
+
 static size_t pack_tile_f32(void *tile, const dm_pack_job *job) {
     __builtin_memcpy(tile, job->columns_C16, job->C * 16 * sizeof(float));
     return count_nonfinite(job->columns_C16, job->C);

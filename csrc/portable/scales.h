@@ -142,12 +142,4 @@ DM_INLINE f32v choose_scale(const lane_group *group, int format, int scales) {
     return search_scale(&plain, extreme, absmax, format);
 }
 
-/* The scales of 16 whole rows. */
-static void row_scales(float *scale_16, const dm_pack_job *job, int format) {
-    for (size_t r = 0; r < 16; r += DM_LANES) {
-        const lane_group row = {job->columns_C16 + r, job->importance_C, job->C};
-        store_f32(scale_16 + r, choose_scale(&row, format, job->scales));
-    }
-}
-
 #endif

@@ -187,6 +187,8 @@ def calibrate(context: click.Context, /, config: str | None, print_config: bool,
         config_file.print_config(context, {})
         return
     options = CalibrateOptions(**values)
+    if options.merge and (given := [name for name in ("window", "split", "sensitivity", "model") if values.get(name)]):
+        raise UsageError(f"--merge adds up files that are there: leave --{given[0]} out")
     if options.exchange == "alltoall":
         raise UsageError("--exchange alltoall: calibrate needs all tokens on all ranks: leave it out")
     if not options.merge:

@@ -65,7 +65,8 @@ def with_auto_recipe(
         f"{found.cost:.3e} nats per token, {found.uniform_cost:.3e} with {format_label(found.uniform)} throughout",
         err=True,
     )
-    return replace(options, formats=found.formats)
+    importance = options.importance if found.formats.quantized else None  # bf16 throughout has no scales to weight
+    return replace(options, formats=found.formats, importance=importance)
 
 
 def table_lines(formats: ModelFormats) -> list[str]:

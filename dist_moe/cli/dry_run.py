@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import click
@@ -14,9 +14,9 @@ from dist_moe.store.manifest import Manifest
 from dist_moe.store.sizes import StoreSizes, store_sizes
 
 
-def show_sizes(plan: Manifest, destination: Path, as_json: bool) -> None:
-    """Print what a planned store takes; nothing is written."""
-    sizes = store_sizes(plan)
+def show_sizes(plan: Manifest, texts: Mapping[str, bytes], destination: Path, as_json: bool) -> None:
+    """Print what a planned store takes, its small files included; no store is written."""
+    sizes = store_sizes(plan, texts)
     if as_json:
         click.echo(json.dumps(_as_json(plan, destination, sizes), indent=1))
         return
@@ -43,6 +43,7 @@ def _as_json(plan: Manifest, destination: Path, sizes: StoreSizes) -> dict[str, 
         "bits_per_weight": round(sizes.bits_per_weight, 4),
         "parts": parts,
         "common_bytes": sizes.common_bytes,
+        "text_bytes": sizes.text_bytes,
         "nodes": [
             {"node": node, "file": name, "file_bytes": count, "node_bytes": count + sizes.common_bytes}
             for node, (name, count) in enumerate(sizes.shards, 1)
@@ -61,8 +62,9 @@ def _as_text(plan: Manifest, destination: Path, sizes: StoreSizes) -> Iterator[s
         yield f"  {name:25}  {count:>18,} bytes  {bits}{note}"
     for node, (name, count) in enumerate(sizes.shards, 1):
         yield f"  {f'node {node}':25}  {count + sizes.common_bytes:>18,} bytes  of which {name} {count:,}"
+    yield f"  {'tokenizer, settings':25}  {sizes.text_bytes:>18,} bytes"
     yield f"  {'all files':25}  {sizes.total_bytes:>18,} bytes"
-    yield "nothing was written"
+    yield "no store was written"
 
 
 def _formats(formats: dict[MatrixFormat, int]) -> str:

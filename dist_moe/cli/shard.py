@@ -64,8 +64,8 @@ AUTO = "auto"
 @click.option(
     "--scales",
     type=OneOf(["absmax", "mse"]),
-    help="Scales of q8 and q4: from the largest weight, or of least squared error.  [default: as the recipe says, else "
-    "mse if any matrix is q4, absmax if not]",
+    help="Scales of q8 and q4: from the largest weight, or of least squared error.  [default: mse with --importance, "
+    "else as the recipe says, else mse if any matrix is q4, absmax if not]",
 )
 @cut_options(experts_default="whole", directory_of="store")
 @click.option(
@@ -78,7 +78,7 @@ AUTO = "auto"
     type=Whole(min=1),
     help="Threads of each rank that pack; the bytes do not depend on it.  [default: this host's CPUs / its ranks]",
 )
-@click.option("--dry-run", is_flag=True, help="Print what the store would take, by part and by node; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what the store would take, by part and by node; write no store.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print one JSON object.")
 @quiet_option
 def shard(
@@ -142,7 +142,7 @@ def shard(
         if write_recipe is not None:
             write_formats(Path(write_recipe), formats, options.scale_choice(formats), f"of {source_name(path)}", force)
         if dry_run:
-            show_sizes(plan_store(model, options), destination, as_json)
+            show_sizes(plan_store(model, options), model.text_files(), destination, as_json)
             return
         for line in conversion_notes(model, formats):
             click.echo(line, err=True)
@@ -184,6 +184,8 @@ def packing_options(model: Source, packing: Packing) -> StoreOptions:
         for name, value in (("--quant", packing.quant), ("--group-size", packing.group_size)):
             if value is not None:
                 raise UsageError(f"{name} {value}: --recipe auto chooses that; leave out {name} or --recipe")
+        if plain.scales != ScaleChoice.MSE.label:
+            raise UsageError(f"--scales {plain.scales}: --recipe auto weighs errors of mse; leave out --scales")
     options, calibration = with_importance(_uncalibrated_options(model, plain), model, Path(packing.importance))
     if not is_auto:
         _refuse_target(packing)
@@ -212,7 +214,7 @@ def _uncalibrated_options(model: Source, packing: Packing) -> StoreOptions:
     from dist_moe.store.carry import default_format
     from dist_moe.store.plan import StoreOptions
     from dist_moe.store.reader import read_store_manifest
-    from dist_moe.store.recipe_file import find_recipe
+    from dist_moe.store.recipe_file import BUILT_IN, find_recipe
 
     scales = ScaleChoice.parse(packing.scales) if packing.scales else None
     group = None if packing.group_size is None else int(packing.group_size)
@@ -222,7 +224,7 @@ def _uncalibrated_options(model: Source, packing: Packing) -> StoreOptions:
         options = replace(options, format=WeightFormat.parse(packing.quant) if packing.quant else default_format(model))
     elif packing.quant is not None:
         raise UsageError(f"--quant {packing.quant}: the recipe says the formats; leave out --quant or --recipe")
-    elif files.is_directory(Path(packing.recipe)):
+    elif packing.recipe not in BUILT_IN and files.is_directory(Path(packing.recipe)):
         if group is not None:
             raise UsageError(f"--group-size {group}: the store says the groups; leave out --group-size or --recipe")
         like = read_store_manifest(Path(packing.recipe))

@@ -103,6 +103,11 @@ def auto_recipe(
             "--recipe auto: this calibration does not say how sensitive matrices are: make it again with dist-moe "
             "calibrate --sensitivity 1024"
         )
+    if not calibration.sensitive_G.any():
+        raise UsageError(
+            "--recipe auto: in this calibration rounding to q4 changes nothing, as in a store of q4 weights: make it "
+            "again in one with exact weights, such as dist-moe shard --quant bf16 makes"
+        )
     config = source.config
     candidates, items = usable_candidates(config), list(model_items(config))
     meter, errors = _Meter(source, calibration, kernels), []
@@ -234,7 +239,8 @@ class _Meter:
                 rounded_RC -= values_RC
                 squares_C += np.einsum("rc,rc->c", rounded_RC, rounded_RC)
         input_C = self._importance.mean_energy(name)
-        return squares_nC @ input_C, float(weights_C @ input_C)
+        # No product of BLAS: its sums depend on its threads.
+        return (squares_nC * input_C).sum(axis=1), float((weights_C * input_C).sum())
 
 
 def matrix_bits(config: ModelConfig, name: str, shape: tuple[int, int], found: MatrixFormat) -> int:

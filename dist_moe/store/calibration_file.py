@@ -80,7 +80,7 @@ def read_calibration(path: Path) -> Calibration:
         if _checksum(arrays) != metadata["checksum"]:
             raise ValueError("its checksum does not fit its bytes")
         return _from_arrays(metadata, arrays)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{path}: the calibration is damaged ({error}): {_MAKE_ONE}") from None
 
 

@@ -237,11 +237,14 @@ def _format(name: str, kind: str, dtype: str, tags: dict[str, str]) -> str:
 def _units(name: str, kind: str, tags: dict[str, str]) -> list[tuple[int, int]] | None:
     if kind not in _UNIT_KEYS or "units" not in tags:
         return None
-    units = json.loads(tags["units"])
-    runs = units[kind]
-    if kind == "chunks" and "chunks" in tags:
-        runs = json.loads(tags["chunks"])[name]
-    elif kind == "chunks":
-        layer = int(name.split(".")[1])
-        runs = next(part["runs"] for part in units[kind] if part["first_layer"] <= layer < part["stop_layer"])
-    return [(first, stop) for first, stop in runs]
+    try:
+        units = json.loads(tags["units"])
+        runs = units[kind]
+        if kind == "chunks" and "chunks" in tags:
+            runs = json.loads(tags["chunks"])[name]
+        elif kind == "chunks":
+            layer = int(name.split(".")[1])
+            runs = next(part["runs"] for part in units[kind] if part["first_layer"] <= layer < part["stop_layer"])
+        return [(int(first), int(stop)) for first, stop in runs]
+    except (ValueError, TypeError, LookupError, StopIteration, RecursionError):
+        return None  # tags that dist-moe did not write

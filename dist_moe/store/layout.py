@@ -155,7 +155,8 @@ def shard_command(manifest: Manifest, directory: Path) -> str:
 def source_note(manifest: Manifest) -> str:
     """What to put in place of the name in `shard_command`: stores do not keep paths of other machines."""
     demo = ", or nothing for the bundled demo" if manifest.source_name == "demo" else ""
-    return f"{manifest.source_name} is the source's name: give its path{demo}"
+    calibration = f", and for FILE what dist-moe calibrate wrote, {manifest.importance}" if manifest.importance else ""
+    return f"{manifest.source_name} is the source's name: give its path{demo}{calibration}"
 
 
 def _checksums(spec: TensorSpec, count: int) -> TensorSpec:

@@ -123,7 +123,7 @@ class _Fitting:
             if number not in self._used:
                 raise UsageError(
                     f"{rule.where}: fits no matrix of this model; names are such as layers.0.q, "
-                    "layers.0.experts.0.down and lm_head, and a regex must match the whole name"
+                    "layers.0.experts.0.gate (or up, or down) and lm_head, and a regex must match the whole name"
                 )
 
     def _expert(self, layer: int, expert: int) -> tuple[MatrixFormat, MatrixFormat]:

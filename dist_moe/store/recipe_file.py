@@ -127,7 +127,7 @@ def _regex(entries: dict[str, Any], where: str) -> re.Pattern[str] | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of brackets that a later Python may read otherwise
             return re.compile(value)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(f"{where}: regex = {value!r} is no regular expression ({error})") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dist_moe.kernels.formats import MatrixFormat
@@ -44,21 +45,23 @@ class StoreSizes:
         bits_per_weight: Of all of them together.
         common_bytes: Of the file that every node has: embedding, routers, norms.
         shards: Name and bytes of each node's own file.
+        text_bytes: Of the small files that a store takes along.
     """
 
     parts: tuple[PartSize, ...]
     bits_per_weight: float
     common_bytes: int
     shards: tuple[tuple[str, int], ...]
+    text_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        """Of all weight files."""
-        return self.common_bytes + sum(count for _, count in self.shards)
+        """Of all files but the manifest, which lists them."""
+        return self.text_bytes + self.common_bytes + sum(count for _, count in self.shards)
 
 
-def store_sizes(plan: Manifest) -> StoreSizes:
-    """What `plan_store` comes to; the sizes of files are exact."""
+def store_sizes(plan: Manifest, texts: Mapping[str, bytes]) -> StoreSizes:
+    """What `plan_store` comes to, with its small files; the sizes of files are exact."""
     bits, counts = plan.formats.bits_by_part(plan.config), plan.formats.counts_by_part()
     file_bytes = {name: weight_layout(plan, name).file_bytes for name in weight_files(plan)}
     common_bytes = file_bytes.pop(COMMON_NAME)
@@ -69,6 +72,7 @@ def store_sizes(plan: Manifest) -> StoreSizes:
         bits_per_weight=plan.formats.bits_per_weight(plan.config),
         common_bytes=common_bytes,
         shards=tuple(file_bytes.items()),
+        text_bytes=sum(map(len, texts.values())),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +153,18 @@ class TestFiles:
         save_file(load_file(whole), tmp_path / "other", metadata)
         with pytest.raises(UsageError, match="a calibration of version '9', expected 1"):
             read_calibration(tmp_path / "other")
+
+    @pytest.mark.parametrize("texts", ["[" * 100_000, "{", "7"])
+    def test_texts_that_are_no_list_are_refused(self, whole: Path, texts: str) -> None:
+        data = whole.read_bytes()
+        stop = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:stop])
+        header["__metadata__"]["texts"] = texts
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        whole.write_bytes(len(text).to_bytes(8, "little") + text + data[stop:])
+        with pytest.raises(UsageError, match=r"the calibration is damaged \((?!its checksum)"):
+            read_calibration(whole)
 
     def test_a_missing_file_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="there is no such file: make one with dist-moe calibrate"):

@@ -12,6 +12,7 @@ from dist_moe.cli.main import execute
 from dist_moe.demo import demo_model_directory
 from dist_moe.errors import UsageError
 from dist_moe.store.calibration_file import read_calibration, write_calibration
+from dist_moe.store.layout import shard_command, source_note
 from dist_moe.store.reader import Store
 from helpers.tiny_model import TinyModel
 
@@ -64,6 +65,23 @@ def test_a_recipe_by_bits(shard: Shard, calibration: Path, tmp_path: Path, capsy
     assert weights_of(again) == weights_of(auto)
 
 
+def test_bits_for_bf16_throughout_need_no_scales(shard: Shard, calibration: Path) -> None:
+    auto = shard("auto", "--importance", str(calibration), "--recipe", "auto", "--target-bits", "16")
+    assert weights_of(auto) == weights_of(shard("bf16", "--quant", "bf16"))
+    assert not Store.open(auto).manifest.importance
+
+
+def test_the_command_that_makes_a_store_again_names_its_calibration(shard: Shard, calibration: Path) -> None:
+    made = shard("made", "--quant", "q4", "--importance", str(calibration), "--nodes", "2")
+    manifest = Store.open(made).manifest
+    words = shard_command(manifest, made).replace("FILE", str(calibration)).split()
+    kept = (made / "shard-00002-of-00002.safetensors").read_bytes()
+    (made / "shard-00002-of-00002.safetensors").unlink()
+    execute(["shard", *words[3:], "--quiet"])
+    assert (made / "shard-00002-of-00002.safetensors").read_bytes() == kept
+    assert f"for FILE what dist-moe calibrate wrote, {manifest.importance}" in source_note(manifest)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -72,6 +90,7 @@ def test_a_recipe_by_bits(shard: Shard, calibration: Path, tmp_path: Path, capsy
         (("--importance", "FILE", "--target-bits", "5"), "--target-bits 5: belongs to --recipe auto"),
         (("--importance", "FILE", "--recipe", "auto", "--quant", "q8"), "--quant q8: --recipe auto chooses that"),
         (("--importance", "FILE", "--recipe", "auto", "--group-size", "64"), "--group-size 64: --recipe auto chooses"),
+        (("--importance", "FILE", "--recipe", "auto", "--scales", "absmax"), "--scales absmax: --recipe auto weighs"),
         (("--importance", "FILE", "--recipe", "auto", "--target-bits", "4"), "this model needs 4.2[0-9]+ at least"),
         (("--importance", "FILE", "--quant", "bf16"), "--importance weights the search for scales"),
         (("--importance", "FILE", "--scales", "absmax"), "--importance weights the search for scales"),

@@ -104,6 +104,18 @@ def test_slices_of_rows_keep_whole_rows_scales(portable, bench, fmt):
     assert np.array_equal(reference.unpack_matrix(packed, *part.shape, fmt, 0), expected[:, 64:])
 
 
+@pytest.mark.parametrize("scales", list(ScaleChoice))
+@pytest.mark.parametrize("fmt", QUANTIZED)
+def test_scales_of_whole_rows_leave_out_what_is_not_finite(kernels, bench, scales, fmt):
+    whole = bench.floats(20, 96)
+    whole[1, 5], whole[17, 40] = np.nan, -np.inf
+    scale = bench.empty((2, 20), np.float32)
+    kernels.row_scales(scale[0], whole, fmt, scales)
+    kernels.row_scales(scale[1], bench.of(np.where(np.isfinite(whole), whole, 0)), fmt, scales)
+    assert np.isfinite(scale[0]).all()
+    assert np.array_equal(scale[0], scale[1])
+
+
 @pytest.mark.parametrize("fmt", list(WeightFormat))
 def test_a_list_is_its_matrices_one_by_one(kernels, bench, same_bits, fmt):
     """Slices of bf16 and f32, filled up with rows and columns of zeros; bad weights are counted for their matrix."""

@@ -68,6 +68,13 @@ def is_matrix(name: str) -> bool:
     return name == "lm_head" or name.split(".")[-1] in ("q", "k", "v", "o", "gate", "up", "down")
 
 
+def test_a_calibration_in_a_store_of_q4_is_refused(recipe: Recipe, source: Checkpoint) -> None:
+    nothing = calibration_of(source)
+    nothing.sensitive_G[:] = 0
+    with pytest.raises(UsageError, match="rounding to q4 changes nothing, as in a store of q4 weights"):
+        recipe(5.0, calibration=nothing)
+
+
 def test_more_bits_cost_less(recipe: Recipe) -> None:
     costs = [recipe(bits).cost for bits in (4.4, 4.5, 5.0, 8.0, 16.0)]
     assert costs == sorted(costs, reverse=True)

@@ -117,7 +117,12 @@ def test_a_group_given_beside_a_recipe_replaces_its_default_and_no_rule(config: 
         ('format = "q4"\n[[rule]]\nlayers = "0-4"\nformat = "q8"', "this model has no layer 4; give 0 to 3"),
         ('format = "q4"\n[[rule]]\nexperts = "8-"\nformat = "q8"', "this model has no expert 8; give 0 to 7"),
         ('format = "q4"\n[[rule]]\nregex = "("\nformat = "q8"', r"rule 1: regex = '\(' is no regular expression"),
+        (
+            'format = "q4"\n[[rule]]\nregex = "q{99999999999}"\nformat = "q8"',
+            "is no regular expression .the repetition",
+        ),
         ('format = "q4"\n[[rule]]\nregex = "q"\nformat = "q8"', "rule 1: fits no matrix of this model; names are"),
+        ('format = "q4"\n[[rule]]\nregex = ".*gate_up"\nformat = "q8"', r"layers.0.experts.0.gate \(or up, or down\)"),
         ('format = "q4"\n[[rule]]\nkind = "q"\nexperts = "0"\nformat = "q8"', "rule 1: fits no matrix"),
         (
             'format = "q4"\n[[rule]]\nregex = ".*gate"\nformat = "q8"',
@@ -169,12 +174,20 @@ def test_a_dry_run_tells_the_sizes_that_follow_and_writes_nothing(
         name: len(data) for name, data in found.items() if name.startswith("shard")
     }
     assert told["common_bytes"] == len(found["common.safetensors"])
-    assert told["total_bytes"] == sum(len(data) for name, data in found.items() if name.endswith(".safetensors"))
+    assert told["total_bytes"] == sum(len(data) for name, data in found.items() if name != "manifest.json")
+    assert told["text_bytes"] == len(found["config.json"])
+    assert f"{told['total_bytes']:,} bytes\nno store was written" in text
     for node in told["nodes"]:
         assert node["node_bytes"] == node["file_bytes"] + told["common_bytes"]
         assert f"{node['node_bytes']:,} bytes  of which {node['file']}" in text
     assert [part["part"] for part in told["parts"]] == ["attention", "experts", "lm_head"]
     assert f"{told['bits_per_weight']:.3f} bits per weight" in text
+
+
+def test_a_recipe_of_ours_is_no_directory_of_its_name(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "q8").mkdir()
+    execute(["shard", "odd", "--recipe", "q8", "--dry-run", "--json"])
+    assert json.loads(capsys.readouterr().out)["weights"] == "q8"
 
 
 def test_a_dry_run_obeys_a_placement(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
