@@ -172,7 +172,7 @@ class TestFiles:
 
 
 def test_sensitivity_of_what_is_rounded_already_is_refused(calibrate) -> None:
-    with pytest.raises(DistMoeError, match="has matrices in q4 already.*take a store in bf16"):
+    with pytest.raises(DistMoeError, match=r"has matrices in q4 already.*take a store in bf16"):
         calibrate("never", "--quant", "q4", "--sensitivity", "8")
 
 
