@@ -18,6 +18,7 @@ from dist_moe.cli.config_file import flag, option
 from dist_moe.cli.coverage import coverage_lines
 from dist_moe.cli.documents import documents_of, split_option
 from dist_moe.cli.job import Setting, run_job
+from dist_moe.cli.models import find_model
 from dist_moe.cli.options import ModelOptions, model_options
 from dist_moe.cli.output_files import require_apart
 from dist_moe.cli.values import PathName, Whole
@@ -26,9 +27,11 @@ from dist_moe.engine.calibrating import measure_sensitivity
 from dist_moe.engine.runtime import Runtime
 from dist_moe.engine.text_windows import pieces_of
 from dist_moe.errors import UsageError
+from dist_moe.kernels.formats import WeightFormat
 from dist_moe.parallel.launcher import detect_launcher
 from dist_moe.store.calibration import Calibration
 from dist_moe.store.calibration_file import merge_files, write_calibration
+from dist_moe.store.reader import read_store_manifest
 
 DEFAULT_WINDOW = 2048
 _LINE_EVERY_S = 5.0
@@ -81,6 +84,7 @@ def make_task(options: CalibrateOptions, setting: Setting) -> CalibrateTask:
     output, config = Path(options.output), setting.config
     require_new(output, options.texts, options.force)
     require_apart(options, setting.directory)
+    _require_finer_than_q4(options)
     window = options.window or min(DEFAULT_WINDOW, config.max_positions)
     if window > config.max_positions:
         raise UsageError(
@@ -118,6 +122,21 @@ class _Told:
         if now_s >= self._next_s:
             self._next_s = now_s + _LINE_EVERY_S
             click.echo(f"{done} of {total} {self._what}", err=True)
+
+
+def _require_finer_than_q4(options: CalibrateOptions) -> None:
+    """Refuse to round to q4 what is q4 already: nothing would change, and --recipe auto would think it free."""
+    if options.sensitivity is None:
+        return
+    model = find_model(options)
+    formats = {model.format}
+    if model.format is None:
+        formats = {found.format for found in read_store_manifest(model.path).formats.distinct}
+    if WeightFormat.Q4 in formats:
+        raise UsageError(
+            f"--sensitivity: {model.path} has matrices in q4 already, whose rounding cannot be measured: take a store "
+            "in bf16 (dist-moe shard --quant bf16), or --quant bf16"
+        )
 
 
 def require_new(output: Path, inputs: Sequence[str], force: bool) -> None:

@@ -232,6 +232,7 @@ class _Meter:
         step = max(1, _BLOCK_WEIGHTS // columns)
         for first in range(0, rows, step):
             values_RC = self._source.read(name, slice(first, min(first + step, rows)))
+            values_RC = np.where(np.isfinite(values_RC), values_RC, np.float32(0))  # as all formats but f32 keep them
             weights_C += np.einsum("rc,rc->c", values_RC, values_RC)
             for squares_C, (found, weighting_C) in zip(squares_nC, roundings if candidates else [], strict=False):
                 group = output_group(self._source.config, found.group) if name.endswith(".o") else found.group

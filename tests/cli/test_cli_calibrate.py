@@ -169,3 +169,14 @@ class TestFiles:
     def test_a_missing_file_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="there is no such file: make one with dist-moe calibrate"):
             read_calibration(tmp_path / "none")
+
+
+def test_sensitivity_of_what_is_rounded_already_is_refused(calibrate) -> None:
+    with pytest.raises(DistMoeError, match=r"has matrices in q4 already.*take a store in bf16"):
+        calibrate("never", "--quant", "q4", "--sensitivity", "8")
+
+
+def test_merging_reads_no_text(calibrate, tmp_path: Path) -> None:
+    made = str(calibrate("one", "--quant", "bf16"))
+    with pytest.raises(UsageError, match="leave --window out"):
+        execute(["calibrate", "--merge", made, "-o", str(tmp_path / "two"), "--window", "5"])
