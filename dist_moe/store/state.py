@@ -161,7 +161,7 @@ def _differences(found: Manifest, plan: Manifest) -> str:
         return ""
     named = ("weights", "group_size", "experts", "nodes")
     texts = [f"{key} {theirs[key]}, not {ours[key]}" for key in named if theirs[key] != ours[key]]
-    if found.label == plan.label and found.formats != plan.formats:
+    if (found.label, found.group_size) == (plan.label, plan.group_size) and found.formats != plan.formats:
         texts.append("other formats of some matrices")
     if found.scales != plan.scales:
         texts.append(f"scales {found.scales.label}, not {plan.scales.label}")

@@ -21,7 +21,7 @@ MakeStore = Callable[..., Path]
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": WeightFormat.Q8}, "weights q4, not q8"),
+        ({"format": WeightFormat.Q8}, "weights q4, not q8, scales mse, not absmax"),
         ({"group_size": 0}, "group_size 32, not 0"),
         ({"nodes": 3}, "nodes 2, not 3"),
         ({"experts": "sliced"}, "experts whole, not sliced"),
