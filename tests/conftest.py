@@ -54,15 +54,26 @@ def mpirun() -> Callable[..., launching.Finished]:
     return launching.mpirun
 
 
-@pytest.fixture(autouse=True)
-def process_stays() -> Iterator[None]:
-    """A command that a test runs in this process takes signals and the log for good, as it may in one of its own."""
+@pytest.fixture(autouse=True, scope="session")
+def untouched_process(signals_are_not_ignored: None) -> Callable[[], None]:
+    """Puts back the signal handlers and the log of before the first test."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     logger = logging.getLogger("dist_moe")
-    log = logger.handlers[:], logger.level, logger.propagate
+    log_handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+
+    def put_back() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        logger.handlers[:], logger.propagate = log_handlers, propagate
+        logger.setLevel(level)
+
+    return put_back
+
+
+@pytest.fixture(autouse=True)
+def process_stays(untouched_process: Callable[[], None]) -> Iterator[None]:
+    """A command that a test or its fixture runs in this process takes signals and the log for good."""
+    untouched_process()
     yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    signal.set_wakeup_fd(-1)
-    logger.handlers[:], _, logger.propagate = log
-    logger.setLevel(log[1])
+    untouched_process()
