@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from dist_moe.engine.start.startup import open_exchange
@@ -19,7 +20,7 @@ from dist_moe.parallel.plan import EXPERT_LAYOUTS
 from dist_moe.parallel.world import World
 from dist_moe.store.reader import Store
 from helpers.nodes import on_two_hosts
-from helpers.same_bits import TOKENS, logits_hash, run_store
+from helpers.same_bits import TOKENS, logits_hash, run_store, steps
 
 WAYS = ((TOKENS, False), (7, True))  # tokens of a chunk, in a batch
 
@@ -40,12 +41,13 @@ def main() -> None:
     hashes = {}
     for layout, (how, kernels), (chunk, in_batch) in itertools.product(EXPERT_LAYOUTS, all_kernels.items(), WAYS):
         worker = run_store(world, exchanges["one host"], store, kernels, layout, KvFormat.F16)
-        found = logits_hash(worker, chunk, in_batch, store.config.vocabulary)
+        found = logits_hash(worker, steps(chunk, in_batch, store.config.vocabulary))
         hashes[f"{layout}, {how}, chunk {chunk}"] = found
     kernels = all_kernels["1 threads"]
     for hosts, layout, (chunk, in_batch) in itertools.product(there, ("whole", "shared"), WAYS):
         worker = run_store(there[hosts], exchanges[hosts], store, kernels, layout, KvFormat.F16)
-        found = logits_hash(worker, chunk, in_batch, store.config.vocabulary, partitioned=True)
+        whole_steps = steps(chunk, in_batch, store.config.vocabulary)
+        found = logits_hash(worker, (replace(step, partitioned=True) for step in whole_steps))
         hashes[f"partitioned, {hosts}, {layout}, chunk {chunk}"] = found
     if world.is_leader:
         print(json.dumps(hashes))
