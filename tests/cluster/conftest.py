@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.kernels import WeightFormat
+from dist_moe.kernels import ScaleChoice, WeightFormat
 from dist_moe.store.convert import convert
 from dist_moe.store.plan import StoreOptions
 from helpers.cluster import Cluster
@@ -56,7 +56,9 @@ def tiny_stores(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     def store_of(shards: int, layout: str = "whole") -> Path:
         store = directory / f"q4-{shards}-{layout}"
         if not store.exists():
-            options = StoreOptions(format=WeightFormat.parse("q4"), nodes=shards, experts=layout)
+            options = StoreOptions(
+                format=WeightFormat.parse("q4"), nodes=shards, experts=layout, scales=ScaleChoice.ABSMAX
+            )
             convert(source, store, options, lambda done, total, what: None)
         return store
 

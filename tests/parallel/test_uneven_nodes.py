@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_moe.checkpoint.reader import Checkpoint
-from dist_moe.kernels import WeightFormat
+from dist_moe.kernels import ScaleChoice, WeightFormat
 from dist_moe.store.convert import convert
 from dist_moe.store.plan import StoreOptions
 from helpers import launching, uneven_nodes
@@ -30,7 +30,7 @@ def stores(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     source = Checkpoint.open(TinyModel().write(tmp_path_factory.mktemp("tiny")))
     directory = tmp_path_factory.mktemp("stores")
     whole = directory / "0-1-2-3"
-    options = StoreOptions(format=WeightFormat.Q4, nodes=SHARDS, experts=request.param)
+    options = StoreOptions(format=WeightFormat.Q4, nodes=SHARDS, experts=request.param, scales=ScaleChoice.ABSMAX)
     convert(source, whole, options, lambda *told: None)
     for count in range(1, SHARDS):
         for kept in itertools.combinations(range(SHARDS), count):

@@ -16,6 +16,7 @@ from dist_moe.checkpoint.reader import Checkpoint
 from dist_moe.cli.inspect import inspect
 from dist_moe.cli.shard import shard
 from dist_moe.errors import StoreError, UsageError
+from dist_moe.kernels import ScaleChoice
 from dist_moe.store.manifest import read_manifest
 from dist_moe.store.placement import LayerRuns, Placement, check_placement
 from dist_moe.store.placement_json import read_placement, render_placement
@@ -65,9 +66,10 @@ def test_a_chunk_is_read_from_whichever_file_is_here(make_store: MakeStore, plac
 def test_the_manifest_of_a_placed_store_is_of_version_2_and_others_stay_readable_for_old_programs(
     make_store: MakeStore, placement: Placement
 ) -> None:
-    placed = json.loads((make_store("placed", placement=placement) / "manifest.json").read_text())
+    absmax = {"scales": ScaleChoice.ABSMAX}
+    placed = json.loads((make_store("placed", placement=placement, **absmax) / "manifest.json").read_text())
     assert (placed["format_version"], placed["node_weights"]) == (2, [3, 2, 1])
-    plain = json.loads((make_store("plain", nodes=3) / "manifest.json").read_text())
+    plain = json.loads((make_store("plain", nodes=3, **absmax) / "manifest.json").read_text())
     assert plain["format_version"] == 1
     assert "node_weights" not in plain
 
