@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # Pauses before a rank that waits for its host's others sleeps: 15 to 100 us, by CPU; waking takes about 10 us.
 WAITING_SPINS = 2000
 
-_BUS_DELAY_PER_RANK_S = 1.0
+_BUS_DELAY_PER_RANK_S = 2.0
 _LONGEST_BUS_DELAY_S = 5.0
 # MPICH's UCX crashes in a rank whose peer on another host was killed, before the watchdog has said who that was.
 _LAST_WORDS_S = 1.0
