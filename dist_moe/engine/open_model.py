@@ -101,6 +101,9 @@ class OpenModel:
         finally:
             self._job.leave()
             runtime.kernels.close()
+        if not runtime.busy:
+            # A rank that has left before another ends the job is in MPI_Finalize, and Open MPI's launcher can crash then.
+            self._job.world.sleep_until_all()
 
     def __enter__(self: Entered) -> Entered:
         """Load the model and return the engine."""
