@@ -102,7 +102,7 @@ class OpenModel:
             self._job.leave()
             runtime.kernels.close()
         if not runtime.busy:
-            # A rank that has left before another ends the job is in MPI_Finalize, and Open MPI's launcher can crash then.
+            # Open MPI's launcher can crash when a rank ends the job while another, which has left, is in MPI_Finalize.
             self._job.world.sleep_until_all()
 
     def __enter__(self: Entered) -> Entered:
