@@ -12,20 +12,19 @@ from typing import Any
 
 import click
 
-from dist_moe import files
 from dist_moe.cli import config_file
 from dist_moe.cli.config_file import flag, option
 from dist_moe.cli.coverage import coverage_lines
-from dist_moe.cli.documents import documents_of, split_option
+from dist_moe.cli.documents import split_option
 from dist_moe.cli.job import Setting, run_job
 from dist_moe.cli.models import find_model
 from dist_moe.cli.options import ModelOptions, model_options
 from dist_moe.cli.output_files import require_apart
-from dist_moe.cli.values import PathName, Whole
+from dist_moe.cli.texts_to_file import pieces_of_texts, require_new_file, texts_to_file
+from dist_moe.cli.values import Whole
 from dist_moe.engine.calibrating import calibrate as sum_over_texts
 from dist_moe.engine.calibrating import measure_sensitivity
 from dist_moe.engine.runtime import Runtime
-from dist_moe.engine.text_windows import pieces_of
 from dist_moe.errors import UsageError
 from dist_moe.kernels.formats import WeightFormat
 from dist_moe.parallel.launcher import detect_launcher
@@ -82,7 +81,7 @@ def make_task(options: CalibrateOptions, setting: Setting) -> CalibrateTask:
         CheckpointError: The model has no tokenizer.
     """
     output, config = Path(options.output), setting.config
-    require_new(output, options.texts, options.force)
+    require_new_file(output, options.texts, "text", replace=options.force)
     require_apart(options, setting.directory)
     _require_finer_than_q4(options)
     window = options.window or min(DEFAULT_WINDOW, config.max_positions)
@@ -91,12 +90,7 @@ def make_task(options: CalibrateOptions, setting: Setting) -> CalibrateTask:
             f"--window {window} is more than the model's maximum of {config.max_positions} positions: lower it"
         )
     tokenizer = setting.text.require_tokenizer()
-    pieces: list[list[int]] = []
-    for name in options.texts:
-        documents = documents_of(Path(name), options.split, tokenizer)
-        if not documents:
-            raise UsageError(f"{name}: holds no text: give a file of what the model will read")
-        pieces += [piece for ids in documents for piece in pieces_of(ids, window)]
+    pieces = pieces_of_texts(options.texts, options.split, tokenizer, window)
     texts = [Path(name).name for name in options.texts]
     return CalibrateTask(pieces, texts, max(map(len, pieces)), options.sensitivity, output, setting.interrupted)
 
@@ -139,16 +133,6 @@ def _require_finer_than_q4(options: CalibrateOptions) -> None:
         )
 
 
-def require_new(output: Path, inputs: Sequence[str], force: bool) -> None:
-    """Refuse an output that would replace something; UsageError."""
-    for name in inputs:
-        if files.is_same(Path(name), output):
-            raise UsageError(f"-o {output}: that is {name}, which would be lost: name another file")
-    if files.exists(output) and not force:
-        raise UsageError(f"-o {output}: is there already: name another file, or replace it with --force")
-    files.require_writable(output)
-
-
 def report(output: Path, calibration: Calibration) -> None:
     """Say what was written, and which experts the texts did not reach."""
     for line in coverage_lines(calibration):
@@ -162,16 +146,7 @@ def report(output: Path, calibration: Calibration) -> None:
 
 @click.command()
 @model_options
-@click.argument("texts", metavar="TEXTFILE...", nargs=-1, required=True, type=PathName("the name of a file"))
-@option(
-    "-o",
-    "--output",
-    type=PathName(),
-    metavar="FILE",
-    required=True,
-    show_default=False,
-    help="Where the sums go (a safetensors file); written under another name until they are whole.",
-)
+@texts_to_file("FILE", "Where the sums go (a safetensors file)")
 @option(
     "--window",
     type=Whole(min=1),
@@ -214,7 +189,7 @@ def calibrate(context: click.Context, /, config: str | None, print_config: bool,
         run_job(dataclasses.replace(options, exchange="allreduce"), make_task)
     elif detect_launcher(os.environ).is_first:
         output = Path(options.output)
-        require_new(output, options.texts, options.force)
+        require_new_file(output, options.texts, "calibration", replace=options.force)
         merged = merge_files([Path(name) for name in options.texts])
         write_calibration(output, merged)
         report(output, merged)

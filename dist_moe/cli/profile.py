@@ -9,20 +9,18 @@ from typing import Any
 
 import click
 
-from dist_moe import files
 from dist_moe.cli import config_file
 from dist_moe.cli.config_file import option
 from dist_moe.cli.job import Setting, run_job
 from dist_moe.cli.models import find_model
 from dist_moe.cli.options import ProfileOptions, model_options
 from dist_moe.cli.profile_file import write_profile
-from dist_moe.cli.text_files import read_text
-from dist_moe.cli.values import PathName, Whole
+from dist_moe.cli.texts_to_file import pieces_of_texts, require_new_file, texts_to_file
+from dist_moe.cli.values import Whole
 from dist_moe.engine.routing.routing_facts import routing_facts
 from dist_moe.engine.routing.routing_profile import ProfileCounter
 from dist_moe.engine.routing.routing_record import recorded_routing
 from dist_moe.engine.runtime import Runtime
-from dist_moe.engine.text_windows import pieces_of
 from dist_moe.errors import UsageError
 
 DEFAULT_CONTEXT = 2048
@@ -63,34 +61,17 @@ def make_task(options: ProfileOptions, setting: Setting) -> ProfileTask:
     """
     if setting.config.experts == 0:
         raise UsageError("profile: this model has no experts: every token reads the same weights; place it without")
-    files.require_writable(Path(options.output))
-    for name in options.texts:
-        if files.is_same(Path(name), Path(options.output)):
-            raise UsageError(f"-o {options.output}: that is the text {name}, which would be lost: name another file")
-    tokenizer = setting.text.require_tokenizer()
+    output = Path(options.output)
+    require_new_file(output, options.texts, "text", replace=True)
     context = min(options.ctx, setting.config.max_positions)
-    pieces = []
-    for name in options.texts:
-        ids = tokenizer.encode(read_text(Path(name), "TEXTFILE"))
-        if not ids:
-            raise UsageError(f"{name}: holds no text: give a file of what the model will read")
-        pieces += pieces_of(ids, context)
+    pieces = pieces_of_texts(options.texts, None, setting.text.require_tokenizer(), context)
     origin = ", ".join(Path(name).name for name in options.texts)
-    return ProfileTask(pieces, context, origin, find_model(options).name(), Path(options.output), setting.interrupted)
+    return ProfileTask(pieces, context, origin, find_model(options).name(), output, setting.interrupted)
 
 
 @click.command()
 @model_options
-@click.argument("texts", metavar="TEXTFILE...", nargs=-1, required=True, type=PathName("the name of a text file"))
-@option(
-    "-o",
-    "--output",
-    type=PathName(),
-    metavar="OUT.npz",
-    required=True,
-    show_default=False,
-    help="Where the counts go; written under another name until they are whole.",
-)
+@texts_to_file("OUT.npz", "Where the counts go")
 @option("--ctx", type=Whole(min=1), default=DEFAULT_CONTEXT, help="Positions: longer texts are read in such pieces.")
 @click.pass_context
 def profile(context: click.Context, /, config: str | None, print_config: bool, **values: Any) -> None:
