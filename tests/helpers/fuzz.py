@@ -190,6 +190,15 @@ def spoil_json(random: Random, value: Any) -> Any:
     return value
 
 
+def spoil_header(random: Random, data: bytes) -> bytes:
+    """Spoil the header of a safetensors file: its bytes, or its JSON under a fitting length."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    if random.integers(0, 2):
+        return spoil_bytes(random, data, np.arange(end))
+    text = json.dumps(spoil_json(random, json.loads(data[8:end]))).encode()
+    return len(text).to_bytes(8, "little") + text + data[end:]
+
+
 def containers(value: Any) -> Iterator[Any]:
     """Every object and list with something in it."""
     if isinstance(value, (dict, list)) and value:
@@ -235,16 +244,7 @@ def qw3w(directory: Path) -> Target:
 def safetensors(directory: Path) -> Target:
     """The safetensors file of a Hugging Face directory: its bytes, or its JSON under a fitting length."""
     path = SMALL.write(directory) / "model.safetensors"
-    whole = path.read_bytes()
-    end = 8 + int.from_bytes(whole[:8], "little")
-
-    def mutate(random: Random, data: bytes) -> bytes:
-        if random.integers(0, 2):
-            return spoil_bytes(random, data, np.arange(end))
-        text = json.dumps(spoil_json(random, json.loads(data[8:end]))).encode()
-        return len(text).to_bytes(8, "little") + text + data[end:]
-
-    return Target(whole, mutate, path, lambda: look_into(directory))
+    return Target(path.read_bytes(), spoil_header, path, lambda: look_into(directory))
 
 
 def config(directory: Path) -> Target:
@@ -273,7 +273,7 @@ def _manifest(directory: Path, recipe: str) -> Target:
     source = open_source(SMALL.write(directory / "model"))
     path = directory / "store" / MANIFEST_NAME
     formats = parse_recipe(recipe, "").formats(source.config)
-    run_convert(source, path.parent, nodes=2, formats=formats)  # type: ignore[arg-type]
+    run_convert(source, path.parent, nodes=2, formats=formats)
 
     def mutate(random: Random, data: bytes) -> bytes:
         if random.integers(0, 4) == 0:
@@ -314,16 +314,9 @@ def calibration(directory: Path) -> Target:
         )
     ]
     write_calibration(path, Calibration("m", "f", ("t",), 1, tuple(layers), np.ones(config.model_dim), np.ones(7), 1))
-    whole = path.read_bytes()
-    end = 8 + int.from_bytes(whole[:8], "little")
-
-    def mutate(random: Random, data: bytes) -> bytes:
-        if random.integers(0, 2):
-            return spoil_bytes(random, data, np.arange(end))
-        text = json.dumps(spoil_json(random, json.loads(data[8:end]))).encode()
-        return len(text).to_bytes(8, "little") + text + data[end:]
-
-    return Target(whole, mutate, path, lambda: require_model(path, read_calibration(path), config, "m", "f"))
+    return Target(
+        path.read_bytes(), spoil_header, path, lambda: require_model(path, read_calibration(path), config, "m", "f")
+    )
 
 
 TARGETS = {

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dist_moe.checkpoint.reader import Checkpoint
+from dist_moe.checkpoint.source import Source
 from dist_moe.store.convert import Conversion, convert
 from dist_moe.store.placement import LayerRuns, Placement, ShardUnits, runs_of, unit_counts
 from dist_moe.store.plan import StoreOptions
@@ -33,7 +34,7 @@ def ignore(done_bytes: int, total_bytes: int, what: str) -> None:
     """Progress that nobody watches."""
 
 
-def run_convert(source: Checkpoint, directory: Path, **options: object) -> Conversion:
+def run_convert(source: Source, directory: Path, **options: object) -> Conversion:
     """Make a store on one thread; `options` are those of StoreOptions."""
     return convert(source, directory, replace(StoreOptions(threads=1), **options), ignore)  # type: ignore[arg-type]
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from dist_moe.cli.main import execute
 from dist_moe.cli.verify import Table, check_line
 from dist_moe.engine.start.startup import open_exchange
 from dist_moe.errors import EnvironmentMismatch, UsageError, VerificationFailed
-from dist_moe.kernels import Kernels, LayerBuffers, WeightFormat, isa_levels, reference
+from dist_moe.kernels import Kernels, LayerBuffers, LayerSizes, WeightFormat, isa_levels, reference
 from dist_moe.parallel.launcher import Launcher
 from dist_moe.parallel.launching import output_of_ranks
 from dist_moe.parallel.world import AgreedError, World
@@ -163,10 +164,11 @@ def test_a_level_that_computes_other_bits_fails(
     stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch, level: str
 ) -> None:
     halves = {name: getattr(Kernels, name) for name in ("attention_half", "experts_half", "compute_experts")}
+    sums_of: dict[object, np.ndarray] = {}  # by the LayerBuffers that point at them
 
     def flip(buffers: object, kernels: Kernels) -> None:
         if kernels.isa == "portable":
-            buffers._sums_TD[0, 1] += 1 << 20  # type: ignore[attr-defined]
+            sums_of[buffers][0, 1] += 1 << 20
 
     def broken(half: Callable[..., None]) -> Callable[..., None]:
         def run(self: Kernels, buffers: object, *arguments: object) -> None:
@@ -177,9 +179,9 @@ def test_a_level_that_computes_other_bits_fails(
 
     made = LayerBuffers.__init__
 
-    def keep(self: LayerBuffers, *arguments: object, **arrays: object) -> None:
-        made(self, *arguments, **arrays)
-        self._sums_TD = arrays["sums_TD"]  # type: ignore[attr-defined]
+    def keep(self: LayerBuffers, sizes: LayerSizes, **arrays: Any) -> None:
+        made(self, sizes, **arrays)
+        sums_of[self] = arrays["sums_TD"]
 
     monkeypatch.setattr(LayerBuffers, "__init__", keep)
     for name, half in halves.items():
