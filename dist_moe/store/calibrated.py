@@ -69,13 +69,12 @@ class CalibratedImportance:
         if parts[-1] in _OF_ATTENTION:
             sums: Doubles = getattr(moments, _OF_ATTENTION[parts[-1]])
             return sums / max(calibration.tokens, 1)
-        return _of_expert(moments, moments.hidden_EF if parts[-1] == "down" else moments.experts_ED, int(parts[3]))
+        return _of_expert(moments, parts[-1], int(parts[3]))
 
 
-def _of_expert(moments: LayerMoments, sums_EC: Doubles, expert: int) -> Doubles:
+def _of_expert(moments: LayerMoments, key: str, expert: int) -> Doubles:
     tokens = int(moments.tokens_E[expert])
-    if tokens >= LEAST_TOKENS:
-        mean_C: Doubles = sums_EC[expert] / tokens
-        return mean_C
-    everything: Doubles = sums_EC.sum(axis=0) / max(int(moments.tokens_E.sum()), 1)
-    return everything
+    if tokens < LEAST_TOKENS:
+        return moments.mean_hidden_F if key == "down" else moments.mean_experts_D
+    mean_C: Doubles = (moments.hidden_EF if key == "down" else moments.experts_ED)[expert] / tokens
+    return mean_C

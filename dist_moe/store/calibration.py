@@ -59,6 +59,21 @@ class LayerMoments:
         """The experts with fewer than LEAST_TOKENS tokens, those that were never routed included."""
         return tuple(np.flatnonzero(self.tokens_E < LEAST_TOKENS).tolist())
 
+    @cached_property
+    def mean_experts_D(self) -> Doubles:
+        """Mean squares of gate and up over all routed tokens, which stand in for a sparse expert's own."""
+        return self._mean_over_experts(self.experts_ED)
+
+    @cached_property
+    def mean_hidden_F(self) -> Doubles:
+        """The same of down."""
+        return self._mean_over_experts(self.hidden_EF)
+
+    def _mean_over_experts(self, sums_EC: Doubles) -> Doubles:
+        mean_C: Doubles = sums_EC.sum(axis=0) / max(int(self.tokens_E.sum()), 1)
+        mean_C.flags.writeable = False  # every sparse expert reads this one array
+        return mean_C
+
     @property
     def unrouted(self) -> tuple[int, ...]:
         """The experts that no token was routed to."""
