@@ -177,6 +177,7 @@ def packing_options(model: Source, packing: Packing) -> StoreOptions:
         return _uncalibrated_options(model, packing)
     from dist_moe.cli.calibrated_packing import DEFAULT_TARGET_BITS, with_auto_recipe, with_importance
     from dist_moe.kernels.formats import ScaleChoice
+    from dist_moe.store.auto_recipe import require_choice
 
     is_auto = packing.recipe == AUTO
     plain = replace(packing, scales=packing.scales or ScaleChoice.MSE.label, recipe=None if is_auto else packing.recipe)
@@ -186,6 +187,7 @@ def packing_options(model: Source, packing: Packing) -> StoreOptions:
                 raise UsageError(f"{name} {value}: --recipe auto chooses that; leave out {name} or --recipe")
         if plain.scales != ScaleChoice.MSE.label:
             raise UsageError(f"--scales {plain.scales}: --recipe auto weighs errors of mse; leave out --scales")
+        require_choice(model)
     options, calibration = with_importance(_uncalibrated_options(model, plain), model, Path(packing.importance))
     if not is_auto:
         _refuse_target(packing)

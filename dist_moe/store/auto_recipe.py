@@ -18,7 +18,7 @@ import numpy as np
 from dist_moe.checkpoint.source import Source
 from dist_moe.errors import UsageError
 from dist_moe.kernels import Kernels
-from dist_moe.kernels.formats import MatrixFormat, WeightFormat
+from dist_moe.kernels.formats import GROUP, MatrixFormat, WeightFormat
 from dist_moe.model_config import ModelConfig
 from dist_moe.store.calibrated import CalibratedImportance
 from dist_moe.store.calibration import GROUPS_OF_LAYER, REFERENCE, Calibration, Doubles
@@ -96,8 +96,9 @@ def auto_recipe(
         progress: Told often.
 
     Raises:
-        UsageError: The calibration has no sensitivities, or no format has so few bits.
+        UsageError: The calibration has no sensitivities, or no format has so few bits, or there is but one.
     """
+    require_choice(source)
     if not calibration.sensitive_tokens:
         raise UsageError(
             "--recipe auto: this calibration does not say how sensitive matrices are: make it again with dist-moe "
@@ -124,6 +125,15 @@ def auto_recipe(
         (one for one in sums if one[0] <= target_bits * weights), default=min(sums, key=_bits), key=_bits
     )
     return AutoRecipe(formats, bits / weights, cost, uniform, uniform_cost)
+
+
+def require_choice(source: Source) -> None:
+    """Refuse a model that no quantized format fits, whatever its calibration says; UsageError."""
+    if source.config.head_dim % GROUP:
+        raise UsageError(
+            f"--recipe auto: {source.path}: head_dim {source.config.head_dim} is not a multiple of {GROUP}, as q8 and "
+            "q4 need, so there is nothing to choose: use --quant bf16 or --quant f32 for it, without --importance"
+        )
 
 
 def _bits(sums: tuple[int, float, MatrixFormat]) -> int:

@@ -116,3 +116,16 @@ def test_wrong_shapes_are_refused(shard: Shard, calibration: Path, tmp_path: Pat
     write_calibration(tmp_path / "wrong", found)
     with pytest.raises(UsageError, match=r"layers.1.hidden has shape \[16, 63\], expected \[16, 64\]"):
         shard("out", str(demo_model_directory()), "--importance", str(tmp_path / "wrong"))
+
+
+def test_a_model_that_cannot_be_quantized_is_refused_before_its_calibration_is_read(
+    shard: Shard, calibration: Path, tmp_path: Path
+) -> None:
+    narrow, recipe = TinyModel(head_dim=48).write(tmp_path / "narrow"), tmp_path / "recipe.toml"
+    options = ("--recipe", "auto", "--target-bits", "16", "--write-recipe", str(recipe))
+    wanted = f"--recipe auto: {narrow}: head_dim 48 is not a multiple of 32, .*: use --quant bf16 or --quant f32"
+    with pytest.raises(UsageError, match=wanted) as caught:
+        shard("out", str(narrow), "--importance", str(calibration), *options)
+    assert caught.value.exit_code == 2
+    assert not recipe.exists()
+    assert not (tmp_path / "out").exists()
