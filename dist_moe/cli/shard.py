@@ -4,23 +4,46 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dist_moe import files
 from dist_moe.cli.making_store import cut_options, default_directory, make_store, quiet_option, read_cut
+from dist_moe.cli.packing_options import Packing, packing_options
 from dist_moe.cli.packing_ranks import checkpoint_opener, pack_on_ranks
 from dist_moe.cli.values import Number, OneOf, PathName, Whole
 from dist_moe.errors import UsageError
 
 if TYPE_CHECKING:
     from dist_moe.checkpoint.source import Source
+    from dist_moe.store.placement import Placement
     from dist_moe.store.plan import StoreOptions
     from dist_moe.store.team import Team
 
 
-AUTO = "auto"
+@dataclass(frozen=True)
+class ShardOptions:
+    """`dist-moe shard`, as given."""
+
+    source: str | None
+    nodes: int | None
+    quant: str | None
+    recipe: str | None
+    importance: str | None
+    target_bits: float | None
+    write_recipe: str | None
+    group_size: str | None
+    scales: str | None
+    experts: str | None
+    placement: str | None
+    output: str | None
+    force: bool
+    allow_nonfinite: bool
+    threads: int | None
+    dry_run: bool
+    as_json: bool
+    quiet: bool
 
 
 @click.command("shard")
@@ -81,26 +104,7 @@ AUTO = "auto"
 @click.option("--dry-run", is_flag=True, help="Print what the store would take, by part and by node; write no store.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print one JSON object.")
 @quiet_option
-def shard(
-    source: str | None,
-    nodes: int | None,
-    quant: str | None,
-    recipe: str | None,
-    importance: str | None,
-    target_bits: float | None,
-    write_recipe: str | None,
-    group_size: str | None,
-    scales: str | None,
-    experts: str | None,
-    placement: str | None,
-    output: str | None,
-    force: bool,
-    allow_nonfinite: bool,
-    threads: int | None,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def shard(**values: Any) -> None:
     """Pack SRC (default: the bundled demo) into a store, a shard per node.
 
     SRC is a Hugging Face directory, a GGUF file, a QW3W file with its config.json beside it, or the id of a model on
@@ -108,136 +112,76 @@ def shard(
     on any number of ranks. An interrupted run continues where it stopped when it is repeated. Under mpirun the ranks
     share the files, and threads share each file; all hosts need SRC and -o on one shared file system.
     """
+    options = ShardOptions(**values)
+    open_origin = checkpoint_opener(options.importance)
+    pack_on_ranks(
+        lambda team, threads: _lead(options, team, threads), open_origin, options.threads, alone=options.dry_run
+    )
+
+
+def _lead(options: ShardOptions, team: Team, threads: int) -> None:
+    """What rank 0 does: check the options, open the model, decide formats, then make the store or show its sizes."""
     from dist_moe.checkpoint.source import open_source
-    from dist_moe.cli.calibrated_packing import require_new_recipe
-    from dist_moe.cli.calibrated_packing import write_recipe as write_formats
+    from dist_moe.cli.calibrated_packing import write_recipe
     from dist_moe.cli.dry_run import show_sizes
-    from dist_moe.store.carry import conversion_notes
-    from dist_moe.store.convert import convert
     from dist_moe.store.plan import plan_store, source_name
 
-    def lead(team: Team, own_threads: int) -> None:
-        if as_json and not dry_run:
-            raise UsageError("--json: belongs to --dry-run; add it, or leave out --json")
-        if write_recipe is not None:
-            require_new_recipe(Path(write_recipe), force)
-        placed = None if placement is None else read_cut(Path(placement), nodes, experts)
-        path = source_path(source, quiet)
-        _refuse_store(path)
-        model = open_source(path)
-        shards = len(placed.shards) if placed else nodes or 1
-        options = replace(
-            packing_options(
-                model, Packing(quant, recipe, group_size, scales, importance, target_bits, own_threads, quiet)
-            ),
-            nodes=shards,
-            experts=experts or "whole",
-            placement=placed,
-            force=force,
-            allow_nonfinite=allow_nonfinite,
-            threads=own_threads,
-        )
-        formats = options.model_formats(model.config)
-        destination = Path(output or default_directory(source_name(path), formats.label, shards, placed is not None))
-        if write_recipe is not None:
-            write_formats(Path(write_recipe), formats, options.scale_choice(formats), f"of {source_name(path)}", force)
-        if dry_run:
-            show_sizes(plan_store(model, options), model.text_files(), destination, as_json)
-            return
-        for line in conversion_notes(model, formats):
-            click.echo(line, err=True)
-        make_store(lambda progress: convert(model, destination, options, progress, team), destination, shards, quiet)
-
-    pack_on_ranks(lead, checkpoint_opener(importance), threads, alone=dry_run)
-
-
-@dataclass(frozen=True)
-class Packing:
-    """The options that decide formats and scales, as given."""
-
-    quant: str | None
-    recipe: str | None
-    group_size: str | None
-    scales: str | None
-    importance: str | None = None
-    target_bits: float | None = None
-    threads: int | None = None
-    quiet: bool = False
-
-
-def packing_options(model: Source, packing: Packing) -> StoreOptions:
-    """Formats and scales of a store of a model, nothing else.
-
-    Raises:
-        UsageError: --quant and --recipe are both given, or the recipe or calibration cannot be read or does not fit
-            the model, or lacks an option.
-    """
-    if packing.importance is None:
-        _refuse_without_importance(packing)
-        return _uncalibrated_options(model, packing)
-    from dist_moe.cli.calibrated_packing import DEFAULT_TARGET_BITS, with_auto_recipe, with_importance
-    from dist_moe.kernels.formats import ScaleChoice
-    from dist_moe.store.auto_recipe import require_choice
-
-    is_auto = packing.recipe == AUTO
-    plain = replace(packing, scales=packing.scales or ScaleChoice.MSE.label, recipe=None if is_auto else packing.recipe)
-    if is_auto:
-        for name, value in (("--quant", packing.quant), ("--group-size", packing.group_size)):
-            if value is not None:
-                raise UsageError(f"{name} {value}: --recipe auto chooses that; leave out {name} or --recipe")
-        if plain.scales != ScaleChoice.MSE.label:
-            raise UsageError(f"--scales {plain.scales}: --recipe auto weighs errors of mse; leave out --scales")
-        require_choice(model)
-    options, calibration = with_importance(_uncalibrated_options(model, plain), model, Path(packing.importance))
-    if not is_auto:
-        _refuse_target(packing)
-        return options
-    target = packing.target_bits or DEFAULT_TARGET_BITS
-    return with_auto_recipe(options, model, calibration, target, packing.threads or 0, packing.quiet)
-
-
-def _refuse_without_importance(packing: Packing) -> None:
-    if packing.recipe == AUTO:
-        raise UsageError(
-            "--recipe auto: needs --importance FILE, which says how much errors matter: make one with dist-moe "
-            "calibrate TEXT -m STORE --sensitivity 1024 -o FILE"
-        )
-    _refuse_target(packing)
-
-
-def _refuse_target(packing: Packing) -> None:
-    if packing.target_bits is not None:
-        raise UsageError(f"--target-bits {packing.target_bits:g}: belongs to --recipe auto; add it, or leave this out")
-
-
-def _uncalibrated_options(model: Source, packing: Packing) -> StoreOptions:
-    """As `packing_options`, without a calibration."""
-    from dist_moe.kernels.formats import ScaleChoice, WeightFormat
-    from dist_moe.store.carry import default_format
-    from dist_moe.store.plan import StoreOptions
-    from dist_moe.store.reader import read_store_manifest
-    from dist_moe.store.recipe_file import BUILT_IN, find_recipe
-
-    scales = ScaleChoice.parse(packing.scales) if packing.scales else None
-    group = None if packing.group_size is None else int(packing.group_size)
-    told: ScaleChoice | None = None
-    options = StoreOptions(group_size=StoreOptions.group_size if group is None else group)
-    if packing.recipe is None:
-        options = replace(options, format=WeightFormat.parse(packing.quant) if packing.quant else default_format(model))
-    elif packing.quant is not None:
-        raise UsageError(f"--quant {packing.quant}: the recipe says the formats; leave out --quant or --recipe")
-    elif packing.recipe not in BUILT_IN and files.is_directory(Path(packing.recipe)):
-        if group is not None:
-            raise UsageError(f"--group-size {group}: the store says the groups; leave out --group-size or --recipe")
-        like = read_store_manifest(Path(packing.recipe))
-        told, options = like.scales, replace(options, formats=like.formats, group_size=like.group_size)
+    _refuse_options(options)
+    placement = None if options.placement is None else read_cut(Path(options.placement), options.nodes, options.experts)
+    path = source_path(options.source, options.quiet)
+    _refuse_store(path)
+    model, name = open_source(path), source_name(path)
+    making = _store_options(options, model, placement, threads)
+    formats = making.model_formats(model.config)
+    default = default_directory(name, formats.label, making.nodes, placement is not None)
+    destination = Path(options.output or default)
+    if options.write_recipe is not None:
+        write_recipe(Path(options.write_recipe), formats, making.scale_choice(formats), f"of {name}", options.force)
+    if options.dry_run:
+        show_sizes(plan_store(model, making), model.text_files(), destination, options.as_json)
     else:
-        recipe = find_recipe(packing.recipe)
-        told = recipe.scales
-        default = next(size for size in (group, recipe.group, StoreOptions.group_size) if size is not None)
-        options = replace(options, formats=recipe.formats(model.config, default), group_size=default)
-    wanted = told if scales is None else scales
-    return options if wanted is None else replace(options, scales=wanted)
+        _convert(model, destination, making, team, options.quiet)
+
+
+def _refuse_options(options: ShardOptions) -> None:
+    from dist_moe.cli.calibrated_packing import require_new_recipe
+
+    if options.as_json and not options.dry_run:
+        raise UsageError("--json: belongs to --dry-run; add it, or leave out --json")
+    if options.write_recipe is not None:
+        require_new_recipe(Path(options.write_recipe), options.force)
+
+
+def _store_options(options: ShardOptions, model: Source, placement: Placement | None, threads: int) -> StoreOptions:
+    """Formats, scales and cut; says what the calibration did not reach and what --recipe auto chose."""
+    packing = Packing(
+        options.quant,
+        options.recipe,
+        options.group_size,
+        options.scales,
+        options.importance,
+        options.target_bits,
+        threads,
+        options.quiet,
+    )
+    return replace(
+        packing_options(model, packing),
+        nodes=len(placement.shards) if placement else options.nodes or 1,
+        experts=options.experts or "whole",
+        placement=placement,
+        force=options.force,
+        allow_nonfinite=options.allow_nonfinite,
+        threads=threads,
+    )
+
+
+def _convert(model: Source, destination: Path, making: StoreOptions, team: Team, quiet: bool) -> None:
+    from dist_moe.store.carry import conversion_notes
+    from dist_moe.store.convert import convert
+
+    for line in conversion_notes(model, making.model_formats(model.config)):
+        click.echo(line, err=True)
+    make_store(lambda progress: convert(model, destination, making, progress, team), destination, making.nodes, quiet)
 
 
 def source_path(source: str | None, quiet: bool) -> Path:
