@@ -50,6 +50,13 @@ class Interrupted(DistMoeError):
 
     exit_code = 130
 
+    @classmethod
+    def by(cls, cause: KeyboardInterrupt, message: str) -> Interrupted:
+        """With the exit code of what interrupted."""
+        error = cls(message)
+        error.exit_code = cause.exit_code if isinstance(cause, Terminated) else cls.exit_code
+        return error
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM or SIGUSR1 came where there is no step to finish.

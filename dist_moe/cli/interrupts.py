@@ -22,6 +22,28 @@ FINISH = (signal.SIGTERM, signal.SIGUSR1)
 _NOTICED_WITHIN_S = 0.5
 
 
+@contextmanager
+def ending_signals_raise() -> Iterator[None]:
+    """Let SIGTERM and SIGUSR1 raise Terminated inside the block, so that files are put away, instead of killing.
+
+    The first one is enough: later ones do not disturb the end. What was started to ignore them goes on doing so.
+    """
+    taken = [number for number in FINISH if signal.getsignal(number) is signal.SIG_DFL]
+
+    def take(number: int, frame: FrameType | None) -> None:
+        for each in taken:
+            signal.signal(each, signal.SIG_IGN)
+        raise Terminated(number)
+
+    for number in taken:
+        signal.signal(number, take)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
 class Interrupts:
     """What SIGINT, SIGTERM and SIGUSR1 mean on this rank. Launchers send them to all ranks; rank 0 alone decides."""
 

@@ -71,15 +71,16 @@ def make_store(make: Callable[[ShardProgress], Conversion], destination: Path, s
 
     Raises:
         PlaceError: `make` cannot write there.
-        Interrupted: Ctrl-C; what was written stays.
+        Interrupted: Ctrl-C or SIGTERM; what was written stays.
     """
     try:
         with ShardProgress(quiet) as progress:
             result = make(progress)
     except PlaceError as error:
         raise PlaceError(f"{error} or choose another -o") from error
-    except KeyboardInterrupt:
-        raise Interrupted(f"{destination}: interrupted; repeat the same command to continue where it stopped") from None
+    except KeyboardInterrupt as error:
+        message = f"{destination}: interrupted; repeat the same command to continue where it stopped"
+        raise Interrupted.by(error, message) from None
     report_store(result.manifest.files, destination, result.written_files, result.manifest.nonfinite)
     click.echo(shlex.join(["mpirun", "-n", str(shards), "dist-moe", "run", "-m", str(destination)]))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dist_moe.cli.interrupts import ending_signals_raise
 from dist_moe.errors import DistMoeError, Interrupted, UsageError
 from dist_moe.parallel.launcher import detect_launcher
 
@@ -42,7 +43,8 @@ def pack_on_ranks(
     launcher = detect_launcher(os.environ)
     if alone or launcher.size == 1:
         if launcher.is_first:
-            lead(Team(), threads or 0)
+            with ending_signals_raise():
+                lead(Team(), threads or 0)
         return
     from dist_moe.engine.start.job import Job
     from dist_moe.engine.start.signals import interrupts_ignored

@@ -129,6 +129,34 @@ def test_ctrl_c_ends_with_130_and_a_store_that_can_be_continued(here: Path, monk
     assert run_shard("odd").exit_code == 0
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_signal_that_ends_it_leaves_a_store_that_can_be_continued(here: Path, number: int, code: int) -> None:
+    program = (
+        "import os, sys; from dist_moe.cli.shard_progress import ShardProgress; from dist_moe.cli.start import main\n"
+        "def hit(self, done_bytes, total_bytes, what):\n"
+        f"    if what.startswith('shard-00002'): os.kill(os.getpid(), {int(number)})\n"
+        "ShardProgress.__call__ = hit; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", program, "shard", "odd", "--nodes", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (code, "")
+    said = "odd-q4-2: interrupted; repeat the same command to continue where it stopped"
+    assert done.stderr == f"dist-moe: error: {said}\n"
+    store = here / "odd-q4-2"
+    assert {path.name for path in store.iterdir()} == {
+        "common.safetensors",
+        "shard-00001-of-00002.safetensors",
+        ".progress.json",
+    }
+    with pytest.raises(StoreError, match=r"incomplete"):
+        Store.open(store)
+    kept = (store / "shard-00001-of-00002.safetensors").stat().st_mtime_ns
+    assert run_shard("odd", "--nodes", 2).exit_code == 0
+    assert (store / "shard-00001-of-00002.safetensors").stat().st_mtime_ns == kept
+    assert run_shard("odd", "--nodes", 2, "-o", "fresh").exit_code == 0
+    assert contents(here / "fresh") == contents(store)
+
+
 def test_weights_that_are_not_finite_are_reported_when_they_are_allowed(here: Path) -> None:
     model = TinyModel(dense_layers=())
     tensors = model.tensors()
