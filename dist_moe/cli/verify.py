@@ -118,6 +118,7 @@ def _run(values: dict[str, Any]) -> None:
     from dist_moe.verify.session import Session, checks_of_job
 
     wanted = _wanted(values)
+    _require_mpirun(values)
     job = Job(1, _START_S, lambda _: _NEVER_STALLED_S)
     world, directory, store, source = job.world, None, None, None
     try:
@@ -210,6 +211,14 @@ def _other_ranks(
             printed = output_of_ranks(ranks, _arguments(values, directory), os.environ, _JOB_S)
             for check in compare_hashes(ranks, parse_hashes(printed, ranks), expected):
                 show(check)
+
+
+def _require_mpirun(values: dict[str, Any]) -> None:
+    """Look for the mpirun that --ranks needs before anything is computed; EnvironmentMismatch."""
+    from dist_moe.parallel.launching import launcher_command
+
+    if values["ranks"] is not None and (most := max(numbers(values["ranks"]))) > 1:
+        launcher_command(most, None, os.environ, "verify")
 
 
 def _arguments(values: dict[str, Any], directory: Path | None) -> Sequence[str]:

@@ -286,6 +286,15 @@ def test_wrong_numbers_are_told_and_give_code_2(
     assert capsys.readouterr().out.splitlines()[-1].startswith("FAIL: ")
 
 
+def test_a_missing_mpirun_is_said_before_anything_is_computed(
+    stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    with pytest.raises(EnvironmentMismatch, match=r"no mpirun of it .*: mpirun -n N dist-moe verify"):
+        execute(["verify", "-m", str(stores["q4"]), "--level", "expert", "--layer", "0", "--ranks", "1,2"])
+    assert capsys.readouterr().out == ""
+
+
 def test_ranks_inside_a_job_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dist_moe.cli.verify.detect_launcher", lambda _: Launcher("mpich", 0, 2, 2))
     with pytest.raises(UsageError, match="was started by mpich already: leave --ranks out"):
