@@ -76,6 +76,8 @@ def show_difference(path: Path, other: Path, full: bool, as_json: bool) -> None:
     if as_json:
         kinds = [asdict(kind) | {"differing": list(kind.differing)} for kind in found.kinds]
         facts = {"made_with": found.facts, "cut": found.cut, "equal": found.equal, "absent": found.absent}
+        named = [asdict(matrix) for matrix in (found.formats if full else found.formats[:_SHOWN])]
+        facts["formats"] = {"matrices": found.matrices, "differing": len(found.formats), "named": named}
         click.echo(json.dumps({"first": str(path), "second": str(other), **facts, "kinds": kinds}, indent=1))
     else:
         for line in _difference_text(path, other, found, full):
@@ -150,6 +152,7 @@ def _difference_text(path: Path, other: Path, found: StoreDifference, full: bool
         for name, (one, two) in pairs.items():
             values = "of other values" if isinstance(one, (list, dict)) else f"{one} and {two}"
             lines.append(f"  {title}: {name.replace('_', ' ')} {values}")
+    lines += _format_lines(found, full)
     shown = 0
     for kind in found.kinds:
         if not (kind.differing or kind.absent):
@@ -166,6 +169,19 @@ def _difference_text(path: Path, other: Path, found: StoreDifference, full: bool
     if found.equal:
         lines.append("equal: every unit, tensor and file" + (" that is here" if found.absent else ""))
     return lines
+
+
+def _format_lines(found: StoreDifference, full: bool) -> list[str]:
+    """How many matrices have other formats, and the first of them."""
+    if not found.formats:
+        return []
+    named = found.formats if full else found.formats[:_SHOWN]
+    rest = len(found.formats) - len(named)
+    return [
+        f"  made with: other formats of {len(found.formats)} of {found.matrices} matrices",
+        *(f"    {matrix.matrix}: {matrix.first} and {matrix.second}" for matrix in named),
+        *([f"    and {rest} more"] if rest else []),
+    ]
 
 
 @contextmanager

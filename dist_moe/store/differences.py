@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from dist_moe.errors import UsageError
 from dist_moe.store.decoded import tensor_places
+from dist_moe.store.formats import format_label
 from dist_moe.store.layout import weight_files
 from dist_moe.store.manifest import Manifest
 from dist_moe.store.model_json import model_to_json
@@ -39,6 +40,15 @@ class KindDifference:
 
 
 @dataclass(frozen=True)
+class FormatDifference:
+    """A matrix, by its logical name, that two stores keep in formats with these labels."""
+
+    matrix: str
+    first: str
+    second: str
+
+
+@dataclass(frozen=True)
 class StoreDifference:
     """The whole comparison.
 
@@ -46,11 +56,15 @@ class StoreDifference:
         facts: What the two were made with, where that differs: name to (first, second).
         cut: The same for how they are cut, which changes no unit.
         kinds: In the order of the forward pass.
+        matrices: Of the model, packed ones.
+        formats: Which of those have other formats, where that is not the same for all of them.
     """
 
     facts: dict[str, tuple[object, object]]
     cut: dict[str, tuple[object, object]]
     kinds: list[KindDifference] = field(default_factory=list)
+    matrices: int = 0
+    formats: tuple[FormatDifference, ...] = ()
 
     @property
     def differing(self) -> int:
@@ -97,7 +111,14 @@ def compare_stores(first: Store, second: Store, progress: Callable[[int], object
         progress(kinds[-1].total)
     names = ("nodes", "experts", "node_weights")
     cut = {name: (getattr(one, name), getattr(two, name)) for name in names}
-    return StoreDifference(_unequal(_facts(one, two)), _unequal(cut), [*kinds, _files(first, second)])
+    formats = list(_formats(one, two))
+    return StoreDifference(
+        _unequal(_facts(one, two)),
+        _unequal(cut),
+        [*kinds, _files(first, second)],
+        len(formats),
+        tuple(found for found in formats if found.first != found.second),
+    )
 
 
 def _places(manifest: Manifest) -> list[tuple[UnitKind, int]]:
@@ -112,11 +133,18 @@ def _facts(one: Manifest, two: Manifest) -> dict[str, tuple[object, object]]:
         "source": (one.source_name, two.source_name),
         "source_fingerprint": (one.source_fingerprint, two.source_fingerprint),
         "weights": (one.label, two.label),
-        "formats": (one.formats.to_json(), two.formats.to_json()) if one.label == two.label else (None, None),
         "group_size": (one.group_size, two.group_size),
         "router": (one.router_format.label, two.router_format.label),
         "embedding": (one.embedding_format.label, two.embedding_format.label),
     }
+
+
+def _formats(one: Manifest, two: Manifest) -> Iterator[FormatDifference]:
+    """Those of all matrices; nothing where each store has one format, which `_facts` tells."""
+    if one.formats.uniform_format and two.formats.uniform_format:
+        return
+    for (name, ours), (_, theirs) in zip(one.formats.named(), two.formats.named(), strict=True):
+        yield FormatDifference(name, format_label(ours), format_label(theirs))
 
 
 def _unequal(pairs: dict[str, tuple[object, object]]) -> dict[str, tuple[object, object]]:

@@ -20,7 +20,9 @@ from dist_moe.kernels import Kernels, WeightFormat
 from dist_moe.store.against import Errors, compare
 from dist_moe.store.checksum import checksum_rows
 from dist_moe.store.decoded import DecodedStore
+from dist_moe.store.matrices import matrix_place
 from dist_moe.store.reader import Store
+from dist_moe.store.recipe_file import parse_recipe
 from helpers.tiny_model import TinyModel
 from helpers.tiny_store import placement_of, run_convert
 
@@ -208,6 +210,26 @@ def test_other_formats_differ_in_all_matrices_and_in_nothing_else(make_store: Ma
     counts = {kind["kind"]: (len(kind["differing"]), kind["total"]) for kind in report["kinds"]}
     assert counts["common"][0] == counts["file"][0] == 0
     assert all(differing == total for kind, (differing, total) in counts.items() if kind not in ("common", "file"))
+
+
+def test_formats_that_differ_are_counted_and_the_first_are_named(checkpoint: Checkpoint, make_store: MakeStore) -> None:
+    rules = ('[[rule]]\nexperts = "0-1"\nformat = "q8"\n', '[[rule]]\nkind = ["v", "down"]\nformat = "bf16"\n')
+    recipes = [parse_recipe('format = "q4"\n' + rule, "test") for rule in rules]
+    stores = [make_store(n, formats=r.formats(checkpoint.config)) for n, r in zip("ab", recipes, strict=True)]
+    done = run_inspect("--diff", *stores)
+    lines = done.stdout.splitlines()
+    names = [name for name in checkpoint.names() if matrix_place(checkpoint.config, 32, name)]
+    in_q8 = [name for name in names if ".experts." in name and int(name.split(".")[3]) < 2]
+    expected = [name for name in names if name in in_q8 or name.endswith((".v", ".down"))]
+    assert lines[1] == f"  made with: other formats of {len(expected)} of {len(names)} matrices"
+    assert lines[2:4] == ["    layers.0.v: q4g32 and bf16", "    layers.0.experts.0.gate: q8g32 and q4g32"]
+    assert [line.split(":")[0].strip() for line in lines[2:12]] == expected[:10]
+    assert lines[12] == f"    and {len(expected) - 10} more"
+    report = shown("--diff", *stores)["formats"]
+    assert (report["matrices"], report["differing"], len(report["named"])) == (len(names), len(expected), 10)
+    assert report["named"][1] == {"matrix": "layers.0.experts.0.gate", "first": "q8g32", "second": "q4g32"}
+    report = shown("--diff", *stores, "--full")["formats"]
+    assert [matrix["matrix"] for matrix in report["named"]] == expected
 
 
 def test_units_of_shards_that_are_elsewhere_are_counted(make_store: MakeStore) -> None:
