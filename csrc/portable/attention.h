@@ -16,10 +16,12 @@
 DM_INLINE void value_group(const block_work *work, float *o_RP, size_t row, size_t count, size_t p, size_t n,
                            size_t bytes, size_t rows, size_t width, column_loader load) {
     f32v sum[DM_PRODUCT_SUMS];
+    next_part next = work->after_values;
+    next.at = p * DM_BLOCK_POSITIONS * bytes;
+    next.step = width * DM_LANES * bytes;
     for (size_t i = 0; i < rows * width; i++) sum[i] = (f32v){0};
     add_products(sum, work->score + row * DM_BLOCK_POSITIONS, DM_BLOCK_POSITIONS, work->values, 0, count, p, n,
-                 work->tile->P, work->ahead_values + p * DM_BLOCK_POSITIONS * bytes, width * DM_LANES * bytes, rows,
-                 width, load);
+                 work->tile->P, &next, rows, width, load);
     for (size_t r = 0; r < rows; r++) {
         float *o = o_RP + (row + r) * work->o_stride + p;
         for (size_t i = 0; i < width; i++) {
@@ -85,20 +87,20 @@ DM_INLINE void all_values(const block_work *work, float *o_RP, column_loader loa
     }
 }
 
-/* n floats of a panel that serves all rows; the same part of the next block is fetched meanwhile. */
-static void widen_panel(float *panel, const uint8_t *from, const uint8_t *ahead, size_t n) {
+/* n floats of a panel that serves all rows. */
+static void widen_panel(float *panel, const uint8_t *from, const next_part *next, size_t n) {
     for (size_t i = 0; i < n; i += 16) {
-        if (i % 32 == 0) fetch_ahead(ahead + i * sizeof(uint16_t), 64);
+        if (i % 32 == 0) fetch_bytes(next, i * sizeof(uint16_t), 64);
         for (size_t part = 0; part < 16; part += DM_LANES) {
             store_f32(panel + i + part, widen_f16((const uint16_t *)from + i + part));
         }
     }
 }
 
-static void widen_values_q8(float *panel, const uint8_t *values, const uint8_t *ahead, size_t P) {
+static void widen_values_q8(float *panel, const uint8_t *values, const next_part *next, size_t P) {
     const size_t row_bytes = dm_round_up(P, DM_GROUP);
     for (size_t j = 0; j < DM_BLOCK_POSITIONS; j++) {
-        fetch_ahead(ahead + j * row_bytes, row_bytes);
+        fetch_bytes(next, j * row_bytes, row_bytes);
         for (size_t p = 0; p < P; p += DM_LANES) {
             store_f32_part(panel + j * P + p, value_q8(values, j, p, 0, DM_LANES, P), P - p);
         }
@@ -118,7 +120,7 @@ static void scores_f16(block_work *work) {
         return;
     }
     const size_t n = DM_BLOCK_POSITIONS * work->tile->P;
-    widen_panel(work->panel, work->keys, work->ahead_keys, n);
+    widen_panel(work->panel, work->keys, &work->after_keys, n);
     work->keys = (const uint8_t *)work->panel;
     scores_f32(work);
 }
@@ -135,18 +137,18 @@ static void values_f16(block_work *work, float *o_RP) {
         all_values(work, o_RP, value_f16, sizeof(uint16_t));
         return;
     }
-    widen_panel(work->panel, work->values, work->ahead_values, DM_BLOCK_POSITIONS * work->tile->P);
+    widen_panel(work->panel, work->values, &work->after_values, DM_BLOCK_POSITIONS * work->tile->P);
     work->values = (const uint8_t *)work->panel;
     values_f32(work, o_RP);
 }
 static void values_q8(block_work *work, float *o_RP) {
+    const size_t q_bytes = DM_BLOCK_POSITIONS * dm_round_up(work->tile->P, DM_GROUP);
+    fetch_bytes(&work->after_values, q_bytes, q_bytes / DM_GROUP * sizeof(float));
     if (work->rows <= FEW_ROWS) {
-        const size_t P = work->tile->P, q_bytes = DM_BLOCK_POSITIONS * dm_round_up(P, DM_GROUP);
-        fetch_ahead(work->ahead_values + q_bytes, q_bytes / DM_GROUP * sizeof(float));
         all_values(work, o_RP, value_q8, sizeof(int8_t));
         return;
     }
-    widen_values_q8(work->panel, work->values, work->ahead_values, work->tile->P);
+    widen_values_q8(work->panel, work->values, &work->after_values, work->tile->P);
     work->values = (const uint8_t *)work->panel;
     values_f32(work, o_RP);
 }
@@ -171,8 +173,8 @@ DM_INLINE void attend(float *state, float *triples, const dm_attention_tile *til
     for (size_t b = first; b < last; b++) {
         work.keys = tile->blocks[b] + tile->offset;
         work.values = work.keys + key_bytes;
-        work.ahead_keys = tile->blocks[b + 1 < last ? b + 1 : b] + tile->offset;
-        work.ahead_values = work.ahead_keys + key_bytes;
+        work.after_keys = next_part_at(work.values, key_bytes);
+        work.after_values = next_part_at(tile->blocks[b + 1 < last ? b + 1 : b] + tile->offset, key_bytes);
         work.shortest = tile->first_position + 1 - b * DM_BLOCK_POSITIONS;
         work.merges = triples == NULL && b > 0;
         float *to = triples == NULL ? state : triples + (b - first) * dm_triple_floats(rows, tile->P);

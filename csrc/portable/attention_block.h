@@ -5,10 +5,11 @@
 /* So many rows read K and V as they are; for more, a block is widened to floats once. */
 #define FEW_ROWS 8
 
-/* One block at work: its parts, what is fetched meanwhile, and arrays per row. */
+/* One block at work: its parts, what is fetched while each of them is read, and arrays per row. */
 typedef struct block_work {
     const dm_attention_tile *tile;
-    const uint8_t *keys, *values, *ahead_keys, *ahead_values;
+    const uint8_t *keys, *values;
+    next_part after_keys, after_values;
     size_t rows, o_stride, shortest;
     float *score, *m, *l, *alpha, *beta, *panel;
     int merges;
@@ -26,14 +27,16 @@ DM_INLINE void score_pass(const block_work *work, size_t row, size_t last, size_
     const size_t width = DM_PRODUCT_WIDTH(rows), chunk = width * DM_LANES, P = work->tile->P;
     const size_t reach = row_count(work, work->rows - 1), slab = dm_round_up(work->rows, 16) * 16;
     for (size_t c = 0; c < reach; c += chunk) {
-        const uint8_t *ahead = work->ahead_keys + c * P * bytes;
+        next_part next = work->after_keys;
+        next.at = c * P * bytes;
+        next.step = chunk * bytes;
         for (size_t r = row; r < last; r += rows) {
             const float *q = (const float *)work->tile->queries + r * 16;
             f32v sum[DM_PRODUCT_SUMS];
             for (size_t i = 0; i < rows * width; i++) sum[i] = (f32v){0};
             for (size_t p = 0; p < P; p += 16, q += slab) {
-                add_products(sum, q, 16, work->keys, p, p + 16 < P ? p + 16 : P, c, DM_LANES, P, ahead, chunk * bytes,
-                             rows, width, load);
+                add_products(sum, q, 16, work->keys, p, p + 16 < P ? p + 16 : P, c, DM_LANES, P, &next, rows, width,
+                             load);
             }
             for (size_t i = 0; i < rows * width; i++) {
                 store_f32(work->score + (r + i / width) * DM_BLOCK_POSITIONS + c + i % width * DM_LANES, sum[i]);
@@ -60,14 +63,16 @@ static void scores_q8(block_work *work) {
     const size_t P = work->tile->P, tile_bytes = dm_key_bytes(DM_KV_Q8, P) / 4, R = dm_round_up(work->rows, 16);
     const size_t reach = row_count(work, work->rows - 1);
     for (size_t c = 0; c < reach; c += 16) {
-        const uint8_t *tile = work->keys + c / 16 * tile_bytes, *ahead = work->ahead_keys + c / 16 * tile_bytes;
+        const uint8_t *tile = work->keys + c / 16 * tile_bytes;
+        next_part next = work->after_keys;
+        next.at = c / 16 * tile_bytes;
         size_t r = 0;
         for (; r + DM_PRODUCT_ROWS / 2 < work->rows; r += DM_PRODUCT_ROWS) {
-            dot_keys(work->score + r * DM_BLOCK_POSITIONS + c, work->tile->queries, r, R, tile, P, ahead,
+            dot_keys(work->score + r * DM_BLOCK_POSITIONS + c, work->tile->queries, r, R, tile, P, &next,
                      DM_PRODUCT_ROWS);
         }
         for (; r < work->rows; r++) {
-            dot_keys(work->score + r * DM_BLOCK_POSITIONS + c, work->tile->queries, r, R, tile, P, ahead, 1);
+            dot_keys(work->score + r * DM_BLOCK_POSITIONS + c, work->tile->queries, r, R, tile, P, &next, 1);
         }
     }
 }

@@ -36,9 +36,9 @@ DM_INLINE void dot_key_group(i32v *dot, const uint8_t *vectors, const uint32_t *
 #endif
 
 /* Scores of `rows` queries from `row` on with the 16 positions of one K tile; rows of `score` lie 64 floats apart.
- * Meanwhile the same bytes are fetched from `ahead` on. */
+ * Meanwhile as many bytes of the next part are fetched. */
 DM_INLINE void dot_keys(float *score, const void *queries, size_t row, size_t R, const uint8_t *tile, size_t P,
-                        const uint8_t *ahead, size_t rows) {
+                        const next_part *next, size_t rows) {
     const size_t groups = dm_divide_up(P, DM_GROUP);
     for (size_t part = 0; part < 16; part += DM_LANES) {
         f32v sum[DM_PRODUCT_ROWS];
@@ -47,7 +47,7 @@ DM_INLINE void dot_keys(float *score, const void *queries, size_t row, size_t R,
             const uint32_t *pairs = (const uint32_t *)queries + g * 17 * R + 16 * row;
             const float *scale = (const float *)queries + (g * 17 + 16) * R + row;
             const uint8_t *vectors = tile + g * DM_KEY_GROUP_BYTES;
-            if (part == 0 && row == 0) fetch_ahead(ahead + g * DM_KEY_GROUP_BYTES, DM_KEY_GROUP_BYTES);
+            if (part == 0 && row == 0) fetch_bytes(next, next->at + g * DM_KEY_GROUP_BYTES, DM_KEY_GROUP_BYTES);
             i32v dot[DM_PRODUCT_ROWS];
             dot_key_group(dot, vectors + 4 * part, pairs, rows);
             const f32v key_scale = load_f32((const float *)(vectors + 512) + part);

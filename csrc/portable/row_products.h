@@ -53,21 +53,34 @@ DM_INLINE f32v value_q8(const void *values, size_t j, size_t p, size_t i, size_t
     return all_f32(scale[j * groups + group]) * __builtin_convertvector(load_i8(q), f32v);
 }
 
-/* Asks for the lines of [from, from + bytes). */
-DM_INLINE void fetch_ahead(const uint8_t *from, size_t bytes) {
-    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
+/* The part of a block, its K or its V, that is read next. Bytes [at + k * step, at + (k + 1) * step) are asked for at
+ * k. */
+typedef struct next_part {
+    const uint8_t *first;
+    size_t quarter_bytes, at, step;
+} next_part;
+
+DM_INLINE next_part next_part_at(const uint8_t *first, size_t bytes) {
+    return (next_part){first, dm_round_up(dm_divide_up(bytes, 4), 64), 0, 0};
+}
+
+/* Asks for so many bytes from byte `at` on, counted line by line over four quarters in turn: a core's own requests
+ * alone do not fill the memory's width, and the hardware's prefetch goes on in four pages side by side. */
+DM_INLINE void fetch_bytes(const next_part *part, size_t at, size_t bytes) {
+    for (size_t end = at + bytes; at < end; at += 64) {
+        __builtin_prefetch(part->first + at / 64 % 4 * part->quarter_bytes + at / 256 * 64, 0, 2);
+    }
 }
 
 /* Adds a[r][k] * b[k][c ...] for k from `first` to `last` to `width` registers of `rows` rows; rows of a lie a_stride
- * apart and begin with k = first. n lanes of a register are present. Meanwhile `bytes` bytes per k are fetched from
- * `ahead` on. */
+ * apart and begin with k = first. n lanes of a register are present. */
 DM_INLINE void add_products(f32v *sum, const float *a, size_t a_stride, const void *b, size_t first, size_t last,
-                            size_t c, size_t n, size_t P, const uint8_t *ahead, size_t bytes, size_t rows, size_t width,
+                            size_t c, size_t n, size_t P, const next_part *next, size_t rows, size_t width,
                             column_loader load) {
     for (size_t k = first; k < last; k++) {
         f32v column[16];
         for (size_t i = 0; i < width; i++) column[i] = load(b, k, c, i, n, P);
-        fetch_ahead(ahead + k * bytes, bytes);
+        fetch_bytes(next, next->at + k * next->step, next->step);
         for (size_t r = 0; r < rows; r++) {
             const f32v factor = all_f32(a[r * a_stride + k - first]);
             for (size_t i = 0; i < width; i++) sum[r * width + i] = fma_lanes(factor, column[i], sum[r * width + i]);

@@ -26,9 +26,9 @@ DM_INLINE i32v load_keys(const uint8_t *vector) {
 }
 
 /* Scores of `rows` queries from `row` on with the 16 positions of one K tile; rows of `score` lie 64 floats apart.
- * Meanwhile the same bytes are fetched from `ahead` on. */
+ * Meanwhile as many bytes of the next part are fetched. */
 DM_INLINE void dot_keys(float *score, const void *queries, size_t row, size_t R, const uint8_t *tile, size_t P,
-                        const uint8_t *ahead, size_t rows) {
+                        const next_part *next, size_t rows) {
     const size_t groups = dm_divide_up(P, DM_GROUP);
     for (size_t part = 0; part < 16; part += DM_LANES) {
         f32v sum[DM_PRODUCT_ROWS];
@@ -38,7 +38,7 @@ DM_INLINE void dot_keys(float *score, const void *queries, size_t row, size_t R,
             const float *scale = (const float *)queries + (g * 10 + 8) * R + row;
             const int32_t *start = (const int32_t *)scale + R;
             const uint8_t *vectors = tile + g * DM_KEY_GROUP_BYTES;
-            if (part == 0 && row == 0) fetch_ahead(ahead + g * DM_KEY_GROUP_BYTES, DM_KEY_GROUP_BYTES);
+            if (part == 0 && row == 0) fetch_bytes(next, next->at + g * DM_KEY_GROUP_BYTES, DM_KEY_GROUP_BYTES);
             i32v keys[8];
             for (size_t j = 0; j < 8; j++) keys[j] = load_keys(vectors + 64 * j + 4 * part);
             const f32v key_scale = load_f32((const float *)(vectors + 512) + part);

@@ -6,7 +6,6 @@ tensor on a 64-byte boundary; the format allows no gaps between tensors, so padd
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import mmap
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from dist_moe import files
 from dist_moe.errors import CheckpointError
+from dist_moe.huge_pages import ask_for_huge_pages
 
 # BF16 and 8-bit floats have no NumPy type: their bits are given.
 VIEW_TYPES: dict[str, str] = {
@@ -150,13 +150,6 @@ class SafetensorsFile:
     def tensor_bytes(self) -> int:
         """The size of all tensors in bytes, padding left out."""
         return sum(entry.nbytes for entry in self._entries.values()) - self._padding
-
-
-def ask_for_huge_pages(mapped: mmap.mmap) -> None:
-    """Let what is read from disk from now on be cached and mapped in 2 MB pages, where system and file system can."""
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            mapped.madvise(mmap.MADV_HUGEPAGE)
 
 
 def header_of(data: mmap.mmap | bytes) -> bytes:

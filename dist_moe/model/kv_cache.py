@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import numpy.typing as npt
 
-from dist_moe.kernels import BLOCK_POSITIONS, KvFormat, KvView, address_of, aligned_empty, kv_block_bytes
+from dist_moe.kernels import BLOCK_POSITIONS, KvFormat, KvView, kv_block_bytes
+from dist_moe.model.kv_blocks import BlockMemory
 from dist_moe.model.kv_layout import read_rows, row_bytes, write_rows
 from dist_moe.model.step import Fork, Step
-
-
-@dataclass
-class _Sequence:
-    """The blocks of one sequence: their buffers, which keep them alive, and their addresses."""
-
-    buffers: list[npt.NDArray[np.uint8]] = field(default_factory=list)
-    addresses: list[int] = field(default_factory=list)
 
 
 class KvCache:
     """The caches of all sequences on one rank.
 
-    Position block b of a sequence is one buffer [layers][local KV heads][K, then V of 64 positions], so that a
+    Position block b of a sequence is one run of bytes [layers][local KV heads][K, then V of 64 positions], so that a
     sequence costs what it holds, not what it might hold. Sequences that were forked share whole blocks, which nobody
     writes to any more.
 
@@ -37,8 +28,8 @@ class KvCache:
         self._head_dim = head_dim
         self.layer_bytes = kv_heads * kv_block_bytes(kv_format, head_dim)
         self._head_bytes = kv_block_bytes(kv_format, head_dim)
-        self._block_bytes = layers * self.layer_bytes
-        self._sequences: dict[int, _Sequence] = {}
+        self._memory = BlockMemory(layers * self.layer_bytes)
+        self._sequences: dict[int, list[int]] = {}  # addresses of blocks
 
     @property
     def row_bytes(self) -> int:
@@ -48,15 +39,14 @@ class KvCache:
     @property
     def allocated_bytes(self) -> int:
         """Bytes that all sequences hold now, shared blocks counted once."""
-        blocks = {address for sequence in self._sequences.values() for address in sequence.addresses}
-        return len(blocks) * self._block_bytes
+        return self._memory.used_bytes
 
     def view(self, step: Step, layer: int = 0) -> KvView:
         """Where the step's tokens read and write in a layer; forks, releases and allocates blocks first."""
         for fork in step.forks:
             self._fork(fork)
         for sequence in step.released:
-            self._sequences.pop(sequence, None)
+            self._release(sequence)
         blocks: list[int] = []
         table_T = np.empty(step.tokens, dtype=np.int64)
         position_T = np.empty(step.tokens, dtype=np.int64)
@@ -66,7 +56,7 @@ class KvCache:
             rows = slice(at, at + len(part.ids))
             table_T[rows] = len(blocks)
             position_T[rows] = np.arange(part.position, stop)
-            blocks += self._grow(part.sequence, stop).addresses
+            blocks += self._grow(part.sequence, stop)
             at = rows.stop
         return KvView(np.array(blocks, dtype=np.uint64), table_T, position_T, layer * self.layer_bytes, self._format)
 
@@ -99,26 +89,27 @@ class KvCache:
 
     def _layer(self, name: int, layer: int, block: int) -> npt.NDArray[np.uint8]:
         """A layer's part of a block, uint8 [local KV heads, bytes of a KV head's block]."""
-        buffer = self._sequences[name].buffers[block]
-        return buffer[layer * self.layer_bytes : (layer + 1) * self.layer_bytes].reshape(-1, self._head_bytes)
+        whole = self._memory.block(self._sequences[name][block])
+        return whole[layer * self.layer_bytes : (layer + 1) * self.layer_bytes].reshape(-1, self._head_bytes)
 
-    def _grow(self, name: int, positions: int) -> _Sequence:
-        sequence = self._sequences.setdefault(name, _Sequence())
-        while len(sequence.buffers) * BLOCK_POSITIONS < positions:
-            self._add_block(sequence)
+    def _grow(self, name: int, positions: int) -> list[int]:
+        sequence = self._sequences.setdefault(name, [])
+        while len(sequence) * BLOCK_POSITIONS < positions:
+            sequence.append(self._memory.take())
         return sequence
 
     def _fork(self, fork: Fork) -> None:
         source = self._sequences[fork.source]
         whole, rest = divmod(fork.positions, BLOCK_POSITIONS)
-        sequence = _Sequence(source.buffers[:whole], source.addresses[:whole])
+        sequence = source[:whole]
+        for address in sequence:
+            self._memory.hold(address)
         if rest:  # it will be written to: a copy, stale positions included, which are not read before they are written
-            self._add_block(sequence)[:] = source.buffers[whole]
+            sequence.append(self._memory.take())
+            self._memory.block(sequence[-1])[:] = self._memory.block(source[whole])
+        self._release(fork.sequence)
         self._sequences[fork.sequence] = sequence
 
-    def _add_block(self, sequence: _Sequence) -> npt.NDArray[np.uint8]:
-        # Empty arrays have no address, and kernels take one of a rank without heads, too.
-        buffer: npt.NDArray[np.uint8] = aligned_empty((max(1, self._block_bytes),), np.uint8)
-        sequence.buffers.append(buffer)
-        sequence.addresses.append(address_of(buffer))
-        return buffer
+    def _release(self, name: int) -> None:
+        for address in self._sequences.pop(name, []):
+            self._memory.release(address)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dist_moe.huge_pages import huge_page_memory
 from dist_moe.kernels import ALIGNMENT
 from dist_moe.store.reader import Store
 from dist_moe.store.sealed import Sealed
@@ -77,12 +76,7 @@ class PrivateCopy:
     def _take(self, count: int) -> npt.NDArray[np.uint8]:
         """So many bytes on a boundary of ALIGNMENT."""
         if not self._arenas or self._used_bytes + count > len(self._arenas[-1]):
-            # Python's default, MAP_SHARED, would be shared memory, which has no huge pages as a rule.
-            memory = mmap.mmap(-1, max(_ARENA_BYTES, count), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                with contextlib.suppress(OSError):  # a kernel without them
-                    memory.madvise(mmap.MADV_HUGEPAGE)
-            self._arenas.append(np.frombuffer(memory, np.uint8))
+            self._arenas.append(huge_page_memory(max(_ARENA_BYTES, count)))
             self._used_bytes = 0
         taken = self._arenas[-1][self._used_bytes : self._used_bytes + count]
         self._used_bytes += -(-count // ALIGNMENT) * ALIGNMENT
