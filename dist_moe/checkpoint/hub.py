@@ -50,9 +50,8 @@ def download(source: str, quiet: bool = False) -> Path:
     failures = OSError, ValueError, getattr(hub.errors, "HTTPError", OSError)
     try:
         return Path(hub.snapshot_download(name, revision=revision, allow_patterns=WANTED))
-    except KeyboardInterrupt as error:
-        message = f"{source}: interrupted; repeat the same command to continue the download"
-        raise Interrupted.by(error, message) from None
+    except KeyboardInterrupt:
+        raise Interrupted(f"{source}: interrupted; repeat the same command to continue the download") from None
     except refusals as error:
         raise UsageError(
             f"{source}: there is no such file or directory here, and the Hugging Face hub does not give a model of "

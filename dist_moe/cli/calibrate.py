@@ -20,7 +20,7 @@ from dist_moe.cli.job import Setting, run_job
 from dist_moe.cli.models import find_model
 from dist_moe.cli.options import ModelOptions, model_options
 from dist_moe.cli.output_files import require_apart
-from dist_moe.cli.texts_to_file import pieces_of_texts, require_new_file, texts_to_file
+from dist_moe.cli.texts_to_file import pieces_of_texts, require_output, texts_to_file
 from dist_moe.cli.values import Whole
 from dist_moe.engine.calibrating import calibrate as sum_over_texts
 from dist_moe.engine.calibrating import measure_sensitivity
@@ -81,7 +81,7 @@ def make_task(options: CalibrateOptions, setting: Setting) -> CalibrateTask:
         CheckpointError: The model has no tokenizer.
     """
     output, config = Path(options.output), setting.config
-    require_new_file(output, options.texts, "text", replace=options.force)
+    require_output(output, options.texts, "text", replace=options.force)
     require_apart(options, setting.directory)
     _require_finer_than_q4(options)
     window = options.window or min(DEFAULT_WINDOW, config.max_positions)
@@ -189,7 +189,7 @@ def calibrate(context: click.Context, /, config: str | None, print_config: bool,
         run_job(dataclasses.replace(options, exchange="allreduce"), make_task)
     elif detect_launcher(os.environ).is_first:
         output = Path(options.output)
-        require_new_file(output, options.texts, "calibration", replace=options.force)
+        require_output(output, options.texts, "calibration", replace=options.force)
         merged = merge_files([Path(name) for name in options.texts])
         write_calibration(output, merged)
         report(output, merged)

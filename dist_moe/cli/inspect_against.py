@@ -172,8 +172,9 @@ def _difference_text(path: Path, other: Path, found: StoreDifference, full: bool
 
 
 def _format_lines(found: StoreDifference, full: bool) -> list[str]:
-    """How many matrices have other formats, and the first of them."""
-    if not found.formats:
+    """How many matrices have other formats, and the first of them; nothing where the line before says it of all."""
+    pairs = {(matrix.first, matrix.second) for matrix in found.formats}
+    if not pairs or (len(pairs) == 1 and len(found.formats) == found.matrices):
         return []
     named = found.formats if full else found.formats[:_SHOWN]
     rest = len(found.formats) - len(named)

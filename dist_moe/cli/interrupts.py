@@ -26,13 +26,13 @@ _NOTICED_WITHIN_S = 0.5
 def ending_signals_raise() -> Iterator[None]:
     """Let SIGTERM and SIGUSR1 raise Terminated inside the block, so that files are put away, instead of killing.
 
-    The first one is enough: later ones do not disturb the end. What was started to ignore them goes on doing so.
+    A second one kills. What was started to ignore them goes on doing so.
     """
     taken = [number for number in FINISH if signal.getsignal(number) is signal.SIG_DFL]
 
     def take(number: int, frame: FrameType | None) -> None:
         for each in taken:
-            signal.signal(each, signal.SIG_IGN)
+            signal.signal(each, signal.SIG_DFL)
         raise Terminated(number)
 
     for number in taken:
@@ -42,6 +42,19 @@ def ending_signals_raise() -> Iterator[None]:
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def ending_signals_kill() -> Iterator[None]:
+    """Undo `ending_signals_raise` inside the block, whose other threads an exception would wait for."""
+    raised = {number: signal.getsignal(number) for number in FINISH if callable(signal.getsignal(number))}
+    for number in raised:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in raised.items():
+            signal.signal(number, handler)
 
 
 class Interrupts:

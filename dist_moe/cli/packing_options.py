@@ -37,12 +37,15 @@ def packing_options(model: Source, packing: Packing) -> StoreOptions:
         UsageError: --quant and --recipe are both given, or the recipe or calibration cannot be read or does not fit
             the model, or lacks an option.
     """
+    from dist_moe.store.auto_recipe import require_choice
+
+    if packing.recipe == AUTO:
+        require_choice(model)
     if packing.importance is None:
         _refuse_without_importance(packing)
         return _uncalibrated_options(model, packing)
     from dist_moe.cli.calibrated_packing import DEFAULT_TARGET_BITS, with_auto_recipe, with_importance
     from dist_moe.kernels.formats import ScaleChoice
-    from dist_moe.store.auto_recipe import require_choice
 
     is_auto = packing.recipe == AUTO
     plain = replace(packing, scales=packing.scales or ScaleChoice.MSE.label, recipe=None if is_auto else packing.recipe)
@@ -52,7 +55,6 @@ def packing_options(model: Source, packing: Packing) -> StoreOptions:
                 raise UsageError(f"{name} {value}: --recipe auto chooses that; leave out {name} or --recipe")
         if plain.scales != ScaleChoice.MSE.label:
             raise UsageError(f"--scales {plain.scales}: --recipe auto weighs errors of mse; leave out --scales")
-        require_choice(model)
     options, calibration = with_importance(_uncalibrated_options(model, plain), model, Path(packing.importance))
     if not is_auto:
         _refuse_target(packing)

@@ -15,7 +15,7 @@ from dist_moe.cli.job import Setting, run_job
 from dist_moe.cli.models import find_model
 from dist_moe.cli.options import ProfileOptions, model_options
 from dist_moe.cli.profile_file import write_profile
-from dist_moe.cli.texts_to_file import pieces_of_texts, require_new_file, texts_to_file
+from dist_moe.cli.texts_to_file import pieces_of_texts, require_output, texts_to_file
 from dist_moe.cli.values import Whole
 from dist_moe.engine.routing.routing_facts import routing_facts
 from dist_moe.engine.routing.routing_profile import ProfileCounter
@@ -62,7 +62,7 @@ def make_task(options: ProfileOptions, setting: Setting) -> ProfileTask:
     if setting.config.experts == 0:
         raise UsageError("profile: this model has no experts: every token reads the same weights; place it without")
     output = Path(options.output)
-    require_new_file(output, options.texts, "text", replace=True)
+    require_output(output, options.texts, "text", replace=True)
     context = min(options.ctx, setting.config.max_positions)
     pieces = pieces_of_texts(options.texts, None, setting.text.require_tokenizer(), context)
     origin = ", ".join(Path(name).name for name in options.texts)

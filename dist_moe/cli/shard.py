@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dist_moe import files
+from dist_moe.cli.interrupts import ending_signals_kill
 from dist_moe.cli.making_store import cut_options, default_directory, make_store, quiet_option, read_cut
 from dist_moe.cli.packing_options import Packing, packing_options
 from dist_moe.cli.packing_ranks import checkpoint_opener, pack_on_ranks
@@ -191,7 +192,10 @@ def source_path(source: str | None, quiet: bool) -> Path:
 
     if source is None:
         return demo_model_directory()
-    return download(source, quiet) if is_hub_id(source) else Path(source)
+    if not is_hub_id(source):
+        return Path(source)
+    with ending_signals_kill():  # a download ends its file first, and goes on in the next run as it is
+        return download(source, quiet)
 
 
 def _refuse_store(directory: Path) -> None:

@@ -39,7 +39,7 @@ def texts_to_file(metavar: str, what: str) -> Callable[[Command], Command]:
     return lambda command: texts(output(command))
 
 
-def require_new_file(output: Path, inputs: Sequence[str], kind: str, *, replace: bool) -> None:
+def require_output(output: Path, inputs: Sequence[str], kind: str, *, replace: bool) -> None:
     """Find out before a long run whether a file can be written and nothing is lost by it.
 
     Args:

@@ -101,9 +101,6 @@ class OpenModel:
         finally:
             self._job.leave()
             runtime.kernels.close()
-        if not runtime.busy:
-            # Open MPI's launcher can crash when a rank ends the job while another, which has left, is in MPI_Finalize.
-            self._job.world.sleep_until_all()
 
     def __enter__(self: Entered) -> Entered:
         """Load the model and return the engine."""
@@ -123,6 +120,9 @@ class OpenModel:
             self._closed = True
         else:
             self.close(finish=error is None)
+            if self._runtime is not None and not self._runtime.busy:
+                # Open MPI's launcher can crash when a rank ends the job while another, gone on, is in MPI_Finalize.
+                self._job.world.sleep_until_all()
 
     @property
     def runtime(self) -> Runtime:

@@ -14,7 +14,7 @@ from dist_moe.model.step import Fork, Step
 class KvCache:
     """The caches of all sequences on one rank.
 
-    Position block b of a sequence is one run of bytes [layers][local KV heads][K, then V of 64 positions], so that a
+    Position block b of a sequence is bytes [layers][local KV heads][K, then V of 64 positions], so that a
     sequence costs what it holds, not what it might hold. Sequences that were forked share whole blocks, which nobody
     writes to any more.
 
@@ -40,6 +40,11 @@ class KvCache:
     def allocated_bytes(self) -> int:
         """Bytes that all sequences hold now, shared blocks counted once."""
         return self._memory.used_bytes
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Address space of all blocks, free ones included."""
+        return self._memory.mapped_bytes
 
     def view(self, step: Step, layer: int = 0) -> KvView:
         """Where the step's tokens read and write in a layer; forks, releases and allocates blocks first."""

@@ -140,11 +140,9 @@ def _facts(one: Manifest, two: Manifest) -> dict[str, tuple[object, object]]:
 
 
 def _formats(one: Manifest, two: Manifest) -> Iterator[FormatDifference]:
-    """Those of all matrices; nothing where each store has one format, which `_facts` tells."""
-    if one.formats.uniform_format and two.formats.uniform_format:
-        return
-    for (name, ours), (_, theirs) in zip(one.formats.named(), two.formats.named(), strict=True):
-        yield FormatDifference(name, format_label(ours), format_label(theirs))
+    """Those of all matrices, as they are packed."""
+    for name, place in one.formats.named_places():
+        yield FormatDifference(name, *(format_label(store.matrix_format(*place)) for store in (one, two)))
 
 
 def _unequal(pairs: dict[str, tuple[object, object]]) -> dict[str, tuple[object, object]]:

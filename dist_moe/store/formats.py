@@ -81,11 +81,11 @@ class ModelFormats:
         found = _NAME.fullmatch(name)
         return self.matrix(found[3], int(found[1]), int(found[2] or 0)) if found else self.lm_head
 
-    def named(self) -> Iterator[tuple[str, MatrixFormat]]:
-        """Every matrix's logical name and format; a dense MLP is expert 0."""
+    def named_places(self) -> Iterator[tuple[str, tuple[str, int, int]]]:
+        """Every matrix's logical name and what `matrix` takes for it; a dense MLP is expert 0."""
         for key, layer, expert in _places(self):
             inside = "" if _part(key) != "experts" else f"experts.{expert}."
-            yield key if key == "lm_head" else f"layers.{layer}.{inside}{key}", self.matrix(key, layer, expert)
+            yield key if key == "lm_head" else f"layers.{layer}.{inside}{key}", (key, layer, expert)
 
     @cached_property
     def uniform_format(self) -> MatrixFormat | None:

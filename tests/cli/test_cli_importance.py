@@ -127,5 +127,7 @@ def test_a_model_that_cannot_be_quantized_is_refused_before_its_calibration_is_r
     with pytest.raises(UsageError, match=wanted) as caught:
         shard("out", str(narrow), "--importance", str(calibration), *options)
     assert caught.value.exit_code == 2
+    with pytest.raises(UsageError, match=wanted):  # before a calibration is asked for
+        shard("out", str(narrow), "--recipe", "auto")
     assert not recipe.exists()
     assert not (tmp_path / "out").exists()

@@ -118,10 +118,11 @@ def test_bad_prompts_are_refused(ids, words: str, make_store, tiny_directory: Pa
 def test_caches_of_finished_sequences_are_freed(make_store, tiny_directory: Path, make_engine) -> None:
     engine = make_engine(make_store(tiny_directory, "q8"), resident=0)
     engine.generate([Request(ids, 4) for ids in prompts(3)])
-    held = engine.model.cache.allocated_bytes
+    held, mapped = engine.model.cache.allocated_bytes, engine.model.cache.mapped_bytes
     for _ in range(3):
         engine.generate([Request(ids, 4) for ids in prompts(3)])
     assert engine.model.cache.allocated_bytes <= held
+    assert engine.model.cache.mapped_bytes == mapped
 
 
 @pytest.fixture(scope="session")

@@ -141,6 +141,18 @@ def test_a_rank_that_leaves_ends_the_job(script: Script, body: str, code: int, m
     assert done.seconds < 30
 
 
+def test_a_rank_that_closes_early_without_with_keeps_nobody_waiting(script: Script) -> None:
+    done = script("""
+engine = Engine(threads=1)
+engine.load()
+if engine.is_leader: engine.close()
+else: engine.complete(ONCE)
+""")
+    assert done.code != 0, done.output
+    assert "rank 0 has closed the engine without this complete()" in done.stderr
+    assert done.seconds < 30
+
+
 def test_communicators(script: Script) -> None:
     done = script("""
 from mpi4py import MPI

@@ -207,6 +207,7 @@ def test_other_formats_differ_in_all_matrices_and_in_nothing_else(make_store: Ma
     done = run_inspect("--diff", make_store("a"), make_store("b", format=WeightFormat.Q8), "--json")
     report = json.loads(done.stdout)
     assert report["made_with"] == {"weights": ["q4", "q8"]}
+    assert report["formats"]["differing"] == report["formats"]["matrices"] > 0
     counts = {kind["kind"]: (len(kind["differing"]), kind["total"]) for kind in report["kinds"]}
     assert counts["common"][0] == counts["file"][0] == 0
     assert all(differing == total for kind, (differing, total) in counts.items() if kind not in ("common", "file"))
@@ -230,6 +231,18 @@ def test_formats_that_differ_are_counted_and_the_first_are_named(checkpoint: Che
     assert report["named"][1] == {"matrix": "layers.0.experts.0.gate", "first": "q8g32", "second": "q4g32"}
     report = shown("--diff", *stores, "--full")["formats"]
     assert [matrix["matrix"] for matrix in report["named"]] == expected
+
+
+def test_o_that_is_packed_alike_is_not_called_different(checkpoint: Checkpoint, make_store: MakeStore) -> None:
+    """A head's columns of o have groups of their own, of 32 at most where a head has 32."""
+    assert checkpoint.config.head_dim == 32
+    rule = '[[rule]]\nkind = "lm_head"\nformat = "q8"\n'
+    asked = [parse_recipe(f'format = "q4"\ngroup = {group}\n{rule}', "test") for group in (0, 32)]
+    formats = [recipe.formats(checkpoint.config) for recipe in asked]
+    stores = [make_store(n, formats=f, group_size=g) for n, f, g in zip("ab", formats, (0, 32), strict=True)]
+    named = shown("--diff", *stores, "--full")["formats"]["named"]
+    assert named
+    assert not [matrix for matrix in named if matrix["matrix"].endswith(".o")]
 
 
 def test_units_of_shards_that_are_elsewhere_are_counted(make_store: MakeStore) -> None:
