@@ -172,7 +172,7 @@ def test_ranks_that_see_only_themselves_say_so_once(environment: dict[str, str])
     assert [ended.code for ended in ends] == [3] * RANKS
     said = [line for ended in ends for line in ended.stderr.splitlines() if line.startswith("dist-moe: ")]
     assert len(said) == 1, said
-    assert "srun started 4 ranks, but this Python's MPI library is " in said[0]
+    assert "srun started 4 ranks, but each of them sees only itself (this Python's MPI library is " in said[0]
     assert "which sees only itself" in said[0]
     assert not any(ended.stdout for ended in ends)
 
