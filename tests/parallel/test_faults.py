@@ -173,7 +173,7 @@ def test_ranks_that_see_only_themselves_say_so_once(environment: dict[str, str])
     said = [line for ended in ends for line in ended.stderr.splitlines() if line.startswith("dist-moe: ")]
     assert len(said) == 1, said
     assert "srun started 4 ranks, but each of them sees only itself (this Python's MPI library is " in said[0]
-    assert "which sees only itself" in said[0]
+    assert "--mpi=pmix for Open MPI or --mpi=pmi2 for MPICH" in said[0]
     assert not any(ended.stdout for ended in ends)
 
 
