@@ -24,10 +24,10 @@ class Packing:
     recipe: str | None
     group_size: str | None
     scales: str | None
-    importance: str | None = None
-    target_bits: float | None = None
-    threads: int | None = None
-    quiet: bool = False
+    importance: str | None
+    target_bits: float | None
+    threads: int | None
+    quiet: bool
 
 
 def packing_options(model: Source, packing: Packing) -> StoreOptions:
@@ -39,7 +39,8 @@ def packing_options(model: Source, packing: Packing) -> StoreOptions:
     """
     from dist_moe.store.auto_recipe import require_choice
 
-    if packing.recipe == AUTO:
+    is_auto = packing.recipe == AUTO
+    if is_auto:
         require_choice(model)
     if packing.importance is None:
         _refuse_without_importance(packing)
@@ -47,7 +48,6 @@ def packing_options(model: Source, packing: Packing) -> StoreOptions:
     from dist_moe.cli.calibrated_packing import DEFAULT_TARGET_BITS, with_auto_recipe, with_importance
     from dist_moe.kernels.formats import ScaleChoice
 
-    is_auto = packing.recipe == AUTO
     plain = replace(packing, scales=packing.scales or ScaleChoice.MSE.label, recipe=None if is_auto else packing.recipe)
     if is_auto:
         for name, value in (("--quant", packing.quant), ("--group-size", packing.group_size)):

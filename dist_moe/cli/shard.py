@@ -24,27 +24,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ShardOptions:
+class ShardOptions(Packing):
     """`dist-moe shard`, as given."""
 
     source: str | None
     nodes: int | None
-    quant: str | None
-    recipe: str | None
-    importance: str | None
-    target_bits: float | None
     write_recipe: str | None
-    group_size: str | None
-    scales: str | None
     experts: str | None
     placement: str | None
     output: str | None
     force: bool
     allow_nonfinite: bool
-    threads: int | None
     dry_run: bool
     as_json: bool
-    quiet: bool
 
 
 @click.command("shard")
@@ -155,18 +147,8 @@ def _refuse_options(options: ShardOptions) -> None:
 
 def _store_options(options: ShardOptions, model: Source, placement: Placement | None, threads: int) -> StoreOptions:
     """Formats, scales and cut; says what the calibration did not reach and what --recipe auto chose."""
-    packing = Packing(
-        options.quant,
-        options.recipe,
-        options.group_size,
-        options.scales,
-        options.importance,
-        options.target_bits,
-        threads,
-        options.quiet,
-    )
     return replace(
-        packing_options(model, packing),
+        packing_options(model, replace(options, threads=threads)),
         nodes=len(placement.shards) if placement else options.nodes or 1,
         experts=options.experts or "whole",
         placement=placement,

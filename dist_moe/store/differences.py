@@ -57,7 +57,7 @@ class StoreDifference:
         cut: The same for how they are cut, which changes no unit.
         kinds: In the order of the forward pass.
         matrices: Of the model, packed ones.
-        formats: Which of those have other formats, where that is not the same for all of them.
+        formats: Those that are packed in other formats.
     """
 
     facts: dict[str, tuple[object, object]]
