@@ -277,12 +277,12 @@ void dm_compute_experts(dm_context *context, const dm_buffers *buffers, const dm
  * on are masked. A masked block gives -infinity and 0. temperature_T = 0 is read as 1. */
 void dm_vocabulary_blocks(dm_context *context, float *max_TB, float *sum_TB, int32_t *fault_T, const float *logits_TV,
                           const float *temperature_T, size_t T, size_t V, size_t valid, int32_t layer);
-/* The `count` best columns below `valid` by (logit descending, id ascending); ids start at first_id. Missing ones
- * get id -1 and logit -infinity. */
-void dm_top_logits(dm_context *context, int32_t *ids_TN, float *logits_TN, const float *logits_TV, size_t T, size_t V,
-                   size_t valid, int32_t first_id, size_t count);
-/* Merge candidate lists (each sorted) of several ranks, N in all, into the best `count`; T = 1. */
-void dm_merge_candidates(dm_context *context, int32_t *ids_N, float *logits_N, size_t N);
+/* The `count` best columns below `valid` by (logit descending, id ascending). Block b's columns have the ids from
+ * block_B[b] * 128 on, which ascend; max_TB is that of dm_vocabulary_blocks. Missing ones get id -1, logit -infinity. */
+void dm_top_logits(dm_context *context, int32_t *ids_TN, float *logits_TN, const float *logits_TV, const float *max_TB,
+                   const int32_t *block_B, size_t T, size_t V, size_t valid, size_t count);
+/* Put the best `count` of each list of N candidates to its front, in order; what follows them is not valid. */
+void dm_merge_candidates(dm_context *context, int32_t *ids_TN, float *logits_TN, size_t T, size_t N, size_t count);
 /* Draw from the `count` best candidates. B block sums give Z (B = 0: not known); complete = 1 if no other token exists.
  * Returns a place in the list, or -1 if the candidates cannot decide. *probability gets its share of Z, or 0. */
 int64_t dm_sample(dm_context *context, float *probability, const dm_sampling *how, const int32_t *ids_N,

@@ -9,10 +9,11 @@ typedef struct logits_job {
     float *max_TB, *sum_TB;
     int32_t *fault_T, *ids_TN;
     float *logits_TN;
-    const float *logits_TV;
+    const float *logits_TV, *largest_TB;
     const float *temperature_T;
+    const int32_t *block_B;
     size_t T, V, valid, count, blocks, items;
-    int32_t first_id, layer;
+    int32_t layer;
 } logits_job;
 
 static void vocabulary_item(void *argument, size_t item, dm_worker *worker) {
@@ -67,6 +68,16 @@ static candidate make_candidate(float logit, int32_t id) {
 
 static int32_t candidate_id(candidate one) { return one.key == 0 ? -1 : (int32_t)(UINT32_MAX - (uint32_t)one.key); }
 
+/* The best `count` of what was offered so far; a heap once it is full. */
+typedef struct best_list {
+    candidate *heap;
+    size_t count, held;
+} best_list;
+
+static best_list empty_list(dm_worker *worker, size_t count) {
+    return (best_list){.heap = dm_scratch(worker, DM_SCRATCH_HEAP, count * sizeof(candidate)), .count = count};
+}
+
 /* Moves heap[i] down until both children are better: the root is the worst of the heap. */
 static void sift_down(candidate *heap, size_t i, size_t count) {
     candidate moved = heap[i];
@@ -79,68 +90,110 @@ static void sift_down(candidate *heap, size_t i, size_t count) {
     heap[i] = moved;
 }
 
-static void make_heap(candidate *heap, size_t count) {
-    for (size_t i = count / 2; i-- > 0;) sift_down(heap, i, count);
+static void make_heap(best_list *list) {
+    for (size_t i = list->held / 2; i-- > 0;) sift_down(list->heap, i, list->held);
 }
 
-/* Best first. */
-static void sort_heap(candidate *heap, size_t count) {
-    for (size_t n = count; n > 1; n--) {
-        candidate worst = heap[0];
-        heap[0] = heap[n - 1];
-        heap[n - 1] = worst;
-        sift_down(heap, 0, n - 1);
+/* The list is of one candidate at least. */
+static void offer(best_list *list, candidate next) {
+    if (list->held < list->count) {
+        list->heap[list->held++] = next;
+        if (list->held == list->count) make_heap(list);
+    } else if (next.key > list->heap[0].key) {
+        list->heap[0] = next;
+        sift_down(list->heap, 0, list->count);
+    }
+}
+
+/* Best first; places that nothing was offered for get id -1 and logit -infinity. */
+static void write_sorted(int32_t *ids_N, float *logits_N, best_list *list, size_t N) {
+    if (list->held < list->count) make_heap(list);
+    for (size_t n = list->held; n-- > 0;) {
+        ids_N[n] = candidate_id(list->heap[0]);
+        logits_N[n] = list->heap[0].logit;
+        list->heap[0] = list->heap[n];
+        sift_down(list->heap, 0, n);
+    }
+    for (size_t i = list->held; i < N; i++) {
+        ids_N[i] = -1;
+        logits_N[i] = -INFINITY;
+    }
+}
+
+/* A number that `count` blocks' maxima reach, so that no lower logit is among the best `count`: the largest of 20 bits
+ * but for the order of floats, which is found bit by bit. */
+static float reached_by(const float *max_B, size_t B, size_t count) {
+    float floor = -INFINITY;
+    uint32_t order = 0;
+    for (uint32_t bit = 0x80000000; bit >= 1u << 12; bit >>= 1) {
+        uint32_t higher = order | bit, bits = higher & 0x80000000 ? higher ^ 0x80000000 : ~higher, reaching = 0;
+        float trial;
+        __builtin_memcpy(&trial, &bits, sizeof trial);
+        for (size_t b = 0; b < B; b++) reaching += max_B[b] >= trial;
+        if (reaching < count) continue;
+        order = higher;
+        floor = trial;
+    }
+    return floor;
+}
+
+/* Offers what is not below the floor of one block; NaN ranks lowest, but is not below. */
+static void offer_block(best_list *list, float floor, const float *logits_V, size_t n, int32_t first_id) {
+    for (size_t first = 0; first < n; first += 16) {
+        size_t last = n - first < 16 ? n : first + 16;
+        int any = 0;
+        for (size_t i = first; i < last; i++) any |= !(logits_V[i] < floor);
+        if (!any) continue;
+        for (size_t i = first; i < last; i++) {
+            if (!(logits_V[i] < floor)) offer(list, make_candidate(logits_V[i], first_id + (int32_t)i));
+        }
     }
 }
 
 static void top_item(void *argument, size_t t, dm_worker *worker) {
     const logits_job *job = argument;
-    const float *logits_V = job->logits_TV + t * job->V;
-    size_t kept = job->valid < job->count ? job->valid : job->count;
-    candidate *heap = dm_scratch(worker, DM_SCRATCH_HEAP, job->count * sizeof *heap);
-    for (size_t i = 0; i < job->count; i++) {
-        heap[i] = (candidate){0, -INFINITY};
-        if (i < kept) heap[i] = make_candidate(logits_V[i], job->first_id + (int32_t)i);
+    const float *max_B = job->largest_TB + t * job->blocks;
+    best_list list = empty_list(worker, job->valid < job->count ? job->valid : job->count);
+    float floor = reached_by(max_B, job->blocks, list.count);
+    for (size_t b = 0; b < job->blocks && list.count > 0; b++) {
+        size_t first = b * DM_VOCABULARY_BLOCK;
+        if (list.held == list.count && list.heap[0].logit > floor) floor = list.heap[0].logit;
+        if (max_B[b] < floor || first >= job->valid) continue;
+        size_t n = job->valid - first < DM_VOCABULARY_BLOCK ? job->valid - first : DM_VOCABULARY_BLOCK;
+        offer_block(&list, floor, job->logits_TV + t * job->V + first, n, job->block_B[b] * DM_VOCABULARY_BLOCK);
     }
-    make_heap(heap, kept);
-    for (size_t i = kept; i < job->valid; i++) {
-        if (kept == 0 || logits_V[i] < heap[0].logit) continue;
-        candidate next = make_candidate(logits_V[i], job->first_id + (int32_t)i);
-        if (next.key <= heap[0].key) continue;
-        heap[0] = next;
-        sift_down(heap, 0, kept);
-    }
-    sort_heap(heap, kept);
-    for (size_t i = 0; i < job->count; i++) {
-        job->ids_TN[t * job->count + i] = candidate_id(heap[i]);
-        job->logits_TN[t * job->count + i] = heap[i].logit;
-    }
+    write_sorted(job->ids_TN + t * job->count, job->logits_TN + t * job->count, &list, job->count);
 }
 
-void dm_top_logits(dm_context *context, int32_t *ids_TN, float *logits_TN, const float *logits_TV, size_t T, size_t V,
-                   size_t valid, int32_t first_id, size_t count) {
+void dm_top_logits(dm_context *context, int32_t *ids_TN, float *logits_TN, const float *logits_TV, const float *max_TB,
+                   const int32_t *block_B, size_t T, size_t V, size_t valid, size_t count) {
     uint64_t saved = dm_enter();
     logits_job job = {.ids_TN = ids_TN,
                       .logits_TN = logits_TN,
                       .logits_TV = logits_TV,
+                      .largest_TB = max_TB,
+                      .block_B = block_B,
                       .T = T,
                       .V = V,
                       .valid = valid < V ? valid : V,
                       .count = count,
-                      .first_id = first_id};
+                      .blocks = dm_divide_up(V, DM_VOCABULARY_BLOCK)};
     if (count > 0) dm_pool_run(context->pool, top_item, &job, T);
     dm_set_float_state(saved);
 }
 
-void dm_merge_candidates(dm_context *context, int32_t *ids_N, float *logits_N, size_t N) {
+static void merge_item(void *argument, size_t t, dm_worker *worker) {
+    const logits_job *job = argument;
+    int32_t *ids_N = job->ids_TN + t * job->V;
+    float *logits_N = job->logits_TN + t * job->V;
+    best_list list = empty_list(worker, job->count);
+    for (size_t i = 0; i < job->V; i++) offer(&list, make_candidate(logits_N[i], ids_N[i]));
+    write_sorted(ids_N, logits_N, &list, list.held);
+}
+
+void dm_merge_candidates(dm_context *context, int32_t *ids_TN, float *logits_TN, size_t T, size_t N, size_t count) {
     uint64_t saved = dm_enter();
-    candidate *heap = dm_scratch(dm_pool_worker(context->pool, 0), DM_SCRATCH_HEAP, N * sizeof *heap);
-    for (size_t i = 0; i < N; i++) heap[i] = make_candidate(logits_N[i], ids_N[i]);
-    make_heap(heap, N);
-    sort_heap(heap, N);
-    for (size_t i = 0; i < N; i++) {
-        ids_N[i] = candidate_id(heap[i]);
-        logits_N[i] = heap[i].logit;
-    }
+    logits_job job = {.ids_TN = ids_TN, .logits_TN = logits_TN, .V = N, .count = count < N ? count : N};
+    if (job.count > 0) dm_pool_run(context->pool, merge_item, &job, T);
     dm_set_float_state(saved);
 }

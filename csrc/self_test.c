@@ -105,6 +105,7 @@ static void test_choices(test_state *state) {
     dm_context *context = state->context;
     float weights[T * K], max_B[T * 3], sum_B[T * 3], probability = 0.0f;
     const float temperature_T[T] = {0.0f, 0.7f, 1.5f};
+    const int32_t block_B[3] = {0, 1, 2};
     fill(state, state->y_TD, T * V);
     dm_route(context, state->ids, weights, state->fault_T, state->y_TD, T, E, K, 1, 0);
     hash_bytes(state, state->ids, T * K * sizeof(int32_t));
@@ -112,7 +113,7 @@ static void test_choices(test_state *state) {
     dm_vocabulary_blocks(context, max_B, sum_B, state->fault_T, state->y_TD, temperature_T, T, V, V - 7, 0);
     hash_bytes(state, max_B, sizeof max_B);
     hash_bytes(state, sum_B, sizeof sum_B);
-    dm_top_logits(context, state->ids, state->values, state->y_TD, 1, V, V - 7, 0, V);
+    dm_top_logits(context, state->ids, state->values, state->y_TD, max_B, block_B, 1, V, V - 7, V);
     dm_sampling how = {.temperature = 0.7f, .top_p = 0.9f, .min_p = 0.1f, .typical_p = 0.8f, .seed = 1};
     int64_t place = dm_sample(context, &probability, &how, state->ids, state->values, max_B + 3, sum_B + 3, V, 3, 1);
     hash_bytes(state, &place, sizeof place);

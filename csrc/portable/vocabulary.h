@@ -18,7 +18,8 @@ DM_INLINE float largest(const float *x, size_t n) {
 static int vocabulary(float *max, float *sum, const float *logits_V, float temperature, size_t n) {
     float best = largest(logits_V, n);
     *max = best;
-    *sum = n == 0 ? 0.0f : softmax_sum(logits_V, best, temperature, n);
+    /* Dividing by 1 changes no bit, and the division is half of the work. */
+    *sum = temperature == 1.0f ? softmax_sum(logits_V, best, 1.0f, n) : softmax_sum(logits_V, best, temperature, n);
     return absmax_bits(logits_V, n) >= DM_INFINITY_BITS ? DM_FAULT_LOGIT : 0;
 }
 

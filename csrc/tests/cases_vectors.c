@@ -95,13 +95,14 @@ void run_sampling(test_run *run) {
     float *logits = numbers(run, T, V, one->numbers), *temperature = buffer(run, T * sizeof(float));
     float *max = buffer(run, T * B * sizeof(float)), *sum = buffer(run, T * B * sizeof(float));
     float *best = buffer(run, T * N * sizeof(float));
-    int32_t *ids = buffer(run, T * N * sizeof(int32_t));
+    int32_t *ids = buffer(run, T * N * sizeof(int32_t)), *block = buffer(run, B * sizeof(int32_t));
     size_t valid = V - V / 3;
     for (size_t t = 0; t < T; t++) temperature[t] = (float)(t % 3) * 0.5f;
     dm_vocabulary_blocks(run->context, max, sum, run->fault_T, logits, temperature, T, V, valid, 9);
     output_f32(run, "max", max, T * B);
     output_f32(run, "sum", sum, T * B);
-    dm_top_logits(run->context, ids, best, logits, T, V, valid, 7, N);
+    for (size_t b = 0; b < B; b++) block[b] = (int32_t)(2 * b + 7);
+    dm_top_logits(run->context, ids, best, logits, max, block, T, V, valid, N);
     output_i32(run, "ids", ids, T * N);
     output_f32(run, "best logits", best, T * N);
     for (size_t t = 0; t < T; t++) {
@@ -118,7 +119,7 @@ void run_sampling(test_run *run) {
         }
     }
     run_probabilities(run, ids, best, max, sum, N, B);
-    dm_merge_candidates(run->context, ids, best, T * N);
+    dm_merge_candidates(run->context, ids, best, 1, T * N, T * N);
     output_i32(run, "merged ids", ids, T * N);
     output_f32(run, "merged logits", best, T * N);
 }

@@ -68,23 +68,31 @@ class SamplingKernels(Context):
         ids_TN: I32Array,
         logits_TN: F32Array,
         logits_TV: F32Array,
+        max_TB: F32Array,
+        block_B: I32Array,
         valid: int,
-        first_id: int,
         tokens: int | None = None,
     ) -> None:
         """The N best columns below `valid` of `tokens` rows of logits_TV, by (logit descending, id ascending).
 
-        Column c has id first_id + c; missing candidates get id -1 and logit -infinity.
+        The columns of block b have the ids from 128 block_B[b] on, which ascend; missing candidates get id -1 and logit
+        -infinity. max_TB is that of `vocabulary_blocks` with the same `valid`.
         """
         vocabulary, count, tokens = logits_TV.shape[1], ids_TN.shape[1], len(logits_TV) if tokens is None else tokens
+        blocks = -(-vocabulary // VOCABULARY_BLOCK)
         ids, best = I32.write(ids_TN, tokens, count), F32.write(logits_TN, tokens, count)
-        logits = F32.read(logits_TV, tokens, vocabulary)
-        lib.dm_top_logits(self._context, ids, best, logits, tokens, vocabulary, valid, first_id, count)
+        logits, largest = F32.read(logits_TV, tokens, vocabulary), F32.read(max_TB, tokens, blocks)
+        numbers = I32.read(block_B, blocks)
+        lib.dm_top_logits(self._context, ids, best, logits, largest, numbers, tokens, vocabulary, valid, count)
 
-    def merge_candidates(self, ids_N: I32Array, logits_N: F32Array) -> None:
-        """Sort one token's candidates of several ranks in place by (logit descending, id ascending), missing last."""
-        count = len(ids_N)
-        lib.dm_merge_candidates(self._context, I32.write(ids_N, count), F32.write(logits_N, count), count)
+    def merge_candidates(self, ids_TN: I32Array, logits_TN: F32Array, count: int) -> None:
+        """Put the `count` best of each token's N candidates first, by (logit descending, id ascending), missing last.
+
+        What stands behind them afterwards is not valid.
+        """
+        tokens, total = ids_TN.shape
+        ids, logits = I32.write(ids_TN, tokens, total), F32.write(logits_TN, tokens, total)
+        lib.dm_merge_candidates(self._context, ids, logits, tokens, total, count)
 
     def sample(
         self,

@@ -180,7 +180,7 @@ def _draw() -> Family:
     def run(kernels: Kernels) -> Arrays:
         max_TB, sum_TB = _blocks(kernels, logits_TV, 0.7)
         ids_TV, best_TV = np.full((_T, _V), -1, np.int32), np.full((_T, _V), np.nan, np.float32)
-        kernels.top_logits(ids_TV, best_TV, logits_TV, _VALID, 0)
+        kernels.top_logits(ids_TV, best_TV, logits_TV, max_TB, np.arange(max_TB.shape[1], dtype=np.int32), _VALID)
         drawn_T = np.full(_T, -1, np.int64)
         for t in range(_T):
             how = SamplingParameters(temperature=0.7, top_k=50, top_p=0.9, min_p=0.01, seed=11, position=t)

@@ -85,7 +85,7 @@ class Work:
         kernels.matmul(out_TR, self.matrices, self.operand, self.T)
         kernels.rmsnorm(normed_TC, self.x_TC, self.gain_C, np.float32(1e-6))
         kernels.vocabulary_blocks(max_TB, sum_TB, fault_T, self.logits_TV, self.temperature_T, self.V, 0)
-        kernels.top_logits(ids_TN, best_TN, self.logits_TV, self.V, 0)
+        kernels.top_logits(ids_TN, best_TN, self.logits_TV, max_TB, np.arange(2, dtype=np.int32), self.V)
         drawn = [kernels.sample(self.how, ids_TN[t], best_TN[t], max_TB[t], sum_TB[t], True) for t in range(40)]
         return out_TR, normed_TC, sum_TB, np.array(drawn)
 

@@ -226,5 +226,5 @@ def test_logits(kernels, bench, same_bits, value, column):
     assert only_token_1(fault_T, FaultKind.LOGIT)
     same_bits((largest[1][OTHERS], total[1][OTHERS]), (largest[0][OTHERS], total[0][OTHERS]))
     ids_TN, best_TN = bench.empty((T, 5), np.int32), bench.empty((T, 5), np.float32)
-    kernels.top_logits(ids_TN, best_TN, logits_TV, valid, 0)
+    kernels.top_logits(ids_TN, best_TN, logits_TV, largest[1], np.arange(3, dtype=np.int32), valid)
     assert ((ids_TN >= -1) & (ids_TN < valid)).all()

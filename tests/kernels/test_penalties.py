@@ -19,10 +19,10 @@ class Row:
         self.ids_TN, self.best_TN = bench.empty((1, 290), np.int32), bench.empty((1, 290), np.float32)
         self.max_TB, self.sum_TB = bench.empty((1, 3), np.float32), bench.empty((1, 3), np.float32)
         logits_TV, fault_T = bench.of(logits_V[None]), bench.faults(1)
-        kernels.top_logits(self.ids_TN, self.best_TN, logits_TV, 290, 0)
         kernels.vocabulary_blocks(
             self.max_TB, self.sum_TB, fault_T, logits_TV, bench.of(np.array([temperature], np.float32)), 290, 0
         )
+        kernels.top_logits(self.ids_TN, self.best_TN, logits_TV, self.max_TB, np.arange(3, dtype=np.int32), 290)
         assert (fault_T == NO_FAULT).all() or not np.isfinite(logits_V).all()
 
     def draw(self, position, count=290, blocks=3, **how):

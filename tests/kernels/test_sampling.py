@@ -20,10 +20,14 @@ def blocks(kernels, bench, logits_TV, temperature_T, valid):
     return max_TB, sum_TB
 
 
-def top(kernels, bench, logits_TV, valid, first_id, count):
+def top(kernels, bench, logits_TV, valid, first_block, count):
     ids_TN = bench.empty((len(logits_TV), count), np.int32)
     best_TN = bench.empty((len(logits_TV), count), np.float32)
-    kernels.top_logits(ids_TN, best_TN, logits_TV, valid, first_id)
+    T, B = len(logits_TV), -(-logits_TV.shape[1] // 128)
+    max_TB, sum_TB, fault_T = bench.empty((T, B), np.float32), bench.empty((T, B), np.float32), bench.faults(T)
+    kernels.vocabulary_blocks(max_TB, sum_TB, fault_T, logits_TV, bench.of(np.ones(T, np.float32)), valid, 0)
+    block_B = bench.of(np.arange(first_block, first_block + B, dtype=np.int32))
+    kernels.top_logits(ids_TN, best_TN, logits_TV, max_TB, block_B, valid)
     return ids_TN, best_TN
 
 
@@ -61,11 +65,11 @@ def test_top_logits(kernels, bench, V, valid, count):
     logits_TV[1] = np.rint(logits_TV[1])  # many ties, zeros of both signs
     logits_TV[2] = np.sort(logits_TV[2])
     logits_TV[:, valid:] = 1e9
-    ids_TN, best_TN = top(kernels, bench, logits_TV, valid, 1000, count)
+    ids_TN, best_TN = top(kernels, bench, logits_TV, valid, 8, count)
     for t in range(3):
         expected = reference.ranked(logits_TV[t], valid)[:count]
         present = len(expected)
-        assert np.array_equal(ids_TN[t, :present], expected + 1000)
+        assert np.array_equal(ids_TN[t, :present], expected + 1024)
         assert np.array_equal(best_TN[t, :present], logits_TV[t, expected])
         assert (ids_TN[t, present:] == -1).all()
         assert (best_TN[t, present:] == -np.inf).all()
@@ -76,10 +80,10 @@ def test_candidates_of_ranks_merge_to_those_of_the_whole(kernels, bench, same_bi
     logits_TV[0, 130:140] = -np.inf
     parts = []
     for first, last in ((256, 300), (0, 128), (128, 256)):
-        parts.append(top(kernels, bench, bench.of(logits_TV[:, first:last]), last - first, first, 60))
+        parts.append(top(kernels, bench, bench.of(logits_TV[:, first:last]), last - first, first // 128, 60))
     ids_N = bench.of(np.concatenate([ids[0] for ids, _ in parts]))
     logits_N = bench.of(np.concatenate([best[0] for _, best in parts]))
-    kernels.merge_candidates(ids_N, logits_N)
+    kernels.merge_candidates(ids_N[None], logits_N[None], len(ids_N))
     ids_TN, best_TN = top(kernels, bench, logits_TV, 300, 0, 60)
     same_bits((ids_N[:60], logits_N[:60]), (ids_TN[0], best_TN[0]))
     assert (ids_N[44 + 120 :] == -1).all()

@@ -17,6 +17,7 @@ from dist_moe.parallel.plan import JobPlan, in_order
 from dist_moe.split import VOCABULARY_BLOCK
 
 Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int32]
 
 CANDIDATES = 256
 
@@ -36,11 +37,38 @@ class Candidates:
     unit_sum_B: Floats | None = None
 
 
+@dataclass(frozen=True)
+class _Sections:
+    """N rows of one rank's message: ids, logits, and per kind of block value (maxima, sums, ...) those of its blocks."""
+
+    ids_NC: Ids
+    logits_NC: Floats
+    values_Nb: list[Floats]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The memory of messages of N rows. `key`: rows, sums at temperature 1, valid vocabulary; `valid` own columns.
+
+    On rank 0 `merged` has what the ranks' `parts` of `gathered` become: with one rank, its own message.
+    """
+
+    key: tuple[int, bool, int]
+    valid: int
+    temperature_N: Floats
+    message: Ids
+    own: _Sections
+    gathered: Ids | None
+    parts: list[_Sections]
+    merged: _Sections
+    candidates: list[Candidates]
+
+
 class CandidateExchange:
     """Turns each rank's logits into candidates on rank 0."""
 
     def __init__(self, exchange: Exchange, kernels: Kernels, job: JobPlan, rank: int) -> None:
-        """Lay out the message.
+        """Note who has which part of the message.
 
         Args:
             exchange: The collectives.
@@ -50,12 +78,13 @@ class CandidateExchange:
         """
         self._exchange = exchange
         self._kernels = kernels
+        self._rank = rank
         self._vocabulary = sum(plan.vocabulary_rows for plan in job.plans)
         self._own = np.array(job.plans[rank].vocabulary_blocks, np.int32)
         self._block_counts = [len(plan.vocabulary_blocks) for plan in job.plans]
-        self._max_blocks = max(self._block_counts)
         self._place_B = in_order(block for plan in job.plans for block in plan.vocabulary_blocks)
         self._count = min(CANDIDATES, self._vocabulary)
+        self._layout = self._lay_out(0, False, 0)
 
     def gather(
         self,
@@ -77,68 +106,77 @@ class CandidateExchange:
             unit_sums: Send the sums at temperature 1, too.
 
         Returns:
-            One entry per row on rank 0, None elsewhere.
+            One entry per row on rank 0, valid until the next call; None elsewhere.
         """
-        N, C, B = len(logits_Nv), self._count, self._max_blocks
-        message = np.zeros((N, 2 * C + (2 + unit_sums) * B), dtype=np.int32)
-        b = len(self._own)
-        if b:
-            valid = self._valid_columns(valid_vocabulary)
-            part = local_candidates(self._kernels, logits_Nv, temperatures, valid, C, fault_N, layer)
-            message[:, :C] = self._ids_of(part.ids_NC)
-            message[:, C : 2 * C] = part.logits_NC.view(np.int32)
-            message[:, 2 * C : 2 * C + b] = part.max_Nb.view(np.int32)
-            message[:, 2 * C + B : 2 * C + B + b] = part.sum_Nb.view(np.int32)
-            if unit_sums:
-                _, unit_sum_Nb = block_sums(self._kernels, logits_Nv, (1.0,) * N, valid, fault_N, layer)
-                message[:, 2 * C + 2 * B : 2 * C + 2 * B + b] = unit_sum_Nb.view(np.int32)
-        else:
-            message[:, :C] = -1
-        gathered = self._exchange.gather_equal(message)
-        if gathered is None:
+        if self._layout.key != (len(logits_Nv), unit_sums, valid_vocabulary):
+            self._layout = self._lay_out(len(logits_Nv), unit_sums, valid_vocabulary)
+        layout, own = self._layout, self._layout.own
+        if len(self._own):
+            layout.temperature_N[:] = temperatures
+            kernels, valid = self._kernels, layout.valid
+            max_Nb, sum_Nb, *unit_sum = own.values_Nb
+            for unit_sum_Nb in unit_sum:
+                ones_N = np.ones_like(layout.temperature_N)
+                kernels.vocabulary_blocks(max_Nb, unit_sum_Nb, fault_N, logits_Nv, ones_N, valid, layer)
+            kernels.vocabulary_blocks(max_Nb, sum_Nb, fault_N, logits_Nv, layout.temperature_N, valid, layer)
+            kernels.top_logits(own.ids_NC, own.logits_NC, logits_Nv, max_Nb, self._own, valid)
+        if self._exchange.gather_equal(layout.message, layout.gathered) is None:
             return None
-        return [self._merge(gathered[:, row], valid_vocabulary) for row in range(N)]
+        if len(layout.parts) > 1:
+            self._merge(layout.parts, layout.merged)
+        return layout.candidates
 
-    def _valid_columns(self, valid_vocabulary: int) -> int:
-        """How many of this rank's columns, which ascend by id, stand for ids below `valid_vocabulary`."""
-        return int(np.clip(valid_vocabulary - self._own * VOCABULARY_BLOCK, 0, VOCABULARY_BLOCK).sum())
-
-    def _ids_of(self, column_NC: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """The ids of this rank's columns; -1 stays."""
-        block_NC, row_NC = np.divmod(column_NC, VOCABULARY_BLOCK)
-        ids: npt.NDArray[np.int32] = np.where(column_NC < 0, -1, self._own[block_NC] * VOCABULARY_BLOCK + row_NC)
-        return ids
-
-    def _merge(self, words: npt.NDArray[np.int32], valid_vocabulary: int) -> Candidates:
-        C, B = self._count, self._max_blocks
-        ids, logits = words[:, :C].ravel(), words[:, C : 2 * C].ravel().view(np.float32)
-        present = ids >= 0
-        ids, logits = np.ascontiguousarray(ids[present]), np.ascontiguousarray(logits[present])
-        self._kernels.merge_candidates(ids, logits)
-        # Behind the candidates: maxima, sums, and sums at temperature 1 if there are any.
-        parts = [
-            np.concatenate([words[r, at : at + b] for r, b in enumerate(self._block_counts)])[self._place_B]
-            for at in range(2 * C, words.shape[1], B)
-        ]
+    def _lay_out(self, N: int, unit_sums: bool, valid_vocabulary: int) -> _Layout:
+        W, C, kinds = len(self._block_counts), self._count, 2 + unit_sums
+        length = N * (2 * C + kinds * max(self._block_counts))
+        message = np.zeros(length, np.int32)
+        own = self._sections(message, N, kinds, len(self._own))
+        own.ids_NC.fill(-1)  # stays where a rank has no blocks
+        gathered = np.empty((W, length), np.int32) if W > 1 and self._rank == 0 else None
+        parts, merged = [own], own
+        if gathered is not None:
+            parts = [self._sections(*part) for part in zip(gathered, [N] * W, [kinds] * W, self._block_counts)]
+            values_NB = [np.empty((N, len(self._place_B)), np.float32) for _ in range(kinds)]
+            merged = _Sections(np.empty((N, W * C), np.int32), np.empty((N, W * C), np.float32), values_NB)
         # Only the best C are certain: a rank's next one, not sent, may beat what follows them.
-        return Candidates(
-            ids_C=ids[:C],
-            logits_C=logits[:C],
-            max_B=parts[0].view(np.float32),
-            sum_B=parts[1].view(np.float32),
-            complete=min(valid_vocabulary, self._vocabulary) <= C,
-            unit_sum_B=parts[2].view(np.float32) if len(parts) > 2 else None,
+        allowed = max(0, min(valid_vocabulary, self._vocabulary))
+        return _Layout(
+            key=(N, unit_sums, valid_vocabulary),
+            # This rank's columns ascend by id.
+            valid=int(np.clip(valid_vocabulary - self._own * VOCABULARY_BLOCK, 0, VOCABULARY_BLOCK).sum()),
+            temperature_N=np.empty(N, np.float32),
+            message=message,
+            own=own,
+            gathered=gathered,
+            parts=parts,
+            merged=merged,
+            candidates=[_candidates(merged, row, min(C, allowed), allowed <= C) for row in range(N)],
         )
 
+    def _sections(self, message: Ids, N: int, kinds: int, blocks: int) -> _Sections:
+        C, B, floats = self._count, max(self._block_counts), message.view(np.float32)
+        values = floats[2 * N * C :].reshape(kinds, N * B)[:, : N * blocks].reshape(kinds, N, blocks)
+        return _Sections(message[: N * C].reshape(N, C), floats[N * C : 2 * N * C].reshape(N, C), list(values))
 
-@dataclass(frozen=True)
-class LocalCandidates:
-    """The candidates and block sums of one rank's logits."""
+    def _merge(self, parts: Sequence[_Sections], merged: _Sections) -> None:
+        np.concatenate([part.ids_NC for part in parts], axis=1, out=merged.ids_NC)
+        np.concatenate([part.logits_NC for part in parts], axis=1, out=merged.logits_NC)
+        self._kernels.merge_candidates(merged.ids_NC, merged.logits_NC, self._count)
+        for kind, values_NB in enumerate(merged.values_Nb):
+            side_by_side = np.concatenate([part.values_Nb[kind] for part in parts], axis=1)
+            np.take(side_by_side, self._place_B, axis=1, out=values_NB)
 
-    ids_NC: npt.NDArray[np.int32]
-    logits_NC: Floats
-    max_Nb: Floats
-    sum_Nb: Floats
+
+def _candidates(whole: _Sections, row: int, count: int, complete: bool) -> Candidates:
+    values = [values_NB[row] for values_NB in whole.values_Nb]
+    return Candidates(
+        ids_C=whole.ids_NC[row, :count],
+        logits_C=whole.logits_NC[row, :count],
+        max_B=values[0],
+        sum_B=values[1],
+        complete=complete,
+        unit_sum_B=values[2] if len(values) > 2 else None,
+    )
 
 
 def block_sums(
@@ -158,36 +196,14 @@ def block_sums(
     return max_Nb, sum_Nb
 
 
-def local_candidates(
-    kernels: Kernels,
-    logits_Nv: Floats,
-    temperatures: Sequence[float],
-    valid: int,
-    count: int,
-    fault_N: npt.NDArray[np.int32],
-    layer: int,
-) -> LocalCandidates:
-    """The best `count` columns of each row's logits, the sums of its blocks; those from `valid` on are masked."""
-    N, v = logits_Nv.shape
-    valid = max(0, min(valid, v))
-    max_Nb, sum_Nb = block_sums(kernels, logits_Nv, temperatures, valid, fault_N, layer)
-    ids_NC, logits_NC = np.empty((N, count), dtype=np.int32), np.empty((N, count), dtype=np.float32)
-    kernels.top_logits(ids_NC, logits_NC, logits_Nv, valid, 0)
-    return LocalCandidates(ids_NC, logits_NC, max_Nb, sum_Nb)
-
-
 def row_candidates(
     kernels: Kernels, logits_V: Floats, temperature: float, valid_vocabulary: int, count: int
 ) -> Candidates:
     """The candidates of one whole row of logits on rank 0."""
-    fault_N = np.full(1, NO_FAULT, dtype=np.int32)
-    part = local_candidates(kernels, logits_V[None], [temperature], valid_vocabulary, count, fault_N, 0)
-    valid = min(valid_vocabulary, len(logits_V))
+    valid = max(0, min(valid_vocabulary, len(logits_V)))
+    fault_N, logits_NV = np.full(1, NO_FAULT, dtype=np.int32), logits_V[None]
+    max_NB, sum_NB = block_sums(kernels, logits_NV, [temperature], valid, fault_N, 0)
+    ids_NC, logits_NC = np.empty((1, count), dtype=np.int32), np.empty((1, count), dtype=np.float32)
+    kernels.top_logits(ids_NC, logits_NC, logits_NV, max_NB, np.arange(max_NB.shape[1], dtype=np.int32), valid)
     found = min(count, valid)
-    return Candidates(
-        ids_C=part.ids_NC[0, :found],
-        logits_C=part.logits_NC[0, :found],
-        max_B=part.max_Nb[0],
-        sum_B=part.sum_Nb[0],
-        complete=found == valid,
-    )
+    return _candidates(_Sections(ids_NC, logits_NC, [max_NB, sum_NB]), 0, found, found == valid)

@@ -89,7 +89,7 @@ class Sampler:
         ids_C, logits_C = candidates.ids_C.copy(), candidates.logits_C.copy()
         floor, floor_id = logits_C[-1], ids_C[-1]
         self._history.penalize(kernels, logits_C, ids_C)
-        kernels.merge_candidates(ids_C, logits_C)
+        kernels.merge_candidates(ids_C[None], logits_C[None], len(ids_C))
         certain = len(ids_C)
         if not candidates.complete:
             # Every other token ranks behind the last candidate as it was, and can only have sunk.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,7 +103,8 @@ class Worker:
             found = self._candidates.gather(
                 logits_Nv, step.temperatures[rows], step.valid_vocabulary, fault_N, layer, step.unit_sums
             )
-            result.candidates.extend(found or [])
+            is_last = rows.stop >= len(step.logit_rows)
+            result.candidates.extend((found if is_last else deepcopy(found)) or [])  # the next call overwrites them
         else:
             everything = logits_Nv.shape[1]
             block_sums(self._model.kernels, logits_Nv, (1.0,) * len(tokens), everything, fault_N, layer)
