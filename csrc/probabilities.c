@@ -24,9 +24,14 @@ dm_block_mass dm_merge_blocks(const dm_kernels *kernels, const float *max_B, con
             first = 0;
             continue;
         }
-        float max = max_B[b] > all.max ? max_B[b] : all.max;
-        float alpha = kernels->softmax_term(all.max, max, temperature);
-        float beta = kernels->softmax_term(max_B[b], max, temperature);
+        /* One of the two factors is exp(0) = 1. */
+        float alpha = 1.0f, beta = 1.0f, max = all.max;
+        if (max_B[b] > max) {
+            max = max_B[b];
+            alpha = kernels->softmax_term(all.max, max, temperature);
+        } else {
+            beta = kernels->softmax_term(max_B[b], max, temperature);
+        }
         all.sum = kernels->fma_one(sum_B[b], beta, all.sum * alpha);
         all.max = max;
     }

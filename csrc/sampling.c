@@ -16,14 +16,19 @@ typedef struct logits_job {
     int32_t layer;
 } logits_job;
 
+/* How many of a block's columns are below `valid`. */
+static size_t block_columns(const logits_job *job, size_t first) {
+    size_t n = job->valid > first ? job->valid - first : 0;
+    return n < DM_VOCABULARY_BLOCK ? n : DM_VOCABULARY_BLOCK;
+}
+
 static void vocabulary_item(void *argument, size_t item, dm_worker *worker) {
     (void)worker;
     const logits_job *job = argument;
     size_t last = dm_item_first(item + 1, job->items, job->T * job->blocks);
     for (size_t i = dm_item_first(item, job->items, job->T * job->blocks); i < last; i++) {
         size_t t = i / job->blocks, first = i % job->blocks * DM_VOCABULARY_BLOCK;
-        size_t n = job->valid > first ? job->valid - first : 0;
-        n = n < DM_VOCABULARY_BLOCK ? n : DM_VOCABULARY_BLOCK;
+        size_t n = block_columns(job, first);
         float temperature = job->temperature_T[t] == 0.0f ? 1.0f : job->temperature_T[t];
         int kind = job->kernels->vocabulary(&job->max_TB[i], &job->sum_TB[i], job->logits_TV + t * job->V + first,
                                             temperature, n);
@@ -152,15 +157,15 @@ static void offer_block(best_list *list, float floor, const float *logits_V, siz
 
 static void top_item(void *argument, size_t t, dm_worker *worker) {
     const logits_job *job = argument;
-    const float *max_B = job->largest_TB + t * job->blocks;
+    const float *max_B = job->largest_TB + t * job->blocks, *logits_V = job->logits_TV + t * job->V;
     best_list list = empty_list(worker, job->valid < job->count ? job->valid : job->count);
     float floor = reached_by(max_B, job->blocks, list.count);
-    for (size_t b = 0; b < job->blocks && list.count > 0; b++) {
+    size_t blocks = list.count > 0 ? dm_divide_up(job->valid, DM_VOCABULARY_BLOCK) : 0;
+    for (size_t b = 0; b < blocks; b++) {
         size_t first = b * DM_VOCABULARY_BLOCK;
         if (list.held == list.count && list.heap[0].logit > floor) floor = list.heap[0].logit;
-        if (max_B[b] < floor || first >= job->valid) continue;
-        size_t n = job->valid - first < DM_VOCABULARY_BLOCK ? job->valid - first : DM_VOCABULARY_BLOCK;
-        offer_block(&list, floor, job->logits_TV + t * job->V + first, n, job->block_B[b] * DM_VOCABULARY_BLOCK);
+        if (max_B[b] < floor) continue;
+        offer_block(&list, floor, logits_V + first, block_columns(job, first), job->block_B[b] * DM_VOCABULARY_BLOCK);
     }
     write_sorted(job->ids_TN + t * job->count, job->logits_TN + t * job->count, &list, job->count);
 }

@@ -6,21 +6,24 @@
 DM_INLINE float largest(const float *x, size_t n) {
     f32v best = all_f32(-__builtin_inff());
     size_t i = 0;
-    for (; i + DM_LANES <= n; i += DM_LANES) {
-        f32v next = load_f32(x + i);
-        best = select_f32(next > best, next, best);
-    }
+    for (; i + DM_LANES <= n; i += DM_LANES) best = max_f32(best, load_f32(x + i));
     float highest = highest_f32(best);
     for (; i < n; i++) highest = x[i] > highest ? x[i] : highest;
     return highest + 0.0f;
 }
 
-static int vocabulary(float *max, float *sum, const float *logits_V, float temperature, size_t n) {
+DM_INLINE int vocabulary_part(float *max, float *sum, const float *logits_V, float temperature, size_t n) {
     float best = largest(logits_V, n);
     *max = best;
-    /* Dividing by 1 changes no bit, and the division is half of the work. */
+    /* Dividing by 1 changes no bit. */
     *sum = temperature == 1.0f ? softmax_sum(logits_V, best, 1.0f, n) : softmax_sum(logits_V, best, temperature, n);
     return absmax_bits(logits_V, n) >= DM_INFINITY_BITS ? DM_FAULT_LOGIT : 0;
+}
+
+/* A whole block's size is known to the compiler. */
+static int vocabulary(float *max, float *sum, const float *logits_V, float temperature, size_t n) {
+    if (n == DM_VOCABULARY_BLOCK) return vocabulary_part(max, sum, logits_V, temperature, DM_VOCABULARY_BLOCK);
+    return vocabulary_part(max, sum, logits_V, temperature, n);
 }
 
 /* What merging block sums needs besides softmax_term. */

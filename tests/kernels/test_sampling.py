@@ -20,13 +20,14 @@ def blocks(kernels, bench, logits_TV, temperature_T, valid):
     return max_TB, sum_TB
 
 
-def top(kernels, bench, logits_TV, valid, first_block, count):
+def top(kernels, bench, logits_TV, valid, first_block, count, step=1):
+    """Block b has the ids from 128 (first_block + b * step) on."""
     ids_TN = bench.empty((len(logits_TV), count), np.int32)
     best_TN = bench.empty((len(logits_TV), count), np.float32)
     T, B = len(logits_TV), -(-logits_TV.shape[1] // 128)
     max_TB, sum_TB, fault_T = bench.empty((T, B), np.float32), bench.empty((T, B), np.float32), bench.faults(T)
     kernels.vocabulary_blocks(max_TB, sum_TB, fault_T, logits_TV, bench.of(np.ones(T, np.float32)), valid, 0)
-    block_B = bench.of(np.arange(first_block, first_block + B, dtype=np.int32))
+    block_B = bench.of(np.arange(B, dtype=np.int32) * np.int32(step) + np.int32(first_block))
     kernels.top_logits(ids_TN, best_TN, logits_TV, max_TB, block_B, valid)
     return ids_TN, best_TN
 
@@ -73,6 +74,55 @@ def test_top_logits(kernels, bench, V, valid, count):
         assert np.array_equal(best_TN[t, :present], logits_TV[t, expected])
         assert (ids_TN[t, present:] == -1).all()
         assert (best_TN[t, present:] == -np.inf).all()
+
+
+def awkward_rows(bench, V):
+    """Rows of ties, zeros of both signs, NaN, infinities, blocks without a number, every magnitude and order."""
+    x_TV = np.stack([bench.floats(V) for _ in range(9)])
+    x_TV[0] = 2.5
+    x_TV[1] = np.where(x_TV[1] < 0.5, np.copysign(0, x_TV[1]), -1)
+    x_TV[2, bench.rng.random(V) < 0.3] = np.nan
+    x_TV[2, :200] = -np.nan
+    x_TV[3, V // 3 : V // 3 + 300] = -np.inf
+    x_TV[4] = -np.inf
+    x_TV[4, V // 2] = np.nan
+    x_TV[5, bench.rng.random(V) < 0.02] = np.inf
+    x_TV[6] = np.sort(np.rint(x_TV[6] * 4))
+    x_TV[7] = -np.sort(-x_TV[7])
+    x_TV[8] = bench.wild(V)
+    return x_TV
+
+
+@pytest.mark.parametrize(
+    ("V", "valid", "count"),
+    [(1, 1, 3), (127, 127, 1), (128, 128, 128), (300, 300, 400), (300, 5, 16), (300, 0, 4), (1000, 1000, 8),
+     (1000, 1000, 7), (2000, 1290, 3), (2000, 1999, 16), (2000, 1281, 11), (5000, 4990, 25), (5000, 4990, 300)]
+)  # fmt: skip
+def test_top_logits_are_those_of_the_definition(kernels, bench, same_bits, V, valid, count):
+    logits_TV = awkward_rows(bench, V)
+    expected_ids, expected = np.full((9, count), -1, np.int32), np.full((9, count), -np.inf, np.float32)
+    for t, row_V in enumerate(logits_TV):
+        best = np.argsort(-np.where(np.isnan(row_V), -np.inf, row_V)[:valid], kind="stable")[:count]
+        expected_ids[t, : len(best)] = 128 * (5 + best // 128 * 3) + best % 128
+        expected[t, : len(best)] = row_V[best]
+    logits_TV[:, valid:] = 1e9  # masked
+    for rows in (slice(0, 1), slice(1, 3), slice(3, 6), slice(6, 9)):
+        found = top(kernels, bench, bench.of(logits_TV[rows]), valid, 5, count, step=3)
+        same_bits(found, (expected_ids[rows], expected[rows]))
+
+
+@pytest.mark.parametrize(("N", "count"), [(1, 1), (50, 7), (50, 50), (200, 64), (5, 9)])
+def test_merged_candidates_are_those_of_the_definition(kernels, bench, same_bits, N, count):
+    ids_TN = bench.of(np.stack([bench.rng.permutation(900)[:N].astype(np.int32) for _ in range(4)]))
+    logits_TN = bench.of(np.rint(bench.floats(4, N, scale=3.0)))
+    logits_TN[1], logits_TN[2, : N // 2] = -np.inf, np.nan
+    missing_TN = bench.rng.random((4, N)) < 0.2
+    ids_TN[missing_TN], logits_TN[missing_TN] = -1, -np.inf
+    ranked_TN = np.where(np.isnan(logits_TN), -np.inf, logits_TN)
+    order_TN = np.stack([np.lexsort((ids_TN[t], -ranked_TN[t], ids_TN[t] < 0))[:count] for t in range(4)])
+    expected = np.take_along_axis(ids_TN, order_TN, 1), np.take_along_axis(logits_TN, order_TN, 1)
+    kernels.merge_candidates(ids_TN, logits_TN, count)
+    same_bits((ids_TN[:, :count], logits_TN[:, :count]), expected)
 
 
 def test_candidates_of_ranks_merge_to_those_of_the_whole(kernels, bench, same_bits):
@@ -146,6 +196,10 @@ def test_candidates_decide_the_same_or_not_at_all(portable, kernels, bench, filt
     for position in range(60):
         how = SamplingParameters(temperature=1.0, seed=11, position=position, **filters)
         whole = draws.draw(how)
+        if how.top_k:  # the mass of all tokens decides nothing
+            ids_TN, best_TN = draws.lists[300]
+            no_B = np.empty(0, np.float32)
+            assert draws.kernels.sample(how, ids_TN[0], best_TN[0], no_B, no_B, True)[0] == whole[0]
         for count in undecided:
             found = draws.draw(how, count)
             undecided[count] += found[0] == -1

@@ -39,7 +39,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class _Sections:
-    """N rows of one rank's message: ids, logits, and per kind of block value (maxima, sums, ...) those of its blocks."""
+    """N rows of a message: ids, logits, and the blocks' maxima, sums and, if asked for, sums at temperature 1."""
 
     ids_NC: Ids
     logits_NC: Floats
@@ -112,13 +112,13 @@ class CandidateExchange:
             self._layout = self._lay_out(len(logits_Nv), unit_sums, valid_vocabulary)
         layout, own = self._layout, self._layout.own
         if len(self._own):
-            layout.temperature_N[:] = temperatures
-            kernels, valid = self._kernels, layout.valid
+            kernels, valid, temperature_N = self._kernels, layout.valid, layout.temperature_N
             max_Nb, sum_Nb, *unit_sum = own.values_Nb
+            temperature_N[:] = temperatures
+            kernels.vocabulary_blocks(max_Nb, sum_Nb, fault_N, logits_Nv, temperature_N, valid, layer)
             for unit_sum_Nb in unit_sum:
-                ones_N = np.ones_like(layout.temperature_N)
-                kernels.vocabulary_blocks(max_Nb, unit_sum_Nb, fault_N, logits_Nv, ones_N, valid, layer)
-            kernels.vocabulary_blocks(max_Nb, sum_Nb, fault_N, logits_Nv, layout.temperature_N, valid, layer)
+                temperature_N.fill(1)
+                kernels.vocabulary_blocks(max_Nb, unit_sum_Nb, fault_N, logits_Nv, temperature_N, valid, layer)
             kernels.top_logits(own.ids_NC, own.logits_NC, logits_Nv, max_Nb, self._own, valid)
         if self._exchange.gather_equal(layout.message, layout.gathered) is None:
             return None
@@ -135,7 +135,8 @@ class CandidateExchange:
         gathered = np.empty((W, length), np.int32) if W > 1 and self._rank == 0 else None
         parts, merged = [own], own
         if gathered is not None:
-            parts = [self._sections(*part) for part in zip(gathered, [N] * W, [kinds] * W, self._block_counts)]
+            messages = zip(gathered, self._block_counts, strict=True)
+            parts = [self._sections(part, N, kinds, blocks) for part, blocks in messages]
             values_NB = [np.empty((N, len(self._place_B)), np.float32) for _ in range(kinds)]
             merged = _Sections(np.empty((N, W * C), np.int32), np.empty((N, W * C), np.float32), values_NB)
         # Only the best C are certain: a rank's next one, not sent, may beat what follows them.

@@ -136,5 +136,8 @@ def _choose(kernels: Kernels, how: SamplingParameters, found: Candidates | None)
     """The token, or None if the candidates cannot decide."""
     if found is None:
         return None
-    place, _ = kernels.sample(how, found.ids_C, found.logits_C, found.max_B, found.sum_B, found.complete)
+    max_B, sum_B = found.max_B, found.sum_B
+    if how.temperature == 0 or how.top_k > 0:
+        max_B = sum_B = _NO_BLOCKS  # the mass of all tokens, which takes longer than the draw, decides nothing
+    place, _ = kernels.sample(how, found.ids_C, found.logits_C, max_B, sum_B, found.complete)
     return int(found.ids_C[place]) if place >= 0 else None

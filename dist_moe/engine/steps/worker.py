@@ -103,8 +103,8 @@ class Worker:
             found = self._candidates.gather(
                 logits_Nv, step.temperatures[rows], step.valid_vocabulary, fault_N, layer, step.unit_sums
             )
-            is_last = rows.stop >= len(step.logit_rows)
-            result.candidates.extend((found if is_last else deepcopy(found)) or [])  # the next call overwrites them
+            more = rows.stop < len(step.logit_rows)  # the next call overwrites what was found
+            result.candidates.extend(deepcopy(found or []) if more else found or [])
         else:
             everything = logits_Nv.shape[1]
             block_sums(self._model.kernels, logits_Nv, (1.0,) * len(tokens), everything, fault_N, layer)
