@@ -112,7 +112,6 @@ static void offer(best_list *list, candidate next) {
 
 /* Best first; places that nothing was offered for get id -1 and logit -infinity. */
 static void write_sorted(int32_t *ids_N, float *logits_N, best_list *list, size_t N) {
-    if (list->held < list->count) make_heap(list);
     for (size_t n = list->held; n-- > 0;) {
         ids_N[n] = candidate_id(list->heap[0]);
         logits_N[n] = list->heap[0].logit;

@@ -75,7 +75,7 @@ def test_candidates_are_those_of_the_whole_row(kernels: Kernels, split: str) -> 
     ranks = len(job.plans)
     post = Post(ranks)
     exchanges = [CandidateExchange(post, kernels, job, rank) for rank in range(ranks)]
-    steps = [(1, False, V), (1, False, V), (3, False, V), (3, True, V), (3, True, 1300), (2, False, 200), (2, False, 0)]
+    steps = [(1, False, V), (1, False, V), (3, False, V), (3, True, V), (3, True, 1300), (2, False, 256), (2, False, 0)]
     for turn, (N, unit_sums, valid) in enumerate(steps):
         logits_NV = np.rint(rng.standard_normal((N, V)) * 9).astype(np.float32) / 4
         temperatures = [0.0, 1.0, 0.7][:N] if turn % 2 else [0.6, 0.0, 1.0][:N]
@@ -100,9 +100,9 @@ def test_a_fault_is_noted(kernels: Kernels) -> None:
 
 
 def test_rows_of_one_step_do_not_overwrite_each_other(make_store, make_engine, tiny_directory: Path) -> None:
-    """A step with more rows than one message has."""
+    """A step whose rows go in two messages."""
     engine = make_engine(make_store(tiny_directory))
-    rows = MAX_LOGIT_ROWS + 3
+    rows = 2 * MAX_LOGIT_ROWS
     slices = tuple(Slice(row, 0, (row % 7,)) for row in range(rows))
     together = engine.crew.run(Step(slices, tuple(range(rows)), (0.0,) * rows, False, 90))
     assert len(together.candidates) == rows

@@ -276,6 +276,22 @@ def test_no_candidates_give_no_token(kernels, bench):
         assert kernels.sample(how, ids_N, logits_N, masked, zero, True) == (-1, 0.0)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1.3])
+def test_block_sums_are_merged_by_rule_10(kernels, bench, temperature):
+    """In ascending order, masked blocks left out, and one rounding per operation."""
+    how, ids_N, one = SamplingParameters(temperature, top_k=1), np.zeros(1, np.int32), np.ones(1, np.float32)
+    max_B, sum_B = bench.floats(60, scale=2.0), bench.of(np.float32(1) + bench.rng.random(60, np.float32))
+    max_B[20:] += np.float32(6)
+    max_B[[0, 7]], sum_B[[0, 7]] = -np.inf, 0
+    most, mass = max_B[1], sum_B[1]
+    for largest, total in zip(max_B[2:], sum_B[2:], strict=True):
+        before, most = most, max(most, largest)
+        alpha, beta = (kernels.sample(how, ids_N, x[None], most[None], one, True)[1] for x in (before, largest))
+        if largest > -np.inf:
+            mass = np.float32(float(total) * beta + float(mass * np.float32(alpha)))  # the product is exact
+    assert kernels.sample(how, ids_N, most[None], max_B, sum_B, True) == (0, np.float32(1) / mass)
+
+
 # Random123's kat_vectors for philox4x32 with 10 rounds: counter, key, result.
 PHILOX = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
