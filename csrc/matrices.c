@@ -93,6 +93,14 @@ static size_t choose_units(matrix_job *job) {
     return bytes;
 }
 
+/* Float tiles are read a few side by side, where there are as many for each thread: four for one token, else two. */
+static size_t least_units(const matrix_job *job, size_t units, size_t threads) {
+    const size_t least = dm_least_units(job->unit_bytes, job->T), each = units / threads;
+    if (dm_is_quantized(job->matrices[0].format)) return least;
+    const size_t side_by_side = job->T == 1 ? 4 : 2, most = each < side_by_side ? each : side_by_side;
+    return least > most ? least : most;
+}
+
 void dm_matmul(dm_context *context, float *out_TR, const dm_matrix *matrices, const dm_operand *x, size_t matrix_count,
                size_t T, size_t out_stride) {
     if (T == 0 || matrix_count == 0) return;
@@ -104,7 +112,7 @@ void dm_matmul(dm_context *context, float *out_TR, const dm_matrix *matrices, co
                       .matrix_count = matrix_count,
                       .T = T,
                       .out_stride = out_stride};
-    const size_t bytes = choose_units(&job);
-    dm_pool_share(context->pool, matmul_tiles, &job, bytes / job.unit_bytes, dm_least_units(job.unit_bytes, T));
+    const size_t units = choose_units(&job) / job.unit_bytes;
+    dm_pool_share(context->pool, matmul_tiles, &job, units, least_units(&job, units, context->threads));
     dm_set_float_state(saved);
 }

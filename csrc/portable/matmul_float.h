@@ -1,83 +1,123 @@
-/* matmul_float.h: f32 and bf16 weights. A lane is a row, K ascends, one fma per weight (rule 6). */
+/* matmul_float.h: f32 and bf16 weights. A lane is a row, K ascends, one fma per weight (rule 6).
+ *
+ * Work goes by blocks of tiles and tokens whose sums stay in registers. A single token takes as long as its weights
+ * take to arrive, and memory delivers four tiles side by side faster than one.
+ */
 #ifndef DM_MATMUL_FLOAT_H
 #define DM_MATMUL_FLOAT_H
+
+/* A block of several tokens: 16 sums where there are 32 registers of 16 lanes, else of one tile. */
+#define FLOAT_TOKENS (DM_LANES == 16 ? 8 : 4)
+#define FLOAT_TILES (DM_LANES == 16 ? 2 : 1)
+#define FLOAT_TILES_ONE 4
+
+/* Tiles are read so many columns at a time; meanwhile as many bytes are asked for, so far ahead (512 to 2048 tried). */
+#define FLOAT_STEP 16
+#define FLOAT_AHEAD_BYTES 512
 
 typedef f32v (*weight_loader)(const void *tile, size_t i);
 
 DM_INLINE f32v load_weights_f32(const void *tile, size_t i) { return load_f32((const float *)tile + i); }
 DM_INLINE f32v load_weights_bf16(const void *tile, size_t i) { return widen_bf16((const uint16_t *)tile + i); }
 
-/* Four independent chains: 1 tile x 4 tokens or 4 tiles x 1 token. weight_step and token_step are 0 or 1. */
-DM_INLINE void float_chains(float *out[4], const uint8_t *const tile[4], const float *const x[4], size_t C,
-                            size_t chains, size_t weight_step, size_t token_step, weight_loader load) {
-    for (size_t part = 0; part < 16; part += DM_LANES) {
-        f32v sum[4] = {{0}, {0}, {0}, {0}};
-        for (size_t c = 0; c < C; c++) {
-            for (size_t i = 0; i < chains; i++) {
-                f32v weight = load(tile[i * weight_step], c * 16 + part);
-                sum[i] = fma_lanes(weight, all_f32(x[i * token_step][c]), sum[i]);
+typedef struct float_job {
+    float *out_TR;
+    const uint8_t *packed;
+    const float *x_TC;
+    size_t rows, columns, x_stride, out_stride, tile_bytes, column_bytes;
+} float_job;
+
+/* sum[i][r] += register r of `tiles` tiles times token i, columns [first, last). */
+DM_INLINE void add_columns(f32v *sum, const uint8_t *tile, const float *x_TC, const float_job *job, size_t first,
+                           size_t last, size_t tokens, size_t tiles, weight_loader load) {
+    const size_t registers = tiles * DM_PARTS;
+    for (size_t c = first; c < last; c++) {
+        f32v weight[FLOAT_TILES_ONE * DM_PARTS];
+        for (size_t r = 0; r < registers; r++) {
+            weight[r] = load(tile + r / DM_PARTS * job->tile_bytes, c * 16 + r % DM_PARTS * DM_LANES);
+        }
+        for (size_t i = 0; i < tokens; i++) {
+            const f32v factor = all_f32(x_TC[i * job->x_stride + c]);
+            for (size_t r = 0; r < registers; r++) {
+                sum[i * registers + r] = fma_lanes(weight[r], factor, sum[i * registers + r]);
             }
         }
-        for (size_t i = 0; i < chains; i++) store_f32(out[i] + part, sum[i]);
     }
 }
 
-/* Tiles `first`, first + 1, ... against tokens t, t + 1, ...: one of the two counts is 1, the other at most 4. */
-DM_INLINE void float_block(float *out_TR, const uint8_t *packed, const dm_rows *x, size_t first, size_t tiles, size_t t,
-                           size_t tokens, size_t rows, size_t out_stride, size_t tile_bytes, weight_loader load) {
-    float result[4][16];
-    float *out[4];
-    const uint8_t *tile[4];
-    const float *values[4];
-    for (size_t i = 0; i < 4; i++) {
-        out[i] = result[i];
-        tile[i] = packed + (first + (i < tiles ? i : 0)) * tile_bytes;
-        values[i] = x->x + (t + (i < tokens ? i : 0)) * x->x_stride;
+/* Tiles `first`, first + 1, ... against tokens t, t + 1, ... */
+DM_INLINE void float_block(const float_job *job, size_t first, size_t t, size_t tokens, size_t tiles,
+                           weight_loader load) {
+    const size_t registers = tiles * DM_PARTS;
+    const uint8_t *tile = job->packed + first * job->tile_bytes;
+    const float *x_TC = job->x_TC + t * job->x_stride;
+    f32v sum[FLOAT_TOKENS * FLOAT_TILES_ONE * DM_PARTS];
+    for (size_t i = 0; i < tokens * registers; i++) sum[i] = (f32v){0};
+    size_t c = 0;
+    for (; c + FLOAT_STEP <= job->columns; c += FLOAT_STEP) {
+        for (size_t i = 0; i < tiles && t == 0; i++) {
+            const uint8_t *ahead = tile + i * job->tile_bytes + c * job->column_bytes + FLOAT_AHEAD_BYTES;
+            for (size_t at = 0; at < FLOAT_STEP * job->column_bytes; at += 64) __builtin_prefetch(ahead + at, 0, 3);
+        }
+        add_columns(sum, tile, x_TC, job, c, c + FLOAT_STEP, tokens, tiles, load);
     }
-    if (tokens == 4)
-        float_chains(out, tile, values, x->columns, 4, 0, 1, load);
-    else if (tiles == 4)
-        float_chains(out, tile, values, x->columns, 4, 1, 0, load);
-    else
-        float_chains(out, tile, values, x->columns, 1, 0, 0, load);
-    for (size_t i = 0; i < tiles * tokens; i++) {
-        size_t row = (first + (tiles > 1 ? i : 0)) * 16;
-        size_t n = rows - row < 16 ? rows - row : 16;
-        float *to = out_TR + (t + (tokens > 1 ? i : 0)) * out_stride + row;
-        __builtin_memcpy(to, result[i], n * sizeof(float));
+    add_columns(sum, tile, x_TC, job, c, job->columns, tokens, tiles, load);
+    for (size_t i = 0; i < tokens; i++) {
+        for (size_t r = 0; r < registers; r++) {
+            const size_t row = first * 16 + r * DM_LANES;
+            float *to = job->out_TR + (t + i) * job->out_stride + row;
+            if (row < job->rows) store_f32_part(to, sum[i * registers + r], job->rows - row);
+        }
     }
 }
 
-DM_INLINE void matmul_float(float *out_TR, const uint8_t *packed, const dm_rows *x, size_t T, size_t rows,
-                            size_t out_stride, size_t tile_bytes, weight_loader load) {
-    size_t tiles = dm_divide_up(rows, 16);
-    size_t blocked = T / 4 * 4;
-    for (size_t i = 0; i < tiles; i++) {
-        for (size_t t = 0; t < blocked; t += 4) {
-            float_block(out_TR, packed, x, i, 1, t, 4, rows, out_stride, tile_bytes, load);
-        }
+/* The same against all tokens. */
+DM_INLINE void float_tiles(const float_job *job, size_t first, size_t T, size_t tiles, weight_loader load) {
+    size_t t = 0;
+    for (; t + FLOAT_TOKENS <= T; t += FLOAT_TOKENS) float_block(job, first, t, FLOAT_TOKENS, tiles, load);
+    for (; t + 4 <= T; t += 4) float_block(job, first, t, 4, tiles, load);
+    for (; t + 2 <= T; t += 2) float_block(job, first, t, 2, tiles, load);
+    for (; t < T; t++) float_block(job, first, t, 1, tiles, load);
+}
+
+DM_INLINE void matmul_float(const float_job *job, size_t T, weight_loader load) {
+    const size_t tiles = dm_divide_up(job->rows, 16);
+    size_t i = 0;
+    if (T == 1) {
+        for (; i + FLOAT_TILES_ONE <= tiles; i += FLOAT_TILES_ONE) float_block(job, i, 0, 1, FLOAT_TILES_ONE, load);
+    } else {
+        for (; i + FLOAT_TILES <= tiles; i += FLOAT_TILES) float_tiles(job, i, T, FLOAT_TILES, load);
     }
-    for (size_t t = blocked; t < T; t++) {
-        size_t i = 0;
-        for (; i + 4 <= tiles; i += 4) {
-            float_block(out_TR, packed, x, i, 4, t, 1, rows, out_stride, tile_bytes, load);
-        }
-        for (; i < tiles; i++) float_block(out_TR, packed, x, i, 1, t, 1, rows, out_stride, tile_bytes, load);
-    }
+    for (; i < tiles; i++) float_tiles(job, i, T, 1, load);
+}
+
+DM_INLINE float_job make_float_job(float *out_TR, const void *packed, const dm_rows *x, size_t rows, size_t out_stride,
+                                   int format, size_t column_bytes) {
+    return (float_job){.out_TR = out_TR,
+                       .packed = packed,
+                       .x_TC = x->x,
+                       .rows = rows,
+                       .columns = x->columns,
+                       .x_stride = x->x_stride,
+                       .out_stride = out_stride,
+                       .tile_bytes = dm_tile_bytes(format, x->columns, 0),
+                       .column_bytes = column_bytes};
 }
 
 static void matmul_f32(float *out_TR, const void *packed, const dm_rows *x, size_t T, size_t rows, size_t out_stride,
                        size_t group, void *scratch) {
     (void)group;
     (void)scratch;
-    matmul_float(out_TR, packed, x, T, rows, out_stride, dm_tile_bytes(DM_F32, x->columns, 0), load_weights_f32);
+    const float_job job = make_float_job(out_TR, packed, x, rows, out_stride, DM_F32, 64);
+    matmul_float(&job, T, load_weights_f32);
 }
 
 static void matmul_bf16(float *out_TR, const void *packed, const dm_rows *x, size_t T, size_t rows, size_t out_stride,
                         size_t group, void *scratch) {
     (void)group;
     (void)scratch;
-    matmul_float(out_TR, packed, x, T, rows, out_stride, dm_tile_bytes(DM_BF16, x->columns, 0), load_weights_bf16);
+    const float_job job = make_float_job(out_TR, packed, x, rows, out_stride, DM_BF16, 32);
+    matmul_float(&job, T, load_weights_bf16);
 }
 
 #endif

@@ -63,15 +63,18 @@ def test_matmul_bits_and_batches(portable, kernels, bench, same_bits, fmt, group
         same_bits(matmul(kernels, bench, packed, (R, C), alone, fmt, group)[0], together_TR[t])
 
 
-@pytest.mark.parametrize(("fmt", "group"), [(WeightFormat.Q8, 0), (WeightFormat.Q4, 32), (WeightFormat.Q4, 64)])
+@pytest.mark.parametrize(
+    ("fmt", "group"),
+    [(WeightFormat.F32, 0), (WeightFormat.BF16, 0), (WeightFormat.Q8, 0), (WeightFormat.Q4, 32), (WeightFormat.Q4, 64)],
+)
 @pytest.mark.parametrize("shape", [(37, 544), (150, 192)])
 def test_any_number_of_tokens(portable, kernels, bench, same_bits, fmt, group, shape):
     """17 groups have no shorter strips; ten tiles are four runs of two, and two more."""
     packed = bench.packed(portable, bench.floats(*shape), fmt, group)
     x_TC = bench.floats(70, shape[1])
-    everything_TR = matmul(portable, bench, packed, shape, bench.operand(portable, x_TC, True), fmt, group)
+    everything_TR = matmul(portable, bench, packed, shape, bench.operand(portable, x_TC, fmt.quantized), fmt, group)
     for T in range(1, 71):
-        operand = bench.operand(kernels, x_TC[:T], True)
+        operand = bench.operand(kernels, x_TC[:T], fmt.quantized)
         same_bits(matmul(kernels, bench, packed, shape, operand, fmt, group), everything_TR[:T])
 
 
