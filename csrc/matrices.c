@@ -112,7 +112,7 @@ void dm_matmul(dm_context *context, float *out_TR, const dm_matrix *matrices, co
                       .matrix_count = matrix_count,
                       .T = T,
                       .out_stride = out_stride};
-    const size_t units = choose_units(&job) / job.unit_bytes;
+    const size_t bytes = choose_units(&job), units = bytes / job.unit_bytes;
     dm_pool_share(context->pool, matmul_tiles, &job, units, least_units(&job, units, context->threads));
     dm_set_float_state(saved);
 }
