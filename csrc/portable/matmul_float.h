@@ -28,8 +28,8 @@ typedef struct float_job {
 } float_job;
 
 /* sum[i][r] += register r of `tiles` tiles times token i, columns [first, last). */
-DM_INLINE void add_columns(f32v *sum, const uint8_t *tile, const float *x_TC, const float_job *job, size_t first,
-                           size_t last, size_t tokens, size_t tiles, weight_loader load) {
+DM_INLINE void add_float_columns(f32v *sum, const uint8_t *tile, const float *x_TC, const float_job *job, size_t first,
+                                 size_t last, size_t tokens, size_t tiles, weight_loader load) {
     const size_t registers = tiles * DM_PARTS;
     for (size_t c = first; c < last; c++) {
         f32v weight[FLOAT_TILES_ONE * DM_PARTS];
@@ -59,9 +59,9 @@ DM_INLINE void float_block(const float_job *job, size_t first, size_t t, size_t 
             const uint8_t *ahead = tile + i * job->tile_bytes + c * job->column_bytes + FLOAT_AHEAD_BYTES;
             for (size_t at = 0; at < FLOAT_STEP * job->column_bytes; at += 64) __builtin_prefetch(ahead + at, 0, 3);
         }
-        add_columns(sum, tile, x_TC, job, c, c + FLOAT_STEP, tokens, tiles, load);
+        add_float_columns(sum, tile, x_TC, job, c, c + FLOAT_STEP, tokens, tiles, load);
     }
-    add_columns(sum, tile, x_TC, job, c, job->columns, tokens, tiles, load);
+    add_float_columns(sum, tile, x_TC, job, c, job->columns, tokens, tiles, load);
     for (size_t i = 0; i < tokens; i++) {
         for (size_t r = 0; r < registers; r++) {
             const size_t row = first * 16 + r * DM_LANES;
