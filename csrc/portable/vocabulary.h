@@ -5,10 +5,10 @@
 /* The largest of n floats, NaN left out, +0 where it is -0; -infinity if there is none. */
 DM_INLINE float largest(const float *x, size_t n) {
     f32v best = all_f32(-__builtin_inff());
-    size_t i = 0;
-    for (; i + DM_LANES <= n; i += DM_LANES) best = max_f32(best, load_f32(x + i));
+    const size_t whole = n - n % DM_LANES;
+    for (size_t i = 0; i < whole; i += DM_LANES) best = max_f32(best, load_f32(x + i));
     float highest = highest_f32(best);
-    for (; i < n; i++) highest = x[i] > highest ? x[i] : highest;
+    for (size_t i = whole; i < n; i++) highest = x[i] > highest ? x[i] : highest;
     return highest + 0.0f;
 }
 
