@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import re
+from collections.abc import Collection
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -29,3 +32,30 @@ def huge_page_memory(count: int) -> npt.NDArray[np.uint8]:
         raise MemoryError(f"{count} bytes: {error.strerror}") from None
     ask_for_huge_pages(memory)
     return np.frombuffer(memory, np.uint8)
+
+
+_SMAPS = Path("/proc/self/smaps")
+_MAPPING = re.compile(r"[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \d+ +(?P<path>/.*)")
+_AMOUNT = re.compile(r"(?P<name>Rss|FilePmdMapped|ShmemPmdMapped): +(?P<kib>\d+) kB")
+
+
+def huge_page_share(files: Collection[Path], smaps: Path = _SMAPS) -> float | None:
+    """How much of these mapped files' pages that are in this process's table are huge, 0 to 1.
+
+    None where the system does not tell, or none of them is mapped. Source: proc_pid_smaps(5).
+    """
+    wanted, mapped, kib = {str(path.resolve()) for path in files}, False, {"Rss": 0}
+    try:
+        lines = smaps.read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if found := _AMOUNT.match(line):
+            if mapped:
+                kib[found["name"]] = kib.get(found["name"], 0) + int(found["kib"])
+        elif found := _MAPPING.match(line):
+            mapped = found["path"] in wanted
+        elif "-" in line.partition(" ")[0]:  # a mapping without a file
+            mapped = False
+    resident_kib = kib.pop("Rss")
+    return sum(kib.values()) / resident_kib if resident_kib and kib else None

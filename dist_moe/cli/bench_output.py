@@ -15,6 +15,10 @@ from dist_moe.engine.runtime import Runtime
 
 Row = dict[str, Any]
 
+# Weights in small pages are worth a word from here on.
+_MOST_IN_HUGE_PAGES = 0.9
+_WORTH_TELLING = 1.05
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -68,7 +72,7 @@ def render(form: str, report: BenchReport, facts: Facts) -> str:
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue().rstrip("\n")
-    return "\n".join([*_table(rows), "", *_warnings(rows, report.limits), *_machine_lines(rows[0], report.limits)])
+    return "\n".join([*_table(rows), "", *_warnings(rows, report), *_machine_lines(rows[0], report.limits)])
 
 
 def _row(timing: Timing, report: BenchReport, facts: Facts) -> Row:
@@ -98,6 +102,7 @@ def _row(timing: Timing, report: BenchReport, facts: Facts) -> Row:
         "share": timing.share(machine),
         "overhead_ms": report.overhead_s * 1e3,
         "load_s": report.load_s,
+        "huge_page_share": report.huge_share,
         "first_token_s": facts.start_s + report.load_s + report.first_step_s,
         "read_gb_s": limits.read.rate / 1e9,
         "read_source": limits.read.source,
@@ -153,15 +158,23 @@ def _machine_lines(row: Row, limits: Limits) -> list[str]:
         f"cache {row['matmul_gops']:.0f}).",
         "read: bytes that a step must touch / its time / that bandwidth; compute: its operations likewise; share: the "
         "least time of its phases, the larger of both in each, over the time measured (medians).",
-        f"Weights loaded in {row['load_s'] * 1e3:.0f} ms; the first token of a prompt of {FIRST_PROMPT_TOKENS} "
-        f"{row['first_token_s']:.2f} s after the process began; Python, calls and messages {row['overhead_ms']:.2f} ms "
-        "per decoded token (a step less its kernels, of a model of the same layers whose matrices are next to empty).",
+        f"Weights loaded in {row['load_s'] * 1e3:.0f} ms{_in_huge_pages(row)}; the first token of a prompt of "
+        f"{FIRST_PROMPT_TOKENS} {row['first_token_s']:.2f} s after the process began; Python, calls and messages "
+        f"{row['overhead_ms']:.2f} ms per decoded token (a step less its kernels, of a model of the same layers whose "
+        "matrices are next to empty).",
     ]
 
 
-def _warnings(rows: list[Row], limits: Limits) -> list[str]:
+def _warnings(rows: list[Row], report: BenchReport) -> list[str]:
     """What a reader must know before believing the table."""
+    limits, share = report.limits, report.huge_share
     lines = []
+    if share is not None and share < _MOST_IN_HUGE_PAGES and limits.memory_gain > _WORTH_TELLING:
+        lines.append(
+            f"Only {share:.0%} of the weights lie in huge pages of the page cache: something else than dist-moe read "
+            f"or wrote the files first, or their file system has none. Memory in huge pages is read "
+            f"{limits.memory_gain - 1:.0%} faster: evict the files (vmtouch -e DIRECTORY), or take --weights copy."
+        )
     if any(row["disk_faults"] for row in rows):
         cases = ", ".join(f"{row['test']} {row['batch']} x {row['tokens']}" for row in rows if row["disk_faults"])
         lines.append(
@@ -174,6 +187,11 @@ def _warnings(rows: list[Row], limits: Limits) -> list[str]:
             "them, from the caches where they hold it."
         )
     return lines
+
+
+def _in_huge_pages(row: Row) -> str:
+    share = row["huge_page_share"]
+    return "" if share is None else f", {share:.0%} of them in huge pages"
 
 
 def _way(speed: ReadSpeed) -> str:

@@ -21,6 +21,7 @@ from dist_moe.engine.requests.request import Completion, Request, describe_fault
 from dist_moe.engine.requests.sampling import Sampler
 from dist_moe.engine.runtime import Runtime
 from dist_moe.errors import DistMoeError, Interrupted
+from dist_moe.huge_pages import huge_page_share
 from dist_moe.kernels import NO_FAULT, KvFormat
 from dist_moe.model.step import Slice, Step
 
@@ -69,6 +70,12 @@ class Limits:
         """What the bound is made of."""
         return Machine(self.read.rate, self.int8, self.f32)
 
+    @property
+    def memory_gain(self) -> float:
+        """How many times as fast anonymous memory is read as the store's mapped pages; 0 if one was not measured."""
+        memory, store = sorted((self.read, self.other_read), key=lambda speed: speed.source)
+        return memory.rate / store.rate if store.rate else 0.0
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -103,6 +110,7 @@ class BenchReport:
     load_s: float
     first_step_s: float  # a prompt of FIRST_PROMPT_TOKENS, up to the first token drawn
     overhead_s: float  # per step of one token: Python, calls, messages
+    huge_share: float | None  # of rank 0's mapped weights, in huge pages; None: copied, or unknown
 
     def worst_share(self) -> tuple[float, Case]:
         """The highest share and its case; there is at least one."""
@@ -155,7 +163,14 @@ class Bench:
             load_s=self._engine.statistics().load_s,
             first_step_s=first_step_s,
             overhead_s=overhead_s,
+            huge_share=self._huge_share(),
         )
+
+    def _huge_share(self) -> float | None:
+        weights = self._engine.model.weights
+        if weights.copy is not None:
+            return None
+        return huge_page_share([weights.store.directory / name for name in weights.store.present_files])
 
     # ---- the machine ----
 

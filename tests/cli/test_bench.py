@@ -15,6 +15,7 @@ import pytest
 
 from dist_moe.checkpoint.hf_config import read_hf_config
 from dist_moe.cli.bench import find, plan_cases, refuse_impossible
+from dist_moe.cli.bench_output import Facts, render
 from dist_moe.cli.options import BenchOptions
 from dist_moe.engine.bench import BenchReport, Case, Limits, Timing
 from dist_moe.engine.measuring.bench_bound import StepWork, Work
@@ -164,8 +165,26 @@ def test_better_than_the_machine_is_an_error() -> None:
     limits = Limits(speed, speed, 1000, 1.0, 1.0, 1.0)
     steps = (StepWork((Work(bytes=103),)),)
     good = Timing(Case("decode", 1, 1, 0), (1.1,), steps, 0.0)
-    report = BenchReport(limits, (good,), 0.0, 0.0, 0.0)
+    report = BenchReport(limits, (good,), 0.0, 0.0, 0.0, None)
     refuse_impossible(report)
     with pytest.raises(BoundError, match="prefill of 9 tokens, batch 1, depth 0: 103% of what the machine allows"):
         refuse_impossible(replace(report, timings=(good, Timing(Case("prefill", 9, 1, 0), (1.0,), steps, 0.0))))
     assert BoundError.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("share", "store_rate", "warned"),
+    [(0.5, 30e9, True), (0.95, 30e9, False), (0.5, 34e9, False), (0.5, 0.0, False), (None, 30e9, False)],
+)
+def test_weights_in_small_pages_are_worth_a_word(share: float | None, store_rate: float, warned: bool) -> None:
+    memory, store = ReadSpeed(35e9, "memory", 1000, 1, 0), ReadSpeed(store_rate, "store", 1000, 1, 0)
+    limits = Limits(memory, store, 1000, 1.0, 1.0, 1.0)
+    timing = Timing(Case("decode", 1, 1, 0), (1.1,), (StepWork((Work(bytes=103),)),), 0.0)
+    facts = Facts("m", "q4", "f16", "avx2", "none", "whole", 1, 1, 2, 256, 0.0)
+    text = render("md", BenchReport(limits, (timing,), 0.1, 0.0, 0.0, share), facts)
+    assert ("of the weights lie in huge pages" in text and "is read 17% faster" in text) == warned
+    assert ("Weights loaded in 100 ms; the first" in text) == (share is None)
+    if share is not None:
+        assert f"Weights loaded in 100 ms, {share:.0%} of them in huge pages; the first" in text
+    (row,) = json.loads(render("json", BenchReport(limits, (timing,), 0.1, 0.0, 0.0, share), facts))
+    assert row["huge_page_share"] == share
