@@ -2,10 +2,10 @@
 #ifndef DM_AVX2_DOT_H
 #define DM_AVX2_DOT_H
 
-/* A step takes so many tokens and two registers of rows. */
+/* A step takes so many tokens and two registers of rows. A single token's strip is four tiles, as memory likes them. */
 #define DM_STRIP 2
 #ifndef DM_STRIP_ONE
-#define DM_STRIP_ONE 4
+#define DM_STRIP_ONE 8
 #endif
 #define DOT_TOKENS_Q4 4
 #define DOT_TOKENS_Q8 2
