@@ -124,8 +124,8 @@ static void write_sorted(int32_t *ids_N, float *logits_N, best_list *list, size_
     }
 }
 
-/* A number that `count` blocks' maxima reach, so that no lower logit is among the best `count`: the largest of 20 bits
- * but for the order of floats, which is found bit by bit. */
+/* A number that `count` blocks' maxima reach, so that no lower logit is among the best `count`: the largest such one
+ * whose place in the order of floats has only its 20 highest bits set, found bit by bit. */
 static float reached_by(const float *max_B, size_t B, size_t count) {
     float floor = -INFINITY;
     uint32_t order = 0;

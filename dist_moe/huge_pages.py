@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -46,7 +47,7 @@ def huge_page_share(files: Collection[Path], smaps: Path = _SMAPS) -> float | No
     """
     wanted, mapped, kib = {str(path.resolve()) for path in files}, False, {"Rss": 0}
     try:
-        lines = smaps.read_text(errors="replace").splitlines()
+        lines = os.fsdecode(smaps.read_bytes()).split("\n")  # other line ends may stand in a path
     except OSError:
         return None
     for line in lines:

@@ -171,9 +171,10 @@ def _warnings(rows: list[Row], report: BenchReport) -> list[str]:
     lines = []
     if share is not None and share < _MOST_IN_HUGE_PAGES and limits.memory_gain > _WORTH_TELLING:
         lines.append(
-            f"Only {share:.0%} of the weights lie in huge pages of the page cache: something else than dist-moe read "
-            f"or wrote the files first, or their file system has none. Memory in huge pages is read "
-            f"{limits.memory_gain - 1:.0%} faster: evict the files (vmtouch -e DIRECTORY), or take --weights copy."
+            f"Only {share:.0%} of rank 0's weights lie in huge pages of the page cache: something else than dist-moe "
+            "read or wrote the files first, or their file system has none. Private memory is read "
+            f"{limits.memory_gain - 1:.0%} faster, probably for that: evict the files (vmtouch -e DIRECTORY), or take "
+            "--weights copy."
         )
     if any(row["disk_faults"] for row in rows):
         cases = ", ".join(f"{row['test']} {row['batch']} x {row['tokens']}" for row in rows if row["disk_faults"])

@@ -108,8 +108,8 @@ class SamplingKernels(Context):
         Without block sums (B = 0) that mass is not known, and only what needs none of it is decided.
 
         Returns:
-            The token's place in the list, or -1 if the candidates cannot decide (never if `complete`: no other token
-            exists; and B > 0), and its share of the whole mass.
+            The token's place in the list, or -1 if the candidates cannot decide (never if `complete`, no other token
+            exists, and the mass is known or not needed: at temperature 0 and with top_k), and its share of that mass.
         """
         count, blocks = len(ids_N), len(max_B)
         struct = ffi.new(

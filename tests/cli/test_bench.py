@@ -182,7 +182,7 @@ def test_weights_in_small_pages_are_worth_a_word(share: float | None, store_rate
     timing = Timing(Case("decode", 1, 1, 0), (1.1,), (StepWork((Work(bytes=103),)),), 0.0)
     facts = Facts("m", "q4", "f16", "avx2", "none", "whole", 1, 1, 2, 256, 0.0)
     text = render("md", BenchReport(limits, (timing,), 0.1, 0.0, 0.0, share), facts)
-    assert ("of the weights lie in huge pages" in text and "is read 17% faster" in text) == warned
+    assert ("of rank 0's weights lie in huge pages" in text and "is read 17% faster" in text) == warned
     assert ("Weights loaded in 100 ms; the first" in text) == (share is None)
     if share is not None:
         assert f"Weights loaded in 100 ms, {share:.0%} of them in huge pages; the first" in text

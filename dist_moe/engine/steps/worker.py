@@ -27,7 +27,10 @@ RowSink = Callable[[Floats], None]
 
 @dataclass(frozen=True)
 class StepResult:
-    """A step's outcome on rank 0: each token's lowest fault over all ranks, and one entry per logit row."""
+    """A step's outcome on rank 0: each token's lowest fault over all ranks, and one entry per logit row.
+
+    Faults and candidates are valid until the next step.
+    """
 
     fault_T: npt.NDArray[np.int32]
     candidates: list[Candidates]
