@@ -278,8 +278,8 @@ void dm_compute_experts(dm_context *context, const dm_buffers *buffers, const dm
 void dm_vocabulary_blocks(dm_context *context, float *max_TB, float *sum_TB, int32_t *fault_T, const float *logits_TV,
                           const float *temperature_T, size_t T, size_t V, size_t valid, int32_t layer);
 /* The `count` best columns below `valid` by (logit descending, id ascending). Block b's columns have the ids from
- * block_B[b] * 128 on, which ascend; max_TB is that of dm_vocabulary_blocks with the same V and valid. Missing ones get id -1 and logit
- * -infinity. */
+ * block_B[b] * 128 on, which ascend; max_TB is that of dm_vocabulary_blocks with the same V and valid. Missing ones get
+ * id -1 and logit -infinity. */
 void dm_top_logits(dm_context *context, int32_t *ids_TN, float *logits_TN, const float *logits_TV, const float *max_TB,
                    const int32_t *block_B, size_t T, size_t V, size_t valid, size_t count);
 /* Put the best `count` of each list of N candidates to its front, in order; what follows them is not valid. */

@@ -93,7 +93,7 @@ static size_t choose_units(matrix_job *job) {
     return bytes;
 }
 
-/* Float tiles are read a few side by side, where there are as many for each thread: four for one token, else up to two. */
+/* Float tiles are read a few side by side, where there are as many for each thread: four for one token, or two. */
 static size_t least_units(const matrix_job *job, size_t units, size_t threads) {
     const size_t least = dm_least_units(job->unit_bytes, job->T), each = units / threads;
     if (dm_is_quantized(job->matrices[0].format)) return least;
