@@ -15,6 +15,9 @@
 /* Tokens that one pass of a matmul works on, and the bytes of scratch it needs for them. */
 #define DM_TOKEN_BLOCK 64
 #define DM_MATMUL_SCRATCH(columns) (DM_TOKEN_BLOCK * (((columns) + 31) / 32 * 32) * sizeof(int16_t))
+/* Tiles of f32 or bf16 weights that a kernel reads side by side for one token, and at most for several. */
+#define DM_FLOAT_TILES_ONE 4
+#define DM_FLOAT_TILES 2
 
 /* T vectors of `columns` values, or a range of columns of wider ones. Strides are in elements. */
 typedef struct dm_rows {

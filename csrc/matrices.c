@@ -93,11 +93,12 @@ static size_t choose_units(matrix_job *job) {
     return bytes;
 }
 
-/* Float tiles are read a few side by side, where there are as many for each thread: four for one token, or two. */
+/* Float tiles are read a few side by side, where there are as many for each thread. */
 static size_t least_units(const matrix_job *job, size_t units, size_t threads) {
     const size_t least = dm_least_units(job->unit_bytes, job->T), each = units / threads;
     if (dm_is_quantized(job->matrices[0].format)) return least;
-    const size_t side_by_side = job->T == 1 ? 4 : 2, most = each < side_by_side ? each : side_by_side;
+    const size_t side_by_side = job->T == 1 ? DM_FLOAT_TILES_ONE : DM_FLOAT_TILES,
+                 most = each < side_by_side ? each : side_by_side;
     return least > most ? least : most;
 }
 

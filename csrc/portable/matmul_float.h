@@ -8,8 +8,7 @@
 
 /* A block of several tokens: 16 sums where there are 32 registers of 16 lanes, else of one tile. */
 #define FLOAT_TOKENS (DM_LANES == 16 ? 8 : 4)
-#define FLOAT_TILES (DM_LANES == 16 ? 2 : 1)
-#define FLOAT_TILES_ONE 4
+#define FLOAT_TILES (DM_LANES == 16 ? DM_FLOAT_TILES : 1)
 
 /* Tiles are read so many columns at a time; meanwhile as many bytes are asked for, so far ahead (512 to 2048 tried). */
 #define FLOAT_STEP 16
@@ -32,7 +31,7 @@ DM_INLINE void add_float_columns(f32v *sum, const uint8_t *tile, const float *x_
                                  size_t last, size_t tokens, size_t tiles, weight_loader load) {
     const size_t registers = tiles * DM_PARTS;
     for (size_t c = first; c < last; c++) {
-        f32v weight[FLOAT_TILES_ONE * DM_PARTS];
+        f32v weight[DM_FLOAT_TILES_ONE * DM_PARTS];
         for (size_t r = 0; r < registers; r++) {
             weight[r] = load(tile + r / DM_PARTS * job->tile_bytes, c * 16 + r % DM_PARTS * DM_LANES);
         }
@@ -51,7 +50,7 @@ DM_INLINE void float_block(const float_job *job, size_t first, size_t t, size_t 
     const size_t registers = tiles * DM_PARTS;
     const uint8_t *tile = job->packed + first * job->tile_bytes;
     const float *x_TC = job->x_TC + t * job->x_stride;
-    f32v sum[FLOAT_TOKENS * FLOAT_TILES_ONE * DM_PARTS];
+    f32v sum[FLOAT_TOKENS * DM_FLOAT_TILES_ONE * DM_PARTS];
     for (size_t i = 0; i < tokens * registers; i++) sum[i] = (f32v){0};
     size_t c = 0;
     for (; c + FLOAT_STEP <= job->columns; c += FLOAT_STEP) {
@@ -84,7 +83,8 @@ DM_INLINE void matmul_float(const float_job *job, size_t T, weight_loader load) 
     const size_t tiles = dm_divide_up(job->rows, 16);
     size_t i = 0;
     if (T == 1) {
-        for (; i + FLOAT_TILES_ONE <= tiles; i += FLOAT_TILES_ONE) float_block(job, i, 0, 1, FLOAT_TILES_ONE, load);
+        for (; i + DM_FLOAT_TILES_ONE <= tiles; i += DM_FLOAT_TILES_ONE)
+            float_block(job, i, 0, 1, DM_FLOAT_TILES_ONE, load);
     } else {
         for (; i + FLOAT_TILES <= tiles; i += FLOAT_TILES) float_tiles(job, i, T, FLOAT_TILES, load);
     }
@@ -92,7 +92,7 @@ DM_INLINE void matmul_float(const float_job *job, size_t T, weight_loader load) 
 }
 
 DM_INLINE float_job make_float_job(float *out_TR, const void *packed, const dm_rows *x, size_t rows, size_t out_stride,
-                                   int format, size_t column_bytes) {
+                                   int format) {
     return (float_job){.out_TR = out_TR,
                        .packed = packed,
                        .x_TC = x->x,
@@ -101,14 +101,14 @@ DM_INLINE float_job make_float_job(float *out_TR, const void *packed, const dm_r
                        .x_stride = x->x_stride,
                        .out_stride = out_stride,
                        .tile_bytes = dm_tile_bytes(format, x->columns, 0),
-                       .column_bytes = column_bytes};
+                       .column_bytes = format == DM_F32 ? 64 : 32};
 }
 
 static void matmul_f32(float *out_TR, const void *packed, const dm_rows *x, size_t T, size_t rows, size_t out_stride,
                        size_t group, void *scratch) {
     (void)group;
     (void)scratch;
-    const float_job job = make_float_job(out_TR, packed, x, rows, out_stride, DM_F32, 64);
+    const float_job job = make_float_job(out_TR, packed, x, rows, out_stride, DM_F32);
     matmul_float(&job, T, load_weights_f32);
 }
 
@@ -116,7 +116,7 @@ static void matmul_bf16(float *out_TR, const void *packed, const dm_rows *x, siz
                         size_t group, void *scratch) {
     (void)group;
     (void)scratch;
-    const float_job job = make_float_job(out_TR, packed, x, rows, out_stride, DM_BF16, 32);
+    const float_job job = make_float_job(out_TR, packed, x, rows, out_stride, DM_BF16);
     matmul_float(&job, T, load_weights_bf16);
 }
 

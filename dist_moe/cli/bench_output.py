@@ -195,14 +195,16 @@ def _in_huge_pages(row: Row) -> str:
     return "" if share is None else f", {share:.0%} of them in huge pages"
 
 
+def _where(speed: ReadSpeed) -> str:
+    return "the store's mapped pages" if speed.source == "store" else "anonymous memory"
+
+
 def _way(speed: ReadSpeed) -> str:
-    where = "the store's mapped pages" if speed.source == "store" else "anonymous memory"
     ahead = f", prefetching {speed.ahead_bytes} bytes ahead" if speed.ahead_bytes else ""
-    return f"{where}, {speed.streams} streams per thread{ahead}"
+    return f"{_where(speed)}, {speed.streams} streams per thread{ahead}"
 
 
 def _other(speed: ReadSpeed) -> str:
-    where = "the store's mapped pages" if speed.source == "store" else "anonymous memory"
     if not speed.bytes:
-        return f"{where} not measured: too little is free"
-    return f"{where} {speed.rate / 1e9:.1f} GB/s over {speed.bytes / 2**30:.1f} GiB"
+        return f"{_where(speed)} not measured: too little is free"
+    return f"{_where(speed)} {speed.rate / 1e9:.1f} GB/s over {speed.bytes / 2**30:.1f} GiB"

@@ -73,8 +73,8 @@ class Limits:
     @property
     def memory_gain(self) -> float:
         """How many times as fast anonymous memory is read as the store's mapped pages; 0 if one was not measured."""
-        memory, store = sorted((self.read, self.other_read), key=lambda speed: speed.source)
-        return memory.rate / store.rate if store.rate else 0.0
+        rates = {speed.source: speed.rate for speed in (self.read, self.other_read)}
+        return rates["memory"] / rates["store"] if rates["store"] else 0.0
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Bench:
         weights = self._engine.model.weights
         if weights.copy is not None:
             return None
-        return huge_page_share([weights.store.directory / name for name in weights.store.present_files])
+        return huge_page_share(weights.store.present_paths)
 
     # ---- the machine ----
 

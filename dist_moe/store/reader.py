@@ -59,6 +59,7 @@ class Store:
         directory: Where it is.
         manifest: What it holds.
         present_files: Names of the weight files that are here.
+        present_paths: Where they are.
         missing_files: Names of the shards that are not.
     """
 
@@ -67,6 +68,7 @@ class Store:
         self.directory = directory
         self.manifest = manifest
         self.present_files = tuple(files)
+        self.present_paths = tuple(directory / name for name in files)
         self.missing_files = tuple(name for name in weight_files(manifest) if name not in files)
         self._files = files
         mark = mark_used(directory / MANIFEST_NAME)

@@ -86,7 +86,7 @@ class Measurer:
     def _store_bytes(self, host_bytes: int) -> Bytes:
         """This rank's part of the largest weight file, mapped."""
         store = self._model.weights.store
-        path = max((store.directory / name for name in store.present_files), key=lambda path: path.stat().st_size)
+        path = max(store.present_paths, key=lambda path: path.stat().st_size)
         return _part(_mapped(path), host_bytes, self._exchange.world)
 
     def _anonymous_bytes(self, host_bytes: int) -> Bytes:
